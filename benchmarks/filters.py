@@ -1,12 +1,13 @@
 """What filters cost: `python -m benchmarks.filters [--starts N] [--pairs N] [--json FILE]`.
 
 Relays with and without filters run side by side, and get the same load (4 kB messages) in turn, as in benchmarks.pairs; what
-counts is the CPU of the worker a message. "clamd": every message is shown to a real clamd, which has two signatures; "others":
-a filter for unauthenticated clients is configured, and the mail is that of clients that may relay; "milter": every message is
-shown to a milter (null_milter.c, on libmilter) that answers each of the 25 events, "milter, quiet": to one that answers the last
-alone; both are asked behind the final dot ("message"), or as the dialogue goes ("mail"). "policy": a policy service is asked
-about each recipient (one, or ten). "greylist": the sender is known; "dnsbl": ten lists, whose answers the resolver has: both, and
-the relay beside them, with mail of clients that may not relay. The filter's own CPU is told beside it.
+counts is the CPU of the worker a message. "clamd": every message is shown to a real clamd, which has two signatures; "queued":
+likewise, but behind the 250; "others": a filter for unauthenticated clients is configured, and the mail is that of clients that
+may relay; "milter": every message is shown to a milter (null_milter.c, on libmilter) that answers each of the 25 events,
+"milter, quiet": to one that answers the last alone; both are asked behind the final dot ("message"), or as the dialogue goes
+("mail"). "policy": a policy service is asked about each recipient (one, or ten). "greylist": the sender is known; "dnsbl": ten
+lists, whose answers the resolver has: both, and the relay beside them, with mail of clients that may not relay. The filter's
+own CPU is told beside it.
 """
 
 import argparse
@@ -157,6 +158,7 @@ def measured(filter: Running, keys: str, load: Load, starts: int, pairs: int) ->
 _QUIET = partial(_milter, "quiet")
 CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "clamd": (_clamd, ""),
+    "queued": (_clamd, ',stage="queued"'),
     "others": (_clamd, ',clients="unauthenticated"'),
     "policy": (_policy, ""),
     "policy, ten recipients": (_policy, ""),

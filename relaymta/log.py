@@ -46,6 +46,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "orig_client",
         "orig_helo",
         "orig_id",
+        "unseen",
     ),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "quota_warning": ("user", "filled"),
@@ -66,6 +67,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "seconds",
         "changes",
     ),
+    "scanned": ("id", "sender", "recipients", "result", "reason"),
     "filter": ("filter", "state", "reason"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt", "users"),
@@ -85,7 +87,7 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 ADDED = {"message_id", "users", "retrieved", "commands", "program"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id"}
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen"}
 
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:

@@ -116,6 +116,8 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_queue_octets": ("Octets of the messages in the queue", False),
     "relaymta_queue_deferred": ("Placements in the queue that are deferred: tried, to be tried again", False),
     "relaymta_queue_held": ("Held messages", False),
+    "relaymta_unseen": ("Messages in the queue that filters have not looked at yet", False),
+    "relaymta_unseen_oldest_seconds": ("Age of the oldest of these", True),
     "relaymta_oldest_overdue_seconds": ("How long the longest expired message in the queue has been expired", True),
     "relaymta_oldest_message_seconds": ("Age of the oldest message in the queue that is not held", True),
     "relaymta_connections": ("Open incoming connections", False),

@@ -18,7 +18,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_matches, domain_of, in_u_labels
-from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UTF8_HEADER, Body, Envelope, held_because
+from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, held_because
 from relaymta.proto.header import (
     HEADER_SEEN,
     begins_well,
@@ -332,11 +332,7 @@ class Intake:
         """Filters have changed the header of a message: what follows from it."""
         if not header.isascii():
             transaction.eight_bit, transaction.utf8_header = True, transaction.smtputf8
-        if self._routes.looks_at_headers:
-            from relaymta.proto.mailbox import Malformed
-
-            with contextlib.suppress(Malformed):  # as it came it was not
-                transaction.headers = self._routes.headers_met(header[:HEADER_SEEN])
+        transaction.headers = self._headers(header, transaction.headers)
 
     def admit(
         self,
@@ -351,7 +347,7 @@ class Intake:
     ) -> None:
         """Submit a complete message to the queue, for these recipients. `size`: octets, our fields included; `done(None)` is
         called once it is synced, `done(error)` if it could not be stored."""
-        flags = HELD if transaction.held else 0
+        flags = HELD if transaction.held else UNSEEN if transaction.unseen is not None else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
         if transaction.smtputf8:
@@ -360,10 +356,8 @@ class Intake:
             flags |= UTF8_HEADER
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
-        if self.local is not None:
-            recipients = self.local.expanded(recipients, self.is_local)
-        if self._staging is not None:
-            recipients = self._staging.recipients(recipients)
+        if self.local is not None or self._staging is not None:
+            recipients = self.expanded(recipients)
         queue = self.queue
         envelope = Envelope(
             sender=transaction.sender,
@@ -382,8 +376,35 @@ class Intake:
             held_for=held_because(transaction.held) if transaction.held else "",
             listener=origin.listener,
             forwarded=transaction.forwarded,
+            unseen=transaction.unseen,
         )
         queue.submit(ident, envelope, data, done)
+
+    def expanded(self, recipients: list[str]) -> list[str]:
+        """Those for whom a message for these is queued: aliases, and redirection while it is tried out, are followed."""
+        if self.local is not None:
+            recipients = self.local.expanded(recipients, self.is_local)
+        return recipients if self._staging is None else self._staging.recipients(recipients)
+
+    def readdressed(self, recipients: list[str]) -> list[str]:
+        """As `expanded`, of recipients that filters have given a message in the queue."""
+        postmaster = self._config.relay.postmaster
+        return self.expanded(list(dict.fromkeys(a if "@" in a else postmaster for a in recipients)))
+
+    def rewritten(self, envelope: Envelope, header: bytes) -> None:
+        """As `changed`, of a message in the queue."""
+        if not header.isascii():
+            envelope.flags |= EIGHT_BIT | (UTF8_HEADER if envelope.flags & SMTPUTF8 else 0)
+        envelope.headers = self._headers(header, envelope.headers)
+
+    def _headers(self, header: bytes, before: list[str]) -> list[str]:
+        """The conditions of routes that a header meets that filters have changed."""
+        if self._routes.looks_at_headers:
+            from relaymta.proto.mailbox import Malformed
+
+            with contextlib.suppress(Malformed):  # as it came it was not
+                return self._routes.headers_met(header[:HEADER_SEEN])
+        return before
 
     def not_signed(self, error: Exception) -> None:
         """Count and log a message that could not be signed."""

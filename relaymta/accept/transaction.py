@@ -24,7 +24,7 @@ from relaymta.filter.judgement import Mail, Text, Verdict
 from relaymta.filter.signing import Unsignable
 from relaymta.proto import reply
 from relaymta.proto.edits import without
-from relaymta.proto.envelope import Body
+from relaymta.proto.envelope import Body, Unseen
 from relaymta.proto.header import HEADER_SEEN, begins_well, first_octets, header_end
 from relaymta.proto.session import Question, Session
 from relaymta.proto.transaction import Transaction
@@ -32,11 +32,12 @@ from relaymta.queue import BigBody, format_id
 from relaymta.reservation import Reservation
 
 if TYPE_CHECKING:
-    from relaymta.accept.rewritten import Rewritten
     from relaymta.filter.chain import Chain, Outcome
     from relaymta.filter.dialogue import Dialogue
     from relaymta.filter.revision import Revision
+    from relaymta.filter.rewritten import Rewritten
     from relaymta.filter.verify import Look, Verifier
+    from relaymta.filter.verify import Verdict as Verified
 
 __all__ = ["Flow", "IncomingTransaction"]
 
@@ -64,8 +65,8 @@ class IncomingTransaction(Transaction):
     client, None: no filter follows it."""
 
     __slots__ = (
-        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_over", "_session",
-        "_units", "_writing",
+        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_left", "_over",
+        "_session", "_units", "_verdict", "_writing",
         "began_at", "dialogue", "large", "octets", "origin",
     )  # fmt: skip
 
@@ -86,6 +87,8 @@ class IncomingTransaction(Transaction):
         self._over = False
         self._judging: asyncio.Task[None] | None = None  # from its verification on, until filters have said what they say
         self._abandoned = False  # the client has hung up meanwhile
+        self._verdict: Verified | None = None  # of SPF, DKIM and DMARC
+        self._left: tuple[str, ...] = ()  # filters that look at it in the queue
         self.dialogue: Dialogue | None = None
 
     # Receiving
@@ -267,7 +270,8 @@ class IncomingTransaction(Transaction):
     def _signs(self) -> bool:
         """Whether this client's mail is signed where there is a key for it. What a content filter gives back may be anybody's:
         ours was signed before."""
-        return bool(self._admission.endpoint.signer) and self.origin.may_relay and not self.origin.filtered
+        signer, origin = self._admission.endpoint.signer, self.origin
+        return bool(signer) and origin.may_relay and not origin.filtered and self.unseen is None
 
     def _signed(self, front: list[bytes], data: list[bytes], found: bytes | Exception) -> None:
         """The DKIM-Signature fields, or the reason why there are none: then the message is rejected, not sent unsigned."""
@@ -313,7 +317,7 @@ class IncomingTransaction(Transaction):
         if refusal is not None:
             self._reject(refusal)
             return None
-        self.held = self.held or verdict.held
+        self.held, self._verdict = self.held or verdict.held, verdict
         return verdict.field
 
     def _write_rest(self) -> None:
@@ -430,7 +434,7 @@ class IncomingTransaction(Transaction):
             revision.discard()
             self._not_taken(outcome, revision)
             return None
-        self.held = self.held or outcome.held
+        self.held, self._left = self.held or outcome.held, outcome.left
         self._revised(revision, results, given)
         return revision
 
@@ -462,6 +466,8 @@ class IncomingTransaction(Transaction):
             rewritten = cast("Rewritten", new)
             body = rewritten.body
             await self._take_over(rewritten)
+        if self._left and not self._awaits(len(revision.above), front, header):
+            return
         if self.large is not None:
             self.large.change([front, header])
             await self._sign_large(self.large, front, header)
@@ -471,13 +477,31 @@ class IncomingTransaction(Transaction):
         else:
             self._submit([front, header, body])
 
+    def _awaits(self, above: int, front: bytes, header: bytes) -> bool:
+        """Filters look at it in the queue, and it is signed then. Whether it can be, as far as its header tells; the refusal is
+        sent. `above`: octets of `front`, our fields, that are those of filters and of verification."""
+        signs = self._signs()
+        if signs:
+            try:
+                self._admission.endpoint.signer.draft(front, header, self.origin.application)
+            except Unsignable as error:
+                self._reject(error.reply)
+                return False
+        mail, genuine = self._mail(Text(b"")), self._verdict is not None and self._verdict.genuine
+        self.unseen = Unseen(
+            list(self._left), above, len(front) - above, self.origin.may_relay, signs, genuine, mail.tls, mail.mechanism,
+            list(mail.parameters), mail.announced, mail.protocol,
+        )  # fmt: skip
+        return True
+
     async def _take_over(self, new: "Rewritten") -> None:
         """The message has this body from now on. OSError or StoreError: it cannot have it."""
         old, descriptor = self.large, self._descriptor
-        self.large, self._descriptor = new.large, new.place if new.large is not None else None
+        large = cast("Large | None", new.large)
+        self.large, self._descriptor = large, new.place if large is not None else None
         try:
-            if new.large is not None:
-                await self._thread(new.large.take_place_of, old, self._move)
+            if large is not None:
+                await self._thread(large.take_place_of, old, self._move)
             elif old is not None:
                 await self._thread(old.discard)
         finally:
@@ -503,7 +527,7 @@ class IncomingTransaction(Transaction):
 
     def _rewritten(self, header_octets: int) -> "Rewritten":
         """What takes a new body from a filter. StoreError: no descriptor is left for its file."""
-        from relaymta.accept.rewritten import Rewritten
+        from relaymta.filter.rewritten import Rewritten
 
         admission, queue = self._admission, self._admission.intake.queue
         place = admission.file()

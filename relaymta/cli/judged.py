@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relaymta.accept.rewritten import Rewritten
 from relaymta.cli.console import say, table
 from relaymta.cli.options import fail
 from relaymta.cli.peer import no_such
@@ -17,6 +16,7 @@ from relaymta.filter.guard import Finding
 from relaymta.filter.judgement import Mail, NewBody, Text, Verdict
 from relaymta.filter.means import Means
 from relaymta.filter.revision import Revision
+from relaymta.filter.rewritten import Rewritten
 from relaymta.proto.edits import without
 from relaymta.proto.header import header_end
 from relaymta.reservation import Reservation
@@ -105,7 +105,8 @@ class Judged:
             return None
         networks = [ipaddress.ip_network(text) for text in config.relay.networks]
         trusted = bool(sending.application) or any(ipaddress.ip_address(sending.client) in network for network in networks)
-        return chains.chain_for(at, sending.client, sending.application, trusted)
+        chain = chains.chain_for(at, sending.client, sending.application, trusted)
+        return None if chain is None else chain.at_once()
 
     async def _dialogue(self, chain: Chain) -> None:
         """MAIL, RCPT, DATA, and the message."""
@@ -173,7 +174,7 @@ class Judged:
         return {
             "filters": [
                 {
-                    "filter": one.guard.name, "verdict": one.word, "action": one.action.word, "score": one.score,
+                    "filter": one.guard.name, "verdict": one.word, "action": one.follows, "score": one.score,
                     "reason": one.reason, "failure": one.failure, "seconds": round(one.seconds, 4),
                 }
                 for one in self.findings
@@ -204,6 +205,8 @@ class Judged:
         for line in self.changes:
             say(line)
         word = self.outcome.verdict.word
+        if self.outcome.left:
+            say(f"it would be taken, and not delivered before filter {', '.join(self.outcome.left)} has looked at it")
         if word == "hold":
             say(f"held ({self.outcome.held})")
         else:
@@ -219,7 +222,7 @@ def _line(one: Finding) -> list[str]:
     enforced = "" if one.guard.settings.enforce else " (enforce = false)"
     score = "-" if one.score is None else f"{one.score:g}"
     why = f"{one.failure}: {one.reason}" if one.failure else one.reason
-    return [one.guard.name, one.word + enforced, one.action.word, score, f"{one.seconds * 1000:.1f} ms", why or "-"]
+    return [one.guard.name, one.word + enforced, one.follows, score, f"{one.seconds * 1000:.1f} ms", why or "-"]
 
 
 class _Silent:

@@ -50,6 +50,8 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     say(f"attempts {found['attempts']}, next {due(found['next'])}, expires {when(found['expires'])}")
     if found["held_for"]:
         say(f"{found['state']}: {found['held_for']}")
+    if found["unseen"]:
+        say(f"not looked at yet by filter {', '.join(found['unseen'])}")
     for recipient in found["recipients"]:
         say(f"  <{recipient['address']}>: {recipient['state']}")
         for attempt in recipient.get("attempts", []):
@@ -112,7 +114,7 @@ def _show_explanation(found: dict[str, Any], options: str) -> None:
         say(f"  route: {'; '.join(tried)}" + (f"; site {place['site']}" if place["site"] else ""))
         for attempt in place["attempts"]:
             say(f"  {_attempt(attempt)}")
-        waits = "waits for " if wait["why"].startswith(("its ", "the DNS", "a ")) else ""
+        waits = "waits for " if wait["why"].startswith(("its ", "the DNS", "a ", "filter ")) else ""
         say(f"  {waits}{wait['why']}" + (f", {until(wait['until'])}" if wait["until"] else ""))
         if wait["position"] >= 0:
             more = " or more" if wait["position"] >= 1000 else ""
@@ -149,16 +151,17 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         reply = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        filtered = _filtered(event) if event["event"] == "filtered" else _forwarded(event)
+        filtered = _SAID.get(event["event"], _forwarded)(event)
         record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{filtered}{reply}")
 
 
 def _forwarded(event: dict[str, Any]) -> str:
     """What XFORWARD has said: ` of 192.0.2.1 (mail.example), there 0ABCDEFGHJKMN`; "" where nothing."""
+    unseen = f", not looked at yet by filter {', '.join(event['unseen'])}" if event.get("unseen") else ""
     if "orig_client" not in event:
-        return ""
+        return unseen
     there = f", there {event['orig_id']}" if event["orig_id"] else ""
-    return f" of {event['orig_client'] or 'unknown'} ({event['orig_helo'] or 'unknown'}){there}"
+    return f" of {event['orig_client'] or 'unknown'} ({event['orig_helo'] or 'unknown'}){there}{unseen}"
 
 
 def _filtered(event: dict[str, Any]) -> str:
@@ -167,3 +170,11 @@ def _filtered(event: dict[str, Any]) -> str:
     reason = f" ({event['reason']})" if event["reason"] else ""
     done = f", done: {event['action']}" if event["action"] != event["verdict"] else ""
     return f" by {event['filter']}: {event['verdict']}{score}{reason}{done}"
+
+
+def _scanned(event: dict[str, Any]) -> str:
+    """What has come of a message in the queue that filters have looked at: `: held (filter virus: Eicar-Test-Signature)`."""
+    return f": {event['result']}" + (f" ({event['reason']})" if event["reason"] else "")
+
+
+_SAID = {"filtered": _filtered, "scanned": _scanned}

@@ -95,8 +95,9 @@ def summary(read: Configuration, as_json: bool) -> None:
     if not rows:
         say(_no_mail(), err=True)
         return
-    table("", ["queue", "messages", "size", "deferred", "held", "next attempt"], [
-        [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), due(r["next"])] for r in rows
+    table("", ["queue", "messages", "size", "deferred", "held", "unseen", "next attempt"], [
+        [r["queue"], str(r["messages"]), size(r["bytes"]), *(str(r[c]) for c in ("deferred", "held", "unseen")), due(r["next"])]
+        for r in rows
     ])  # fmt: skip
 
 
@@ -118,12 +119,13 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
         text("--user", "NAME", "Of the client that logged in as this user.", "user"),
         text("--domain", "DOMAIN", "With a recipient in this domain.", "recipient_domain", given_domain),
         click.option("--held", is_flag=True, help="Held messages only."),
+        click.option("--unseen", is_flag=True, help="Only messages that filters have not looked at yet."),
     )):  # fmt: skip
         function = option(function)
     return function
 
 
-FILTERS = "--queue, --route, --site, --app, --from, --user, --domain, --held"
+FILTERS = "--queue, --route, --site, --app, --from, --user, --domain, --held, --unseen"
 
 
 def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
@@ -199,9 +201,15 @@ def _shown(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['id']}  {row['state']:<11}  {size(row['size']):>8}  {schedule}",
         f"<{row['sender']}> -> <{waiting[0]['address']}>{more}",
-        row["held_for"],
+        _why(row),
         waiting[0]["last"],
     ]
+
+
+def _why(row: dict[str, Any]) -> str:
+    """Why a message is held, or waits for filters."""
+    waits = f"not looked at by filter {', '.join(row['unseen'])}" if row["unseen"] else ""
+    return "; ".join(text for text in (row["held_for"], waits) if text)
 
 
 def unknown_name(peer: Daemon | Offline, chosen: dict[str, Any]) -> str:
@@ -275,7 +283,8 @@ def show_queue(read: Configuration, name: str, as_json: bool) -> None:
         return
     say(f"queue {name}: {row['messages']} messages, {size(row['bytes'])}")
     asleep = "; its site is down or suspended" if row["parked"] else ""
-    say(f"{row['deferred']} deferred, {row['held']} held; next attempt {due(row['next'])}{asleep}")
+    counts = ", ".join(f"{row[word]} {word}" for word in ("deferred", "held", "unseen"))
+    say(f"{counts}; next attempt {due(row['next'])}{asleep}")
 
 
 def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
@@ -388,7 +397,10 @@ def _result(found: dict[str, Any]) -> str:
 
 _verb("flush", "Try these messages now.")
 _verb("hold", "Hold these messages until they are released: no attempts, no expiry.")
-_verb("release", "Release held messages: they are due now, and their maximum age begins again.")
+_verb(
+    "release",
+    "Release held messages: they are due now, and their maximum age begins again. Filters that have not looked at one do first.",
+)
 _verb("delete", "Delete these messages. No DSN is sent.")
 _verb(
     "bounce",

@@ -29,7 +29,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
 SCORED = ("rspamd", "spamd", "dnsbl")  # types that say how likely it is
 BUILT_IN = ("dnsbl", "greylist")  # types that are no programs: they have no address, and look at unauthenticated clients alone
 WITHOUT_TEXT = (*BUILT_IN, "policy")  # types that are shown no text, or its header alone, whatever its size
-STAGES = {"milter": ("mail", "message"), "policy": ("rcpt", "data", "message")}  # the first is the default
+STAGES = {"milter": ("mail", "message", "queued"), "policy": ("rcpt", "data", "message", "queued")}  # the first is the default
+OF_MESSAGES = ("message", "queued")  # those of the others
 NOT_YET = ("smtp", "http", "python")
 VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
 
@@ -44,7 +45,7 @@ _REPLY = re.compile(r"5\d\d 5\.\d{1,3}\.\d{1,3} \S")
 LONGEST, LONGEST_REPLY = 400, 270
 
 Words = Literal["accept", "tag", "hold", "discard", "tempfail", "reject"]
-OnFailure = Literal["accept", "tempfail", "hold", "disconnect"]
+OnFailure = Literal["accept", "tempfail", "later", "hold", "disconnect"]
 
 
 class Score(Table):
@@ -96,9 +97,10 @@ class Filter(Table):
     address: Reload[list[SocketAddress]] = Field(
         [], description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310"; of several the first that answers'
     )
-    stage: Reload[Literal["", "mail", "rcpt", "data", "message"]] = Field(
+    stage: Reload[Literal["", "mail", "rcpt", "data", "message", "queued"]] = Field(
         "", description='when it is asked. milter: "mail" (at MAIL, at each RCPT, and about the message: the default) or '
-        '"message"; policy: "rcpt" (the default), "data" or "message"; the others have no choice',
+        '"message"; policy: "rcpt" (the default), "data" or "message"; programs that look at messages: "message" (the default), '
+        'or "queued": after 250, and before it is delivered',
     )  # fmt: skip
     may: Reload[list[Literal["header", "body", "recipients", "sender"]]] = Field(
         ["header", "body"], description="milter, policy: what it may change; other changes are left out"
@@ -121,13 +123,18 @@ class Filter(Table):
     oversize: Reload[Literal["skip", "head", "hold", "reject"]] = Field(
         "skip", description="with larger messages. skip: it is not asked; head: it is shown the first max_size octets"
     )
-    on_failure: Reload[OnFailure] = Field(
-        "tempfail", description="when it does not answer, or with nonsense. accept: the message passes unseen; tempfail: 451; "
-        "disconnect: 421",
+    on_failure: Reload[OnFailure | Literal[""]] = Field(
+        "", description="when it does not answer, or with nonsense. accept: the message passes unseen; tempfail: 451; later: "
+        '250, and not delivered before the filter has looked; disconnect: 421. Empty: "tempfail", at stage "queued" "later"',
     )  # fmt: skip
-    on_failure_trusted: Reload[OnFailure | None] = Field(
-        None, description="the same for mail of clients that may relay; empty: as on_failure"
-    )
+    on_failure_trusted: Reload[OnFailure | Literal[""]] = Field(
+        "", description='the same for mail of clients that may relay; empty: as on_failure, and where that is empty, too, '
+        '"later" (of a policy service at RCPT or DATA: "tempfail")',
+    )  # fmt: skip
+    refused: Reload[Literal["hold", "discard", "bounce"]] = Field(
+        "hold", description="what is done with what it refuses after 250 (stage queued, on_failure later). bounce: only where "
+        "the sender is not forged: of clients that may relay, or where SPF or DKIM pass; else hold",
+    )  # fmt: skip
     enforce: Reload[bool] = Field(True, description="false: it is asked, logged and counted, and nothing follows from it")
     verdicts: Reload[dict[str, Words]] = Field(
         {}, description='what its words mean, such as { FOUND = "hold" }: accept, tag, hold, discard, tempfail or reject'
@@ -173,15 +180,8 @@ class Filter(Table):
     @field_validator("stage", mode="before")
     @classmethod
     def _is_stage(cls, word: object) -> object:
-        if word in ("connect", "queued"):
-            raise ValueError(f'"{word}" is not there yet: there are "mail", "rcpt", "data" and "message"')
-        return word
-
-    @field_validator("on_failure", "on_failure_trusted", mode="before")
-    @classmethod
-    def _is_there(cls, word: object) -> object:
-        if word == "later":
-            raise ValueError('"later" is not there yet: there are "accept", "tempfail", "hold" and "disconnect"')
+        if word == "connect":
+            raise ValueError(f'"{word}" is not there yet: there are "mail", "rcpt", "data", "message" and "queued"')
         return word
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -213,14 +213,27 @@ class Filter(Table):
             if self._is_given(key) and self.type != belongs:
                 yield key, f"is for {belongs}, not for {self.type}"
 
-        stages = STAGES.get(self.type, ())
-        if self.stage and self.stage not in stages and (self.stage != "message" or self.type in BUILT_IN):
+        stages = () if self.type in BUILT_IN else STAGES.get(self.type, OF_MESSAGES)
+        if self.stage and self.stage not in stages:
             there = f"is asked at stage {_listed(stages)}" if stages else "has no choice of that: leave it out"
             yield "stage", f"{self.type} {there}"
         if self.type not in STAGES and self.may != ["header", "body"]:
             yield "may", f"{self.type} changes nothing but the header: it is for a milter or a policy service"
-        if self.type == "milter" and self.stage != "message" and self.recipient_domain:
+        yield from self._failing_wrongly()
+        if self.type == "milter" and self.stage in ("", "mail") and self.recipient_domain:
             yield "recipient_domain", 'at MAIL no recipient is known: give stage = "message", too'
+
+    def _failing_wrongly(self) -> Iterator[tuple[str, str]]:
+        """`on_failure` where it cannot be done."""
+        for key in ("on_failure", "on_failure_trusted"):
+            word = getattr(self, key)
+            if self.is_queued and word in ("tempfail", "disconnect"):
+                yield key, f'"{word}": the client has its 250 by then: "later" (the default), "accept" or "hold"'
+            elif word == "later" and not self.sees_messages:
+                yield (
+                    key,
+                    f'"later": {self.type} at stage "{self.stage or "rcpt"}" does not look at messages: "tempfail" or "accept"',
+                )
 
     def _not_of_ours(self) -> Iterator[tuple[str, str]]:
         """What has no meaning where there is no program."""
@@ -228,12 +241,27 @@ class Filter(Table):
             yield "address", f"{self.type} has none: it is no program"
         if self.clients == "trusted":
             yield "clients", f"{self.type} looks at unauthenticated clients alone"
-        for key in ("application", "concurrency", "on_failure", "on_failure_trusted"):
+        for key in ("application", "concurrency", "on_failure", "on_failure_trusted", "refused"):
             if self._is_given(key):
                 yield key, f"has no meaning for {self.type}: leave it out"
 
     def _is_given(self, key: str) -> bool:
         return bool(getattr(self, key) != type(self).model_fields[key].get_default())
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether it looks at messages that are in the queue."""
+        return self.stage == "queued"
+
+    @property
+    def sees_messages(self) -> bool:
+        """Whether it can look at a message after it was accepted."""
+        return self.type not in BUILT_IN and (self.type != "policy" or self.stage in ("message", "queued"))
+
+    def failing(self, trusted: bool) -> str:
+        """What is done when it fails over a message of a client that may relay (`trusted`), or may not: one of OnFailure."""
+        given = (trusted and self.on_failure_trusted) or self.on_failure
+        return given or ("later" if self.is_queued or (trusted and self.sees_messages) else "tempfail")
 
     @property
     def meaning(self) -> dict[str, str]:
@@ -245,6 +273,10 @@ class FiltersTable(Table):
     """All filters together. `[filters]`"""
 
     budget: Reload[Duration] = Field(30, gt=0, le=300, description="for all filters of a message; what is late then has failed")
+    scans: Reload[int] = Field(
+        8, ge=1, le=1000, description="messages in the queue that filters look at at once (stage queued, on_failure later), by "
+        "each worker",
+    )  # fmt: skip
     tag: Reload[list[str]] = Field(
         ["X-Spam: Yes"], description="header fields that the verdict `tag` adds; {filter}, {reason} and {score} are filled in. "
         "Copies in mail of unauthenticated clients are removed where a filter looks",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from relaymta.proto.address import comparable, compared, domain_of
-from relaymta.proto.envelope import HELD, Envelope, QueueName
+from relaymta.proto.envelope import HELD, UNSEEN, Envelope, QueueName
 
 __all__ = ["Chosen", "Filter", "Number", "Text"]
 
@@ -29,6 +29,7 @@ class Filter:
     user: Text = ""
     recipient_domain: Text = ""
     held: bool = False
+    unseen: bool = False
     until: Number = 0
 
     @classmethod
@@ -39,7 +40,7 @@ class Filter:
     @property
     def whole_queues(self) -> bool:
         """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
-        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held)
+        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held or self.unseen)
 
     @property
     def by_queue(self) -> bool:
@@ -59,6 +60,8 @@ class Filter:
         if self.user and envelope.user != self.user:
             return False
         if self.held and not envelope.flags & HELD:
+            return False
+        if self.unseen and not envelope.flags & UNSEEN:
             return False
         return self.is_to(envelope.recipients)
 

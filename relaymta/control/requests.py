@@ -228,7 +228,9 @@ def _summaries(parts: list[Rows], args: Any) -> Rows:
     def join(known: dict[str, Any], row: dict[str, Any]) -> None:
         known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
 
-    return sorted(_by("queue", ("messages", "bytes", "deferred", "held"), join, parts), key=lambda row: -row["messages"])
+    return sorted(
+        _by("queue", ("messages", "bytes", "deferred", "held", "unseen"), join, parts), key=lambda row: -row["messages"]
+    )
 
 
 def _shapes(parts: list[Rows], args: Any) -> Rows:

@@ -94,8 +94,10 @@ class BigBody:
     `discard` is called in the middle of another one all the same, it waits, and what comes behind it is an OSError: nothing is
     written to a descriptor whose number another file may have by then."""
 
-    def __init__(self, path: Path, ident: int, room: int = 0) -> None:
-        """`room`: octets reserved in front of the body for what `finish` prepends."""
+    def __init__(self, path: Path, ident: int, room: int = 0, generation: int = 1) -> None:
+        """`room`: octets reserved in front of the body for what `finish` prepends; `generation`: which of the bodies that `ident`
+        has one after the other."""
+        self._generation = generation
         self.path = path
         self.ident = ident
         self.length = 0
@@ -168,11 +170,11 @@ class BigBody:
         write_all(self._fd, [first], offset + FRAME.size)
         self.length += len(first) - skip
         checksum = self._digest.intdigest() if not first and not skip else digest_of(self._fd, offset + FRAME.size)[0]
-        write_all(self._fd, [FRAME.pack(MAGIC, 1, self.ident, self.length, checksum)], offset)
+        write_all(self._fd, [FRAME.pack(MAGIC, self._generation, self.ident, self.length, checksum)], offset)
         os.fdatasync(self._fd)
         self._close()
         sync_folder(self.path.parent)
-        return Body(0, 1, offset, self.length)
+        return Body(0, self._generation, offset, self.length)
 
     def discard(self) -> None:
         """Remove the file: the message was rejected, or its client disconnected. Once it was submitted the file is the queue's,

@@ -14,6 +14,7 @@ A segment on which a write or sync failed is *sealed*: never written again, remo
 writeback error once and then marks the pages clean: a second fdatasync would report success.)
 """
 
+import contextlib
 import os
 import re
 import struct
@@ -156,6 +157,28 @@ class Segments:
     def big_files(self) -> list[tuple[int, Path]]:
         """The ids and files of all bodies above 1 MB, those that are being written included."""
         return [(int(path.name, 16), path) for path in self._big.iterdir() if _IDENT.fullmatch(path.name)]
+
+    def next_path(self, ident: int) -> Path:
+        """The file of a body above 1 MB that is to take the place of another one of the same message: once that is committed."""
+        return self._big / f"{ident:016x}.next"
+
+    def next_files(self) -> list[tuple[int, Path]]:
+        """The ids and files of these."""
+        return [(int(path.stem, 16), path) for path in self._big.glob("*.next") if _IDENT.fullmatch(path.stem)]
+
+    def take_place(self, ident: int) -> None:
+        """What is in `next_path` is committed: it takes the place of what was there before. (Where that fails, a sweep does.)"""
+        with contextlib.suppress(OSError):
+            os.replace(self.next_path(ident), self.big_path(ident))
+
+    def is_next(self, ident: int, body: Body) -> bool:
+        """Whether `next_path` has the body that a message is committed with."""
+        try:
+            with self.next_path(ident).open("rb") as file:
+                magic, generation, found, length, _ = FRAME.unpack(os.pread(file.fileno(), FRAME.size, body.offset))
+        except (OSError, struct.error):
+            return False
+        return bool((magic, generation, found, length) == (MAGIC, body.generation, ident, body.length))
 
     def remove_big(self, ident: int) -> None:
         """Remove the file of a large body that nothing points at. (One that cannot be removed is swept later.)"""
@@ -351,7 +374,7 @@ class Segments:
         try:
             if body.segment:
                 return read_frame(self._segments[body.segment].fd, ident, body)
-            with self.big_path(ident).open("rb") as file:
+            with self._big_path_of(ident, body).open("rb") as file:
                 return read_frame(file.fileno(), ident, body)
         except (OSError, KeyError) as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
@@ -367,7 +390,11 @@ class Segments:
 
     def open_big(self, ident: int, body: Body) -> int:
         """As `open_verified`, of a large body's file."""
-        return open_verified(self.big_path(ident), ident, body)
+        return open_verified(self._big_path_of(ident, body), ident, body)
+
+    def _big_path_of(self, ident: int, body: Body) -> Path:
+        """Where a large body is: one that has taken the place of another has the name of that a moment later."""
+        return self.next_path(ident) if body.generation > 1 and self.is_next(ident, body) else self.big_path(ident)
 
     def movable(self, segment: Segment) -> bool:
         """Whether bodies may be moved out of a segment: it holds some, and nothing is appended to it."""

@@ -30,7 +30,7 @@ from relaymta.proto.edits import Edit, Insert, spaced, subject_edits
 from relaymta.proto.printable import printable
 from relaymta.shm import Limits, Named
 
-__all__ = ["Chain", "Chains", "Outcome", "Sender", "made"]
+__all__ = ["Chain", "Chains", "Outcome", "Sender", "made", "reason_held"]
 
 TAGS_MOST = 16384  # octets by which tags let a header grow
 REASON_SHOWN = 200  # characters of a filter's reason in a reply, a field, or the reason of a held message
@@ -40,37 +40,47 @@ CHAINS_KEPT = 1000  # by what decides which filters apply
 
 class Outcome(NamedTuple):
     """What is done with a message. `reply`: where it is refused, for good or for now; `closes`: the client is disconnected then;
-    `held`: why it is held, or ""."""
+    `held`: why it is held, or ""; `left`: the filters that look at it later, before it is delivered; `by`: the finding that
+    counts, None: there is none."""
 
     verdict: Verdict
     reply: bytes = b""
     closes: bool = False
     held: str = ""
+    left: tuple[str, ...] = ()
+    by: Finding | None = None
 
 
 class Sender(NamedTuple):
-    """What decides which filters look at a client's mail. `trusted`: it may relay."""
+    """What decides which filters look at a client's mail. `trusted`: it may relay; `queues`: its mail goes into the queue, where
+    filters can look at it later."""
 
     listener: str
     address: str
     application: str
     trusted: bool
+    queues: bool
 
 
 class Chain:
     """The filters for the mail of one client, in the order of the file. `follows`: one of them follows the client, and needs a
     `Dialogue`, which `begins` with the connection, or with the first MAIL; `asks`: about which commands; `looks`: one of them is
     shown messages, or may tag them; else there is nothing to do but what they have said of the envelope; `forged`: names of
-    fields that are removed from mail of clients that may not relay, since they are those of our tags."""
+    fields that are removed from mail of clients that may not relay, since they are those of our tags; `queues`: as of Sender."""
 
     def __init__(
-        self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.guards = guards
-        self.follows = any(guard.follows for guard in guards)
-        self.asks = frozenset[str]().union(*(guard.asks for guard in guards))
-        self.begins = any(guard.begins for guard in guards)
-        self.looks = any(guard.looks or guard.tags for guard in guards)
+        self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop,
+        queues: bool = True, behind: bool = False,
+    ) -> None:  # fmt: skip
+        """`behind`: they look at a message that is in the queue, or, as on the command line, at once."""
+        self.queues = queues
+        self._later = [guard for guard in guards if guard.is_queued and queues and not behind]
+        self.guards = [guard for guard in guards if guard not in self._later]
+        self.follows = any(guard.follows for guard in self.guards)
+        self.asks = frozenset[str]().union(*(guard.asks for guard in self.guards))
+        self.begins = any(guard.begins for guard in self.guards)
+        self.looks = bool(self._later) or any(guard.looks or guard.tags for guard in self.guards)
+        self._all = guards
         self.forged = frozenset() if trusted else table.tag_names
         self._table = table
         self.trusted = trusted
@@ -113,6 +123,10 @@ class Chain:
     def _counts(one: Guard, mail: Mail, dialogue: Dialogue | None) -> bool:
         """Whether a filter has a word about a message, or has had it before another one has changed the recipients."""
         return (one.looks and one.looks_at(mail.recipients)) or (dialogue is not None and dialogue.knows(one))
+
+    def at_once(self) -> "Chain":
+        """The same filters, of which none waits until the message is in the queue."""
+        return Chain(self._all, self._table, self.trusted, self._log, self._loop, behind=True)
 
     def dialogue(self, client: str) -> Dialogue:
         """For a new client, whose address it is, where one of them follows it."""
@@ -174,12 +188,23 @@ class Chain:
         self._log.event(
             "filtered", id=mail.ident, client=mail.client, sender=mail.sender,
             recipients=mail.recipients if recipients is None else recipients, filter=one.guard.name,
-            verdict=one.word, action=one.action.word, score=one.score, seconds=round(one.seconds, 4), changes=changes,
+            verdict=one.word, action=one.follows, score=one.score, seconds=round(one.seconds, 4), changes=changes,
             reason=f"{one.failure}: {one.reason}" if one.failure else one.reason,
         )  # fmt: skip
 
     def outcome(self, findings: list[Finding], revision: Revision) -> Outcome:
         """What is done because of what they say, where their changes are made already; a tag is added here."""
+        found, left = self._outcome(findings, revision), {one.guard.name for one in findings if one.later}
+        left |= {guard.name for guard in self._later if guard.looks_at(revision.mail.recipients)}
+        if not left or found.verdict >= Verdict.TEMPFAIL or found.verdict is Verdict.DISCARD:
+            return found
+        if not self.queues:
+            late = next(one for one in findings if one.later)
+            answer = self.reply(late._replace(action=Verdict.TEMPFAIL, later=False))
+            return Outcome(Verdict.TEMPFAIL, answer, by=late)
+        return found._replace(left=tuple(guard.name for guard in self._all if guard.name in left))
+
+    def _outcome(self, findings: list[Finding], revision: Revision) -> Outcome:
         first = max(findings, key=lambda one: one.action, default=None)  # of equals, `max` finds the first
         if first is None:
             return Outcome(Verdict.ACCEPT)
@@ -188,14 +213,13 @@ class Chain:
             first = first if instead is None else instead._replace(action=Verdict.TEMPFAIL)
         if first.action >= Verdict.TEMPFAIL:
             answer = self.reply(first)
-            return Outcome(first.action, answer, answer.startswith((b"421", b"521")))
+            return Outcome(first.action, answer, answer.startswith((b"421", b"521")), by=first)
         if first.action is Verdict.DISCARD or not revision.mail.recipients:
-            return Outcome(Verdict.DISCARD)
+            return Outcome(Verdict.DISCARD, by=first)
         tag = next((one for one in findings if one.action is Verdict.TAG), None)
         if tag is not None:
             revision.edit(self._tags(tag, revision.mail), TAGS_MOST)
-        held = f"filter {first.guard.name}: {_short(first.reason)}" if first.action is Verdict.HOLD else ""
-        return Outcome(first.action, held=held)
+        return Outcome(first.action, held=reason_held(first) if first.action is Verdict.HOLD else "", by=first)
 
     def reply(self, one: Finding) -> bytes:
         """The refusal that follows: the filter's own, where it gives one; else it names the filter, and never an address or a
@@ -279,20 +303,45 @@ class Chains:
             )
         return found
 
+    def told(self, names: Sequence[str]) -> list[str]:
+        """For operators: what these filters do, for each that a message in the queue waits for."""
+        known = {guard.name: guard for guard in self.guards}
+        return [known[name].told() if name in known else f"filter {name}, which is not configured any more" for name in names]
+
     def close(self) -> None:
         """The worker ends."""
         for guard in self.guards:
             guard.close()
 
+    def behind(self, names: Sequence[str], trusted: bool) -> Chain | None:
+        """Of the filters of these names those that there are, for a message in the queue of a client that may relay (`trusted`),
+        or may not; None: there are none any more."""
+        guards = [guard for guard in self.guards if guard.name in names and guard.settings.sees_messages]
+        return Chain(guards, self._table, trusted, self._log, self._loop, behind=True) if guards else None
+
+    @property
+    def scans(self) -> int:
+        """How many messages in the queue they look at at once."""
+        return self._table.scans
+
+    def waited_for(self, trusted: bool) -> frozenset[str]:
+        """The names of the filters that are down, where messages in the queue wait for them."""
+        return frozenset(guard.name for guard in self.guards if guard.waits(trusted))
+
     def chain_for(self, listener: Listener, address: str, application: str, trusted: bool) -> Chain | None:
         """The filters that look at the mail of a client; None: none does."""
-        sender = Sender(listener.address, address, application, trusted)
+        sender = Sender(listener.address, address, application, trusted, listener.protocol != "lmtp")
         if sender not in self._chains:
             if len(self._chains) >= CHAINS_KEPT:
                 self._chains.clear()
             guards = [guard for guard in self.guards if _is_for(guard.settings, sender)]
-            self._chains[sender] = Chain(guards, self._table, trusted, self._log, self._loop) if guards else None
+            self._chains[sender] = Chain(guards, self._table, trusted, self._log, self._loop, sender.queues) if guards else None
         return self._chains[sender]
+
+
+def reason_held(one: Finding) -> str:
+    """Why a message is held because of what a filter says."""
+    return f"filter {one.guard.name}: {_short(one.reason)}"
 
 
 def _warn(log: Log, name: str, text: str) -> None:
@@ -325,13 +374,14 @@ def _spamd(settings: Settings, means: Means) -> Filter:
 def _milter(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.milter import Milter
 
-    return Milter(settings.address, settings.timeout, means.hostname, settings.stage)
+    return Milter(settings.address, settings.timeout, means.hostname, "message" if settings.is_queued else settings.stage)
 
 
 def _policy(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.policy import Policy
 
-    return Policy(settings.address, settings.timeout, means.hostname, settings.stage or "rcpt")
+    stage = "message" if settings.is_queued else settings.stage or "rcpt"
+    return Policy(settings.address, settings.timeout, means.hostname, stage)
 
 
 def _dnsbl(settings: Settings, means: Means) -> Filter:

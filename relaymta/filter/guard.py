@@ -10,8 +10,10 @@ these and `close`.
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -45,13 +47,15 @@ EDITS_MOST = 100  # of one filter, where it is asked more than once about a mess
 FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
 PROBE_EVERY, PROBE_MOST, RELAPSES = 1.0, 30.0, 5  # seconds; twice as many with each relapse, of which so many count
 NOTHING: frozenset[str] = frozenset()
+_FAILED = {"disconnect": Verdict.TEMPFAIL, "later": Verdict.ACCEPT}  # other words are verdicts
 WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
 
 
 class Finding(NamedTuple):
     """What has come of asking one filter. `word`: its verdict, "failed", or "skipped" for a message that is too large for it;
     `action`: what follows from that; `failure`: the reason as FilterFailure has it, or ""; `closes`: the client is disconnected;
-    `seconds`: what it took. The others as of Answer: changes are those that are to be made."""
+    `seconds`: what it took; `later`: it is to look at the message later, before which that is not delivered. The others as of
+    Answer: changes are those that are to be made."""
 
     guard: "Guard"
     word: str
@@ -67,6 +71,7 @@ class Finding(NamedTuple):
     dropped: int = 0
     reply: bytes = b""
     condition: Condition = ""
+    later: bool = False
 
     def joined(self, before: "Finding") -> "Finding":
         """With what the same filter has said before, of another part of the same message: the stricter word, all changes. Of
@@ -86,6 +91,11 @@ class Finding(NamedTuple):
         return self.action is not Verdict.ACCEPT or bool(self.edits or self.envelope or self.body or self.dropped)
 
     @property
+    def follows(self) -> str:
+        """What follows from it, as it is logged."""
+        return "later" if self.later else self.action.word
+
+    @property
     def is_sure(self) -> bool:
         """Whether nothing that another filter says can change what is done."""
         return self.action is Verdict.REJECT
@@ -93,7 +103,8 @@ class Finding(NamedTuple):
 
 class Guard:
     """See above. `settings`: as configured; `filter`: what speaks to it; `follows`: it is a judgement.Follower, by whose session
-    it is asked; `alone`, `asks`, `begins`, `looks`: as of that; `tags`: it may say so."""
+    it is asked; `alone`, `asks`, `begins`, `looks`: as of that; `tags`: it may say so; `is_queued`: it looks at messages that are
+    in the queue."""
 
     def __init__(
         self,
@@ -125,6 +136,7 @@ class Guard:
         self._probing: asyncio.Task[None] | None = None
         self._warn_after = 0.0
         self._closed = False
+        self.is_queued = settings.is_queued
 
     def begin(self) -> None:
         """The configuration that has it is in use from now on."""
@@ -151,6 +163,13 @@ class Guard:
             "name": self.name, "type": self.settings.type, "up": down is None, "waiting": self._places.waiting,
             "down for": 0 if down is None else round(self._loop.time() - down[0]), "why": "" if down is None else down[1],
         }  # fmt: skip
+
+    def told(self) -> str:
+        """For operators: what it does now."""
+        if self._down is None:
+            return f"filter {self.name}"
+        since = datetime.fromtimestamp(time.time() - (self._loop.time() - self._down[0]), UTC)
+        return f"filter {self.name}, down since {since:%Y-%m-%d %H:%M:%SZ}: {self._down[1]}"
 
     def session(self, client: str) -> FilterSession:
         """With a client, where the filter `follows` it."""
@@ -316,11 +335,16 @@ class Guard:
     def _failed(self, trusted: bool, failure: FilterFailure, seconds: float) -> Finding:
         settings = self.settings
         self._counters.failure(failure.reason)
-        what = (settings.on_failure_trusted if trusted else None) or settings.on_failure
-        if not settings.enforce:
-            what = "accept"
-        action = Verdict.TEMPFAIL if what == "disconnect" else Verdict[what.upper()]
-        return Finding(self, "failed", action, str(failure), failure=failure.reason, closes=what == "disconnect", seconds=seconds)
+        what = settings.failing(trusted) if settings.enforce else "accept"
+        action = _FAILED[what] if what in _FAILED else Verdict[what.upper()]
+        return Finding(
+            self, "failed", action, str(failure), failure=failure.reason, closes=what == "disconnect", seconds=seconds,
+            later=what == "later",
+        )  # fmt: skip
+
+    def waits(self, trusted: bool) -> bool:
+        """Whether it is down, so that a message in the queue waits for it."""
+        return self._down is not None and self.settings.enforce and self.settings.failing(trusted) in ("later", "tempfail")
 
     # The circuit
 

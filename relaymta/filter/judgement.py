@@ -87,7 +87,7 @@ class Text:
 
 
 class NewBody(Protocol):
-    """What takes the body that a filter writes in place of a message's; see accept/rewritten.py."""
+    """What takes the body that a filter writes in place of a message's; see filter/rewritten.py."""
 
     octets: int  # so far
     eight_bit: bool  # they are not all ASCII

@@ -1,7 +1,7 @@
 """SPF, DKIM, ARC and DMARC for mail of unauthenticated clients. One Authentication-Results field (RFC 8601) has the results."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -42,13 +42,22 @@ class Look:
 
 class Verdict(NamedTuple):
     """`field`: Authentication-Results, CRLF included, or empty; `dmarc`: its result; `enforced`: its policy is applied;
-    `malformed`: the authors cannot be determined; `authorless`: it is refused because there is none."""
+    `malformed`: the authors cannot be determined; `authorless`: it is refused because there is none; `sender`: the
+    envelope's; `spf`: the result; `signed`: the domain and the result of each signature."""
 
     field: bytes
     dmarc: Dmarc
     enforced: bool
     malformed: bool = False
     authorless: bool = False
+    sender: str = ""
+    spf: str = ""
+    signed: Sequence[tuple[str, str]] = ()
+
+    @property
+    def genuine(self) -> bool:
+        """Whether SPF, or a signature of the sender's domain or of one above that, say that the sender is not forged."""
+        return (bool(self.sender) and self.spf == "pass") or _has_signed(self.sender, self.signed)
 
     @property
     def refusal(self) -> bytes | None:
@@ -109,7 +118,8 @@ class Verifier:
             authors = claimed.authors or _host_of(sender)
             policy = await dmarc.check(self._resolver, authors, (sent.domain, sent.result), signed, until - loop.time())
         field = _field(self._hostname, sent, sender, found, sealed, policy)
-        return Verdict(field, policy, self._settings.dmarc == "enforce", policy is UNREADABLE)
+        enforced = self._settings.dmarc == "enforce"
+        return Verdict(field, policy, enforced, policy is UNREADABLE, False, sender, sent.result, signed)
 
     async def _spf(self, address: str, sender: str, helo: str) -> Spf:
         try:
@@ -126,6 +136,12 @@ def _host_of(sender: str) -> list[str]:
         return [normalize_domain(domain)] if domain and not domain.startswith("[") else []
     except DomainError:
         return []
+
+
+def _has_signed(sender: str, signed: Sequence[tuple[str, str]]) -> bool:
+    """Whether a signature that is good is one of an envelope sender's domain, or of one above it."""
+    hosts = ["." + host for host in _host_of(sender)]
+    return any(host.endswith("." + domain) for domain, result in signed if result == "pass" and domain for host in hosts)
 
 
 def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verified], str]:

@@ -11,8 +11,8 @@ import msgspec
 from relaymta.proto.printable import printable
 
 __all__ = [
-    "Attempt", "Body", "Envelope", "Onward", "Placement", "QueueName", "RecipientState", "category_of", "decode_envelope",
-    "encode", "held_because", "reply_text",
+    "Attempt", "Body", "Envelope", "Onward", "Placement", "QueueName", "RecipientState", "Unseen", "category_of",
+    "decode_envelope", "encode", "held_because", "reply_text",
 ]  # fmt: skip
 
 # Envelope.flags
@@ -23,6 +23,7 @@ QUARANTINED: Final = 16
 DSN: Final = 32  # a DSN that relaymta generated
 POLICY_HELD: Final = 64  # held by a hold policy, until that ends
 UTF8_HEADER: Final = 128  # given with SMTPUTF8, and its header is not ASCII (RFC 6531 3.2)
+UNSEEN: Final = 256  # not delivered before the filters that `Envelope.unseen` names have looked at it; not while it is held
 
 # RecipientState.state
 PENDING: Final = 0
@@ -91,6 +92,25 @@ class Placement(msgspec.Struct, array_like=True):
     indexes: list[int] | None = None
 
 
+class Unseen(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What filters have to know of a message that they look at after it was accepted, and that nothing else says. `filters`:
+    the names of those that have not looked yet. Its message data begins with `above` octets of fields of verification and of
+    filters that have looked, then `front` octets of those of the relay; the header as filters see it is behind these. `trusted`:
+    its client may relay; `signs`: it is to be signed; `genuine`: SPF or DKIM have passed. The others as of filter.Mail."""
+
+    filters: list[str]
+    above: int
+    front: int
+    trusted: bool
+    signs: bool
+    genuine: bool
+    tls: str = ""
+    mechanism: str = ""
+    parameters: list[str] = []
+    announced: int = 0
+    protocol: str = "ESMTP"
+
+
 class Envelope(msgspec.Struct, array_like=True, gc=False):
     """Everything about a message but its message data and its recipients' histories. `size`: octets of message data."""
 
@@ -113,6 +133,7 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     held_for: str = ""  # why it is held (`held_because`); "": it is not, or an older version has held it
     listener: str = ""  # the address that it came in on, as in the configuration; "": our own, or an older version took it
     forwarded: dict[str, str] = {}  # what its client has said by XFORWARD of the client that it had it from, by attribute
+    unseen: Unseen | None = None  # None: all filters have looked at it
 
 
 class Onward(NamedTuple):
@@ -130,6 +151,8 @@ class Onward(NamedTuple):
 BY_OPERATOR: Final = "by the operator (queue hold)"
 BY_POLICY: Final = "hold policy"  # and which
 BY_CRASHES: Final = "a worker died twice while delivering it"
+BY_EXPIRY: Final = "it expired before filters had looked at it; its sender may be forged, so there is no DSN"
+BY_CRASHES_UNSEEN: Final = "a worker died twice while filters looked at it"
 
 
 def held_because(reason: str) -> str:

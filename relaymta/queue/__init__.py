@@ -24,7 +24,7 @@ from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
-from relaymta.proto.envelope import HELD, Body, Envelope, QueueName
+from relaymta.proto.envelope import HELD, UNSEEN, Body, Envelope, QueueName
 from relaymta.queue.big import BigBodies
 from relaymta.queue.bodies import Bodies
 from relaymta.queue.change import Change
@@ -43,6 +43,7 @@ from relaymta.queue.readers import Readers
 from relaymta.queue.replies import Replies
 from relaymta.queue.schedule import Schedule
 from relaymta.queue.store import Store
+from relaymta.queue.unseen import UnseenMail
 from relaymta.queue.view import View
 from relaymta.queue.writer import Writer
 
@@ -109,11 +110,14 @@ class Queue:
             sign=sign,
         )
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
-        self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize)
+        self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
         self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
         self.begin, self.finish = self.entries.begin, self.ends.finish
         self.compactor = Compactor(self.store, self.segments, self.writer, self.store.points_at, self._readers.start)
-        self._expiry = Expiry(self.store, self.clock, self.schedule, self.entries, self.ends)
+        self.unseen = UnseenMail(
+            self.store, self.segments, self._big, self.clock, self.writer, self._readers, self.schedule, self.entries, assign
+        )
+        self._expiry = Expiry(self.store, self.clock, self.schedule, self.entries, self.ends, self._hold_expired)
         self._opening = Opening(self.store, self._big, self.clock, self.writer, self._readers, self.schedule, assign)
         self.quarantined = False  # whether start() found its culprit here
         self._taken = 0  # octets stored since the disk was last checked
@@ -137,6 +141,7 @@ class Queue:
             self.ends,
             assign,
             settings.max_age_ms,
+            lambda: self.unseen.noticed(),
         )
         self.change_messages, self.move_queues = self._changes.change_messages, self._changes.move_queues
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
@@ -260,7 +265,7 @@ class Queue:
     def _inlines(self, envelope: Envelope, name: QueueName) -> bool:
         """Whether a message will be tried at once, so that it needs no rows of its own."""
         return (
-            not envelope.flags & HELD
+            not envelope.flags & (HELD | UNSEEN)
             and self._awake(name)
             and self.entries.fresh + self._replies.promised < self.entries.half  # there is room in the window
             and not self.entries.paused
@@ -333,6 +338,10 @@ class Queue:
         if self.store.fresh.get(entry.ident) is not None:
             self._materialize([entry.ident])
         self.park(entry.queue, self.clock.now() + FAILED_OFFER_MS)
+
+    def _hold_expired(self, idents: list[int]) -> None:
+        """Unseen messages have expired, and there is to be no DSN."""
+        self._changes.begin("unseen expired", idents)
 
     # Periodic work
 

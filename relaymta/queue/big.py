@@ -7,6 +7,10 @@ removes what has no message. Invariant: a file whose message is committed, or ma
 What is written in place of a body that is still read has an id of its own, which no message gets. `become` gives it its message's
 name before it is finished, and so before that message is submitted: wherever the process is killed, a file that is left has no
 message, or is what its message was committed with.
+
+What is to take the place of the body of a message that is committed has a name of its own (`Segments.next_path`), and its
+generation in its frame and in the message's row. Behind the commit it is renamed; if the process is killed in between, `sweep`
+does that, and removes those of which no row has the generation.
 """
 
 import time
@@ -14,7 +18,9 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from relaymta.disk.big import BigBody
+from relaymta.disk.folders import remove_file
 from relaymta.disk.segments import Segments
+from relaymta.proto.envelope import Body, Envelope
 from relaymta.queue.store import Store
 
 __all__ = ["BigBodies"]
@@ -34,6 +40,15 @@ class BigBodies:
     def make(self, ident: int, room: int) -> BigBody:
         """A file for a large body, with `room` octets reserved in front of it. Blocks: called on a thread."""
         file = BigBody(self._segments.big_path(ident), ident, room)
+        self._received[ident] = file
+        return file
+
+    def make_next(self, ident: int, room: int, generation: int) -> BigBody:
+        """As `make`, for what is to take the place of the body of a message that is in the queue, and that its caller alone
+        changes. Blocks: called on a thread."""
+        path = self._segments.next_path(ident)
+        remove_file(path)
+        file = BigBody(path, ident, room, generation)
         self._received[ident] = file
         return file
 
@@ -64,11 +79,27 @@ class BigBodies:
             for ident, path in self._segments.big_files()
             if ident not in self._received and ident not in self._submitted and (not seconds or _written(path) < before)
         ]
+        following = [
+            (ident, path)
+            for ident, path in self._segments.next_files()
+            if ident not in self._received and ident not in self._submitted and (not seconds or _written(path) < before)
+        ]
         with self._store.reading() as txn:
+            for ident, path in following:
+                body = _large(self._store.envelope(txn, ident))
+                if body is not None and self._segments.is_next(ident, body):
+                    self._segments.take_place(ident)
+                else:
+                    remove_file(path)
             for ident, _ in left:
-                envelope = self._store.envelope(txn, ident)
-                if envelope is None or envelope.body is None or envelope.body.segment:
+                if _large(self._store.envelope(txn, ident)) is None:
                     self._segments.remove_big(ident)
+
+
+def _large(envelope: Envelope | None) -> Body | None:
+    """The body of a message, if that is a file of its own."""
+    body = None if envelope is None else envelope.body
+    return None if body is None or body.segment else body
 
 
 def _written(path: Path) -> float:

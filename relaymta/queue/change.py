@@ -7,9 +7,11 @@ import msgspec
 
 from relaymta.disk.transaction import Transaction
 from relaymta.proto.envelope import (
+    CLASSES,
     HELD,
     POLICY_HELD,
     QUARANTINED,
+    UNSEEN,
     Envelope,
     Placement,
     QueueName,
@@ -18,7 +20,20 @@ from relaymta.proto.envelope import (
     encode,
 )
 from relaymta.queue.ages import add, remove
-from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, ID, NUMBER, RECIPIENT, WAKE, QueueRow, Store, key_of
+from relaymta.queue.store import (
+    DUE,
+    EXPIRY,
+    HELD_KEY,
+    ID,
+    NUMBER,
+    RECIPIENT,
+    SCHEMA_UNSEEN,
+    UNSEEN_KEY,
+    WAKE,
+    QueueRow,
+    Store,
+    key_of,
+)
 
 __all__ = ["Change"]
 
@@ -77,16 +92,21 @@ class Change(Transaction):
             self.put(ident, msgspec.structs.replace(envelope, placements=placements), rows)
 
     def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:
-        """Add a message with rows of its own. `rows`: the queue's row of each of its placements."""
-        tables, put = self._tables, self.txn.put
+        """Add a message with rows of its own: due, or unseen. `rows`: the queue's row of each of its placements."""
+        tables, put, unseen = self._tables, self.txn.put, envelope.flags & UNSEEN
         put(ID.pack(ident), encode(envelope), db=tables["message"])
         for placement, row in zip(envelope.placements, rows, strict=True):
-            put(DUE.pack(placement.queue, placement.due, ident), b"", db=tables["due"])
+            if unseen:
+                row.unseen += 1
+            else:
+                put(DUE.pack(placement.queue, placement.due, ident), b"", db=tables["due"])
             row.messages += 1
             row.bytes += envelope.size
             add(row.ages, envelope.arrived)
             self._touched.add(row.number)
         put(EXPIRY.pack(envelope.deadline, ident), b"", db=tables["expiry"])
+        if unseen:
+            self._await(ident, envelope)
         if ident > self.highest:
             self.highest = ident
 
@@ -104,6 +124,8 @@ class Change(Transaction):
             self.unplace(ident, envelope, placement)
         if not envelope.flags & HELD:
             delete(EXPIRY.pack(envelope.deadline, ident), db=tables["expiry"])
+        if envelope.flags & UNSEEN:
+            self._await_no_more(ident, envelope)
         if histories:
             cursor = self.txn.cursor(db=tables["recipient"])
             prefix = ID.pack(ident)
@@ -122,6 +144,8 @@ class Change(Transaction):
         if envelope.flags & HELD:
             row.held -= 1
             self.txn.delete(HELD_KEY.pack(placement.queue, ident), db=self._tables["held"])
+        elif envelope.flags & UNSEEN:
+            row.unseen -= 1
         else:
             self.txn.delete(DUE.pack(placement.queue, placement.due, ident), db=self._tables["due"])
         self._touched.add(placement.queue)
@@ -137,6 +161,8 @@ class Change(Transaction):
         if envelope.flags & HELD:
             row.held += 1
             self.txn.put(HELD_KEY.pack(placement.queue, ident), b"", db=self._tables["held"])
+        elif envelope.flags & UNSEEN:
+            row.unseen += 1
         else:
             self.txn.put(DUE.pack(placement.queue, placement.due, ident), b"", db=self._tables["due"])
         self._touched.add(placement.queue)
@@ -153,6 +179,9 @@ class Change(Transaction):
             for placement in placements:
                 self.unplace(ident, envelope, placement)
             self.txn.delete(EXPIRY.pack(envelope.deadline, ident), db=self._tables["expiry"])
+            if envelope.flags & UNSEEN:
+                self._await_no_more(ident, envelope)
+                envelope.flags &= ~UNSEEN
             envelope.flags |= flags
             envelope.held_for = why
             for placement in placements:
@@ -160,11 +189,15 @@ class Change(Transaction):
             self.replace(ident, envelope)
 
     def release(self, ident: int, envelope: Envelope, now: int, deadline: int) -> None:
-        """Release a held message: it is due now and has a new deadline (both ms of the queue's clock)."""
+        """Release a held message: it is due now, or first seen by the filters that have not looked at it, and has a new deadline
+        (both ms of the queue's clock)."""
         if envelope.flags & HELD:
             for placement in envelope.placements:
                 self.unplace(ident, envelope, placement)
             envelope.flags &= ~(HELD | QUARANTINED | POLICY_HELD)
+            if envelope.unseen is not None:
+                envelope.flags |= UNSEEN
+                self._await(ident, envelope)
             envelope.held_for = ""
             envelope.deadline = deadline
             for placement in envelope.placements:
@@ -172,6 +205,36 @@ class Change(Transaction):
                 self.place(ident, envelope, placement)
             self.txn.put(EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
             self.replace(ident, envelope)
+
+    def seen(self, ident: int, envelope: Envelope, now: int) -> None:
+        """All filters have looked at an unseen message, and let it pass: it is due now (ms of the queue's clock)."""
+        placements = envelope.placements
+        for placement in placements:
+            self.unplace(ident, envelope, placement)
+        self._await_no_more(ident, envelope)
+        envelope.flags &= ~UNSEEN
+        envelope.unseen = None
+        for placement in placements:
+            placement.due = now
+            self.place(ident, envelope, placement)
+        self.replace(ident, envelope)
+
+    def unseen_by(self, ident: int, envelope: Envelope, left: list[str]) -> None:
+        """Of the filters that are to look at an unseen message, these have not yet."""
+        assert envelope.unseen is not None
+        envelope.unseen = msgspec.structs.replace(envelope.unseen, filters=left)
+        self._await(ident, envelope)
+        self.replace(ident, envelope)
+
+    def _await(self, ident: int, envelope: Envelope) -> None:
+        """Filters are to look at a message. A version that does not know what that is must not open the shard any more."""
+        unseen = envelope.unseen
+        assert unseen is not None
+        self.txn.put(_unseen_key(ident, envelope), encode((unseen.trusted, unseen.filters)), db=self._tables["unseen"])
+        self.set_meta(b"schema", SCHEMA_UNSEEN)
+
+    def _await_no_more(self, ident: int, envelope: Envelope) -> None:
+        self.txn.delete(_unseen_key(ident, envelope), db=self._tables["unseen"])
 
     def move(self, number: int, name: QueueName) -> int:
         """Move all mail of a queue, due now, to the route in `name`, by renaming the queue. How many messages it holds; 0 when
@@ -270,3 +333,7 @@ class Change(Transaction):
         super().abort()
         self._fresh.forget()
         self._store.forget(self._touched | self._named | self._written)
+
+
+def _unseen_key(ident: int, envelope: Envelope) -> bytes:
+    return UNSEEN_KEY.pack(CLASSES.get(envelope.priority, CLASSES["normal"]), ident)

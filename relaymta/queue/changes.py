@@ -51,7 +51,10 @@ class Changes:
         ends: Ends,
         assign: Assign,
         max_age_ms: int,
+        noticed: Callable[[], None],
     ) -> None:
+        """`noticed()`: there may be unseen messages that were none before."""
+        self._noticed = noticed
         self._loop = loop
         self._store = store
         self._clock = clock
@@ -69,7 +72,9 @@ class Changes:
 
     async def _in_turn(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a change after those before it, to completion even when the caller is cancelled."""
+        return await asyncio.shield(self._begin(change))
 
+    def _begin(self, change: Callable[[], Coroutine[Any, Any, T]]) -> "asyncio.Task[T]":
         async def run() -> T:
             async with self._turn:
                 try:
@@ -80,7 +85,7 @@ class Changes:
         task = self._loop.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
 
     async def finished(self) -> None:
         """Wait until no change is under way."""
@@ -96,6 +101,10 @@ class Changes:
         StoreError when a commit failed."""
         return await self._in_turn(lambda: self._change(verb, idents() if callable(idents) else idents, word))
 
+    def begin(self, verb: str, idents: list[int]) -> None:
+        """As `change_messages`, of which nobody awaits the end. Where the disk refuses it, it is to be begun again."""
+        self._begin(lambda: self._change(verb, idents, "")).add_done_callback(lambda task: task.cancelled() or task.exception())
+
     async def _change(self, verb: str, idents: list[int], word: Word) -> tuple[int, int]:
         claimed = self._entries.claim(idents)
         refused = False
@@ -106,6 +115,8 @@ class Changes:
                 changed = sum([await self._bounce(part, str(word)) for part in parts])
             else:
                 changed = sum([await self._writer.task(partial(self._apply, verb, part, word)) for part in parts])
+                if verb.startswith("release"):
+                    self._noticed()
         except StoreError:
             refused = True
             raise

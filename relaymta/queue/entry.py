@@ -88,7 +88,8 @@ class Entry:
 class Put:
     """A message to store. `data`: the message data in pieces; None when `envelope.body` names the file of a large message.
     `names`: its queues, each with the recipients' indexes (None: all). `done` is called on the loop with None when it is durable,
-    or with the error. `fresh`: it is delivered at once, so it is inlined."""
+    or with the error. `fresh`: it is delivered at once, so it is inlined; `replaces`: it takes the place of the unseen message of
+    this id, whom its caller has claimed, and its body, if it is a large one, is in `Segments.next_path`."""
 
     ident: int
     envelope: Envelope
@@ -97,6 +98,7 @@ class Put:
     done: Callable[[StoreError | None], None] | None
     fresh: bool = False
     error: StoreError | None = None
+    replaces: bool = False
 
 
 class Outcome:

@@ -5,10 +5,12 @@ After a stop or a jump of the clock of an hour or more, each message is tried on
 of an attempt expires it.
 """
 
+from collections.abc import Callable
+
 import msgspec
 
 from relaymta.disk.clock import ShardClock, wall_ms
-from relaymta.proto.envelope import TRANSIENT, Attempt
+from relaymta.proto.envelope import TRANSIENT, UNSEEN, Attempt, Envelope
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry
 from relaymta.queue.lifecycle import Lifecycle
@@ -34,7 +36,10 @@ class Expiry:
         schedule: Schedule,
         entries: Lifecycle,
         ends: Ends,
+        hold: Callable[[list[int]], object],
     ) -> None:
+        """`hold(idents)`: holds unseen messages that have expired."""
+        self._hold = hold
         self._store = store
         self._clock = clock
         self._schedule = schedule
@@ -64,10 +69,22 @@ class Expiry:
 
     def expire(self, overdue: list[Overdue], mark: int) -> None:
         """On the loop: end what `overdue` has read with this mark, unless it is in flight, claimed or outdated."""
+        unsent = {loaded.ident for loaded, _ in overdue if _has_no_dsn(loaded.envelope)}
+        if unsent:
+            self._hold(list(unsent))
         for loaded, last in overdue:
+            if loaded.ident in unsent:
+                continue
             entry = self._entries.seize(loaded, mark)
             if entry is None:
                 continue
-            never = Attempt(wall_ms(), TRANSIENT, "queue", "", 0, "4.4.7", "the message expired before it was tried")
+            what = "filters had looked at it" if entry.envelope.flags & UNSEEN else "it was tried"
+            never = Attempt(wall_ms(), TRANSIENT, "queue", "", 0, "4.4.7", f"the message expired before {what}")
             results = {index: msgspec.structs.replace(last.get(index, never), kind=TRANSIENT) for index, _ in entry.recipients}
             self._ends.end(entry, results)
+
+
+def _has_no_dsn(envelope: Envelope) -> bool:
+    """Whether the sender of an unseen message may be forged: then it is held, and there is no DSN to whoever that is."""
+    unseen = envelope.unseen
+    return bool(envelope.flags & UNSEEN) and unseen is not None and not (unseen.trusted or unseen.genuine)

@@ -11,11 +11,15 @@ from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.segments import Segments
 from relaymta.proto.envelope import (
     BY_CRASHES,
+    BY_CRASHES_UNSEEN,
+    BY_EXPIRY,
     BY_OPERATOR,
     BY_POLICY,
+    CLASSES,
     HELD,
     POLICY_HELD,
     QUARANTINED,
+    UNSEEN,
     Envelope,
     Placement,
     QueueName,
@@ -67,6 +71,7 @@ def summary(store: Store, clock: ShardClock) -> list[dict[str, Any]]:
                         "bytes": row.bytes,
                         "deferred": row.deferred,
                         "held": row.held,
+                        "unseen": row.unseen,
                         "next": clock.wall(row.wake) / 1000 if row.wake > now else (0 if not row.wake else time.time()),
                         "parked": row.not_before > now,
                     }
@@ -155,7 +160,7 @@ def policy_held(
 
 class Totals(NamedTuple):
     """A shard's counts. `overdue`: seconds since the earliest deadline (0: none has passed); `oldest`: age of the oldest message
-    that is not held, seconds."""
+    that is not held, seconds; `unseen`: messages that filters have not looked at, and the age of the oldest of them."""
 
     messages: int
     octets: int
@@ -165,6 +170,8 @@ class Totals(NamedTuple):
     segment_octets: int
     segment_live: int
     oldest: float = 0.0
+    unseen: int = 0
+    oldest_unseen: float = 0.0
 
 
 def totals(store: Store, segments: Segments, clock: ShardClock) -> Totals:
@@ -185,7 +192,19 @@ def totals(store: Store, segments: Segments, clock: ShardClock) -> Totals:
     age = max(0.0, (wall_ms() - oldest.arrived) / 1000) if oldest is not None else 0.0
     overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
     files, live, _ = segments.usage()
-    return Totals(messages, octets, deferred, held, overdue, files, live, age)
+    return Totals(messages, octets, deferred, held, overdue, files, live, age, *_unseen(store))
+
+
+def _unseen(store: Store) -> tuple[int, float]:
+    """How many messages filters have not looked at, and the age of the oldest, seconds."""
+    count, arrived = 0, list[int]()
+    with store.reading() as txn:
+        count = int(txn.stat(db=store.tables["unseen"])["entries"])
+        for priority in CLASSES.values() if count else ():
+            (found, ident), _ = next(store.unseen(txn, (priority, 0)), ((-1, 0), []))
+            envelope = store.envelope(txn, ident) if found == priority else None
+            arrived += [envelope.arrived] if envelope is not None else []
+    return count, max(0.0, (wall_ms() - min(arrived)) / 1000) if arrived else 0.0
 
 
 def reroute(change: Change, store: Store, clock: ShardClock, assign: Assign, idents: list[int], route: str) -> int:
@@ -254,7 +273,9 @@ def apply(
             change.replace(ident, envelope)
         elif (verb == "release" and envelope.flags & HELD) or (verb == "release policy" and envelope.flags & POLICY_HELD):
             change.release(ident, envelope, now, now + max_age_ms)
-        elif verb == "flush" and not envelope.flags & HELD:
+        elif verb == "unseen expired" and envelope.flags & UNSEEN:
+            change.hold(ident, envelope, BY_EXPIRY)
+        elif verb == "flush" and not envelope.flags & (HELD | UNSEEN):
             for placement in envelope.placements:
                 if placement.due > now:
                     change.unplace(ident, envelope, placement)
@@ -268,10 +289,12 @@ def apply(
 
 
 def quarantine(change: Change, store: Store, ident: int) -> bool:
-    """Writer thread, inside a group commit: hold a message whose delivery ended a worker; False when it is not in this shard."""
+    """Writer thread, inside a group commit: hold a message whose delivery, or for which filters, ended a worker; False when it is
+    not in this shard."""
     change.materialize(ident)
     envelope = change.envelope(ident)
     if envelope is None:
         return False
-    change.hold(ident, envelope, BY_CRASHES, HELD | QUARANTINED)
+    why = BY_CRASHES_UNSEEN if envelope.flags & UNSEEN else BY_CRASHES
+    change.hold(ident, envelope, why, HELD | QUARANTINED)
     return True

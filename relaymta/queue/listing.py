@@ -11,7 +11,7 @@ import msgspec
 from relaymta.control.filters import Filter
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.ident import format_id
-from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, Attempt, Envelope, RecipientState
+from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, UNSEEN, Attempt, Envelope, RecipientState
 from relaymta.queue.lifecycle import ENDING, IN_FLIGHT, Lifecycle
 from relaymta.queue.store import QueueRow, Store
 
@@ -35,8 +35,9 @@ class Recipient(msgspec.Struct):
 
 class Row(msgspec.Struct):
     """One message as `queue list --json` prints it. Times are seconds since 1970 UTC, 0: never. `state`: "queued" (not yet
-    tried), "in flight", "deferred" (tried, and to be tried again), "held" or "quarantined"; `next`: when it is due and its queue
-    does not sleep any more; `held_for`: why it is held ("": it is not, or an older version has held it)."""
+    tried), "in flight", "deferred" (tried, and to be tried again), "unseen" (filters have not looked at it), "held" or
+    "quarantined"; `next`: when it is due and its queue does not sleep any more; `held_for`: why it is held ("": it is not, or an
+    older version has held it); `unseen`: the filters that have not looked at it."""
 
     id: str
     state: str
@@ -51,6 +52,7 @@ class Row(msgspec.Struct):
     next: float
     expires: float
     held_for: str
+    unseen: list[str]
 
 
 class _Reader:
@@ -98,9 +100,10 @@ class _Reader:
             envelope.application,
             queues,
             attempts,
-            (due + behind) / 1000 if scheduled and placements else 0,
+            (due + behind) / 1000 if scheduled and placements and not flags & UNSEEN else 0,
             (envelope.deadline + behind) / 1000 if scheduled else 0,
             envelope.held_for,
+            [] if envelope.unseen is None else envelope.unseen.filters,
         )
 
     def _recipients(self, envelope: Envelope, states: dict[int, RecipientState]) -> list[Recipient]:
@@ -118,10 +121,11 @@ class _Reader:
 
 
 def _state(flags: int, attempts: int) -> str:
-    """The state of a message that is not in flight. Held, it may also be quarantined; deferred: it has been tried."""
+    """The state of a message that is not in flight. Held, it may also be quarantined; deferred: it has been tried; unseen: it
+    waits for filters."""
     if flags & QUARANTINED:
         return "quarantined"
-    return "held" if flags & HELD else "deferred" if attempts else "queued"
+    return "held" if flags & HELD else "unseen" if flags & UNSEEN else "deferred" if attempts else "queued"
 
 
 def page(

@@ -44,7 +44,7 @@ class Opening:
     async def put_in_order(self) -> list[Entry]:
         """Write the schema, remove and rehouse what is astray. The entries of the messages that were still inlined when the
         previous process ended."""
-        if self._store.meta(b"schema") != SCHEMA:  # not written again, so that an existing shard starts on a full disk
+        if self._store.meta(b"schema") < SCHEMA:  # not written again, so that an existing shard starts on a full disk
             await self._writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         await self._readers.run(self._big.sweep, 0)  # a process that was killed leaves large bodies without a message
         astray = await self._readers.run(self._astray)

@@ -6,6 +6,7 @@ from relaymta.disk.big import BigBody
 from relaymta.disk.folders import remove_file
 from relaymta.disk.segments import COLD, HOT, Segments
 from relaymta.errors import StoreError
+from relaymta.ident import format_id
 from relaymta.proto.envelope import (
     ATTEMPTS_KEPT,
     DELIVERED,
@@ -14,6 +15,7 @@ from relaymta.proto.envelope import (
     PENDING,
     PERMANENT,
     SUCCESS,
+    UNSEEN,
     Body,
     Envelope,
     Placement,
@@ -29,13 +31,15 @@ __all__ = ["Outcomes", "put_rows"]
 
 
 class Outcomes:
-    """Records outcomes in the transaction under way. `freed`: the bodies whose messages end in it."""
+    """Records outcomes in the transaction under way. `freed`: the bodies whose messages end in it; `followed`: the messages
+    whose large body is another one from then on."""
 
     def __init__(self, store: Store, segments: Segments, dsns: Dsns) -> None:
         self._store = store
         self._segments = segments
         self._dsns = dsns
         self.freed: list[tuple[int, Body]] = []
+        self.followed: list[int] = []
 
     def plan(self, outcome: Outcome) -> None:
         """Before the group is written: make an outcome's DSN, and plan the copy of a deferred body to a cold segment."""
@@ -180,6 +184,34 @@ class Outcomes:
                 self._segments.remove_big(put.ident)
         outcome.dsn = None
 
+    def replace(self, change: Change, put: Put, now: int) -> None:
+        """Put a message in place of the unseen one of its id."""
+        before, body = change.envelope(put.ident), put.envelope.body
+        if before is None or not before.flags & UNSEEN:
+            put.error = StoreError(f"message {format_id(put.ident)} had left the queue before")
+            if body is not None and body.segment:
+                self.free_body(put.ident, body)
+            return
+        change.finish_message(put.ident, before, histories=False)
+        if body is not None and not body.segment:
+            self.followed.append(put.ident)
+        if before.body is not None and (before.body.segment or put.ident not in self.followed):
+            self.free_body(put.ident, before.body)
+        put_rows(change, put, now)
+
+    def settle(self) -> None:
+        """The transaction was committed: remove and rename files."""
+        for ident in self.followed:
+            self._segments.take_place(ident)
+        for ident, body in self.freed:
+            if not body.segment:
+                self._segments.remove_big(ident)
+
+    def forget(self) -> None:
+        """The transaction is over."""
+        self.freed.clear()
+        self.followed.clear()
+
     def free_body(self, ident: int, body: Body | None) -> None:
         """Free a body in the group under way, in which its message ends."""
         if body is not None:
@@ -187,7 +219,7 @@ class Outcomes:
 
 
 def put_rows(change: Change, put: Put, now: int) -> None:
-    """Add a message with rows of its own, due now or held."""
+    """Add a message with rows of its own: due now, held, or unseen."""
     envelope = put.envelope
     if envelope.flags & HELD:  # held on arrival: `hold` needs the rows of a message that is not held
         envelope.flags &= ~HELD

@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterable
 
-from relaymta.proto.envelope import HELD
+from relaymta.proto.envelope import HELD, UNSEEN
 from relaymta.queue.big import BigBodies
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.events import Events
@@ -15,8 +15,8 @@ __all__ = ["Replies"]
 
 
 class Replies:
-    """Takes the groups of one shard from the writer. `materialize(idents)`: as of the queue. `promised`: inlined messages that
-    are not committed yet; each has room in the window."""
+    """Takes the groups of one shard from the writer. `materialize(idents)`: as of the queue; `unseen()`: there is a message that
+    filters have not looked at. `promised`: inlined messages that are not committed yet; each has room in the window."""
 
     def __init__(
         self,
@@ -25,12 +25,14 @@ class Replies:
         schedule: Schedule,
         big: BigBodies,
         materialize: Callable[[Iterable[int]], None],
+        unseen: Callable[[], None],
     ) -> None:
         self._events = events
         self._entries = entries
         self._schedule = schedule
         self._big = big
         self._materialize = materialize
+        self._unseen = unseen
         self.promised = 0
 
     def committed(self, group: Committed) -> None:
@@ -56,7 +58,7 @@ class Replies:
             if put.data is None:
                 self._big.settled(put.ident)
             try:
-                if error is None:
+                if error is None and not put.replaces:
                     self._events.queued(put)
             except Exception as raised:
                 self.raised(raised)
@@ -65,7 +67,10 @@ class Replies:
                     put.done(error)
             except Exception as raised:
                 self.raised(raised)
-            if error is None and not put.envelope.flags & HELD and not self._entries.add_fresh(_entries(put)):
+            flags = put.envelope.flags
+            if flags & UNSEEN and error is None:
+                self._unseen()
+            elif not flags & HELD and error is None and not self._entries.add_fresh(_entries(put)):
                 self._schedule.wake()
                 if put.fresh:
                     self._materialize([put.ident])

@@ -6,6 +6,7 @@
     wake       time, queue            one row per queue that has a due row
     expiry     deadline, id           every message that is not held
     held       queue, id              every held or quarantined message
+    unseen     class, id              every message that is not due, nor held, since filters have not looked at it: which
     fresh, ended                      inlined messages, which have none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
@@ -39,7 +40,8 @@ from relaymta.queue.fresh import Fresh
 
 __all__ = ["Histories", "QueueRow", "Store", "key_of"]
 
-SCHEMA = 2
+SCHEMA = 2  # of a new shard
+SCHEMA_UNSEEN = 3  # of one in which there has been a message that filters had not looked at: older versions take none for seen
 
 LONGEST_KEY = 511  # octets, of LMDB
 
@@ -49,14 +51,15 @@ DUE = struct.Struct(">IQQ")
 WAKE = struct.Struct(">QI")
 EXPIRY = struct.Struct(">QQ")
 HELD_KEY = struct.Struct(">IQ")
+UNSEEN_KEY = struct.Struct(">BQ")
 NUMBER = struct.Struct(">I")
 
-_TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended")
+_TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended", "unseen")
 
 
 class QueueRow(msgspec.Struct, array_like=True):
     """A queue's row in LMDB: its name and counts, `wake`: when it is scanned next (0: never, nothing is due), `not_before`: until
-    when it is parked. Times are ms of the queue's clock."""
+    when it is parked. Times are ms of the queue's clock. `unseen`: messages that filters have not looked at."""
 
     number: int
     name: QueueName
@@ -68,9 +71,11 @@ class QueueRow(msgspec.Struct, array_like=True):
     not_before: int = 0
     ages: list[list[int]] = []
     moved: bool = False  # to another route, by an operator: all mail in it is due, and none is added
+    unseen: int = 0
 
 
 _decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
+_decode_awaited = msgspec.msgpack.Decoder(tuple[bool, list[str]]).decode
 
 
 def key_of(name: QueueName) -> bytes:
@@ -95,8 +100,8 @@ class Store(Environment):
         self._queues.clear()
         self._by_number.clear()
         schema = self.meta_in(txn, b"schema")
-        if schema > SCHEMA:
-            raise StoreError(f"{self._path} was written by a newer relaymta (schema {schema}, not {SCHEMA})")
+        if schema > SCHEMA_UNSEEN:
+            raise StoreError(f"{self._path} was written by a newer relaymta (schema {schema}, not {SCHEMA_UNSEEN})")
         fresh = Fresh(self.tables["fresh"], self.tables["ended"])
         fresh.load(txn, self.meta_in(txn, b"seen"))
         self.fresh = fresh  # when it is complete, since other threads read it
@@ -167,6 +172,16 @@ class Store(Environment):
                 if key[:4] != prefix:
                     return
                 yield HELD_KEY.unpack(key)[1]
+
+    def unseen(self, txn: Any, after: tuple[int, int] = (0, 0)) -> Iterator[tuple[tuple[int, int], tuple[bool, list[str]]]]:
+        """((class, id), (whether its client may relay, names of filters)) of the messages that filters have not looked at, above
+        `after`: by class, and in it the oldest first."""
+        if "unseen" not in self.tables:  # read only, and an older version wrote it
+            return
+        cursor = txn.cursor(db=self.tables["unseen"])
+        if cursor.set_range(UNSEEN_KEY.pack(after[0], after[1] + 1)):
+            for key, value in cursor:
+                yield UNSEEN_KEY.unpack(key), _decode_awaited(value)
 
     def expiries(self, txn: Any, after: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, int]]:
         """(deadline, id) of all messages that are not held, the earliest first, above `after`."""

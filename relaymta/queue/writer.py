@@ -73,7 +73,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         self._try(group)
         for put in group.puts:
             if put.error is not None and put.data is None:  # its file has no message, and the client is told to try again
-                self._segments.remove_big(put.ident)
+                remove_file(self._segments.next_path(put.ident) if put.replaces else self._segments.big_path(put.ident))
         return group
 
     def _try(self, group: Committed) -> None:
@@ -143,7 +143,9 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         def fill(change: Change, now: int) -> None:
             self._inline(change, [put for put in puts if put.fresh], now)
             for put in puts:
-                if not put.fresh:
+                if put.replaces:
+                    self._outcomes.replace(change, put, now)
+                elif not put.fresh:
                     put_rows(change, put, now)
             for outcome in outcomes:
                 self._outcomes.record(change, outcome, now)
@@ -157,10 +159,8 @@ class Writer(GroupWriter[Operation, Committed, Change]):
 
         error = self._transact(fill)
         if error is None:
-            for ident, body in self._outcomes.freed:
-                if not body.segment:
-                    self._segments.remove_big(ident)
-        self._outcomes.freed.clear()
+            self._outcomes.settle()
+        self._outcomes.forget()
         return error
 
     def _inline(self, change: Change, puts: list[Put], now: int) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import shlex
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from relaymta.ident import format_id
@@ -51,9 +52,10 @@ async def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
+async def explain(dispatcher: Dispatcher, ident: int, filters: Callable[[list[str]], str] = ", ".join) -> dict[str, Any] | None:
     """A message of a worker's shard: as `inspect.message`, with `waits`: for each of its queues the routes that were checked,
-    the site, the last attempts, and what it waits for. None when this shard does not have it."""
+    the site, the last attempts, and what it waits for. `filters(names)`: what these do, which have not looked at it. None when
+    this shard does not have it."""
     queue = dispatcher.queue
     assert queue is not None
     found = await queue.message(ident)
@@ -70,7 +72,10 @@ async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
         attempts = pending[0].get("attempts", []) if pending else []
         held = found["state"] in ("held", "quarantined")
         in_flight = entry is not None and not entry.waiting
-        wait = _held(view, found["state"], found["held_for"]) if held else _waits_for(view, name, due, in_flight)
+        if found["state"] == "unseen":
+            wait = _answer(filters(found["unseen"]), 0, "")
+        else:
+            wait = _held(view, found["state"], found["held_for"]) if held else _waits_for(view, name, due, in_flight)
         found["waits"].append(
             {
                 "queue": str(name),

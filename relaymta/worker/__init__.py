@@ -44,6 +44,7 @@ from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
 
 if TYPE_CHECKING:
+    from relaymta.filter.scanner import Needs, Scanner
     from relaymta.worker.mail import Mail
 
 __all__ = ["Shard", "Worker", "main"]
@@ -82,6 +83,28 @@ class Shard:
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
         self.count_at = 0.0
+        self._worker = worker
+        self.scanner: Scanner | None = None  # there have been no messages yet that filters had not looked at
+
+    async def look(self) -> None:
+        """From now on filters look at the unseen messages in the queue."""
+        self.queue.unseen.noticed = self._scan
+        if await self.queue.unseen.exist():
+            self._scan()
+
+    def _scan(self) -> None:
+        if self.scanner is None:
+            from relaymta.filter.scanner import Scanner
+
+            worker = self._worker
+            self.scanner = Scanner(self.queue, worker.needs(), worker.in_flight, worker.probed, worker.log)
+        self.scanner.wake()
+
+    async def end_scans(self) -> None:
+        """Unseen messages stay as they are."""
+        self.queue.unseen.noticed = lambda: None
+        if self.scanner is not None:
+            await self.scanner.stop()
 
     def _next_try(self, outcome: Outcome) -> int:
         """When an outcome's deferred recipients are tried again (ms of the wall clock): at its due time, or later if its queue
@@ -194,8 +217,22 @@ class Worker:
             others = self.mail.connections()
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
+        for shard in self.shards.values():
+            await shard.look()
         for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
+
+    def needs(self) -> "Needs":
+        """What scanners use."""
+        from relaymta.filter.scanner import Needs
+
+        intake, acceptor = self.intake, self.acceptor
+        assert intake is not None and acceptor is not None
+        endpoint = acceptor.endpoint
+        return Needs(
+            lambda: endpoint.chains, endpoint.signer, intake.readdressed, intake.rewritten,
+            lambda: self.config.limits.message_size,
+        )  # fmt: skip
 
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)
@@ -314,6 +351,7 @@ class Worker:
             return
         self.acceptor.stop_listening()
         await asyncio.gather(
+            *(shard.end_scans() for shard in self.shards.values()),
             self.acceptor.drained(DRAIN_SECONDS),
             *(shard.dispatcher.drain(DRAIN_SECONDS, DATA_SECONDS) for shard in self.shards.values()),
         )

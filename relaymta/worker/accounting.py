@@ -6,7 +6,7 @@ from typing import Any
 
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.proto.envelope import SUCCESS, TRANSIENT
+from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope
 from relaymta.proto.said import Said
 from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id
 
@@ -37,9 +37,13 @@ def _shown(code: int, text: bytes) -> str:
     return f"{code} {text.decode('utf-8', 'replace')}".strip() if code else ""
 
 
-def _orig(forwarded: dict[str, str]) -> dict[str, str]:
-    """What XFORWARD has said, as the log has it."""
-    return {f"orig_{field}": forwarded.get(name, "") for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT"))}
+def _more(envelope: Envelope) -> dict[str, Any]:
+    """What XFORWARD has said, and which filters have not looked at it yet, as the log has it."""
+    found: dict[str, Any] = {} if envelope.unseen is None else {"unseen": envelope.unseen.filters}
+    if envelope.forwarded:
+        for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT")):
+            found[f"orig_{field}"] = envelope.forwarded.get(name, "")
+    return found
 
 
 def _link(entry: Entry, position: int) -> Link:
@@ -73,7 +77,7 @@ class Witness(Events):
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
-            message_id=envelope.message_id, **(_orig(envelope.forwarded) if envelope.forwarded else {}),
+            message_id=envelope.message_id, **(_more(envelope) if envelope.forwarded or envelope.unseen else {}),
         )  # fmt: skip
 
     def ended(self, outcome: Outcome) -> None:

@@ -119,10 +119,17 @@ class Answers:
     async def explain(self, args: OfMessage) -> Any:
         """As `send.explain.explain`; None when no shard has it."""
         for shard in self._shards.values():
-            found = await explain(shard.dispatcher, parse_id(args.ident))
+            found = await explain(shard.dispatcher, parse_id(args.ident), self._waits_for)
             if found is not None:
                 return found
         return None
+
+    def _waits_for(self, names: list[str]) -> str:
+        """What filters do that have not looked at a message in the queue."""
+        acceptor = self._worker.acceptor
+        chains = acceptor.endpoint.chains if acceptor is not None else None
+        told = [f"filter {name}, which is not configured any more" for name in names] if chains is None else chains.told(names)
+        return "; ".join(told)
 
     async def raw(self, args: OfMessage) -> AsyncGenerator[bytes, None]:
         """A message's data in pieces; none when no shard has it."""

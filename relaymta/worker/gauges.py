@@ -26,6 +26,8 @@ _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], 
     ("relaymta_queue_held", attrgetter("held"), sum),
     ("relaymta_oldest_overdue_seconds", attrgetter("overdue"), max),
     ("relaymta_oldest_message_seconds", attrgetter("oldest"), max),
+    ("relaymta_unseen", attrgetter("unseen"), sum),
+    ("relaymta_unseen_oldest_seconds", attrgetter("oldest_unseen"), max),
     ("relaymta_segment_octets", attrgetter("segment_octets"), sum),
     ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
 ]

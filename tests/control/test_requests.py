@@ -114,7 +114,7 @@ def of(*slots):
     return Answers(SimpleNamespace(slots=list(slots), config=config, shared=shared, stopping=asyncio.Event()))
 
 
-ROW = {"queue": "q", "messages": 1, "bytes": 5, "deferred": 0, "held": 0, "next": 0, "parked": False}
+ROW = {"queue": "q", "messages": 1, "bytes": 5, "deferred": 0, "held": 0, "unseen": 0, "next": 0, "parked": False}
 
 
 async def test_an_answer_of_all_names_those_that_are_dead_starting_or_late():

@@ -108,7 +108,7 @@ def test_a_virus_is_refused_by_name_however_it_is_sent_and_all_else_arrives(tmp_
 def test_a_scanner_that_is_gone_costs_what_was_said_it_may_cost_and_comes_back_by_itself(tmp_path):
     """kill -9, then a restart; meanwhile mail that is not for it goes on."""
     with clamd() as scanner, FakeMx({}) as peer:
-        settings = virus(scanner, 'recipient_domain=["d.example"]', 'timeout="5s"')
+        settings = virus(scanner, 'recipient_domain=["d.example"]', 'timeout="5s"', 'on_failure="tempfail"')
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", settings) as relay:
             relay.send()
             scanner.send(signal.SIGKILL)

@@ -297,7 +297,7 @@ def test_the_client_that_goes_while_a_milter_is_asked_leaves_nothing(tmp_path):
 @STAGES
 def test_a_milter_that_dies_stops_and_comes_back(tmp_path, stage):
     """On one session: each message is shown or gets 451; mail that is not for it goes on; it comes back by itself."""
-    keys = f'stage="{stage}"', 'timeout="1s"', 'clients="trusted"'
+    keys = f'stage="{stage}"', 'timeout="1s"', 'clients="trusted"', 'on_failure="tempfail"'
     with acting() as one, FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(one, *keys)) as relay:
         with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
 
@@ -346,7 +346,7 @@ def test_a_milter_that_dies_at_one_message_is_shown_it_once_more_and_no_more(tmp
 
 def test_another_service_is_no_milter_and_is_told_apart_at_once(tmp_path):
     with clamd() as scanner, FakeMx({}) as peer:
-        with Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(scanner)) as relay:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(scanner, 'on_failure="tempfail"')) as relay:
             began = time.monotonic()
             assert refusal(relay, text())[0] == 451
             assert time.monotonic() - began < 5

@@ -9,17 +9,29 @@ on when whoever waits for it is cancelled; `discard` has the file removed when t
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from relaymta.accept.large import Large
 from relaymta.errors import StoreError
 from relaymta.filter.judgement import FilterFailure, Text
 from relaymta.reservation import Reservation
 
-__all__ = ["Rewritten"]
+__all__ = ["File", "Rewritten"]
 
 TOGETHER = 256 << 10  # octets that are written together
 PIECES = 1024  # in memory, until they are joined: each costs more memory than it may hold
+
+
+class File(Protocol):
+    """The file of a body. Each method is called on a thread, one at a time but for `piece`. OSError or StoreError."""
+
+    def write(self, data: list[bytes]) -> None:
+        """Append pieces."""
+
+    def piece(self, at: int, most: int) -> bytes:
+        """Octets of it."""
+
+    def discard(self) -> None:
+        """It is not used: remove it."""
 
 
 class Rewritten:
@@ -30,14 +42,14 @@ class Rewritten:
     `large` has been taken over is not discarded here."""
 
     def __init__(
-        self, make: Callable[[], Large], memory: int, most: int, thread: Callable[..., "asyncio.Future[Any]"], place: Reservation
+        self, make: Callable[[], File], memory: int, most: int, thread: Callable[..., "asyncio.Future[Any]"], place: Reservation
     ) -> None:
         """`make()` makes a file for it, on a thread; up to `memory` octets it is in memory; it may have `most` octets.
         `thread(work, *arguments)` does work on a thread; its future is done when the work is, unless it is cancelled."""
         self.octets = 0
         self.eight_bit = False
         self.body = b""
-        self.large: Large | None = None
+        self.large: File | None = None
         self.place = place
         self._make = make
         self._memory = memory

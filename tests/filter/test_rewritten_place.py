@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from relaymta.accept.large import ROOM, Large
-from relaymta.accept.rewritten import Rewritten
 from relaymta.disk.big import BigBody
 from relaymta.errors import StoreError
+from relaymta.filter.rewritten import Rewritten
 from relaymta.proto.envelope import Body, Envelope
 from relaymta.queue import wall_ms
 from relaymta.reservation import Reservation
-from tests.accept.test_rewritten import Stop, content
+from tests.filter.test_rewritten import Stop, content
 from tests.queue.test_one_end import Watched
 from tests.queue.test_queue import until
 
@@ -261,7 +261,7 @@ async def replaced_until(folder: Path, point: str, large: bool) -> None:
 @pytest.mark.parametrize("large", [True, False], ids=["of a file", "of a body in memory"])
 async def test_a_process_that_is_killed_leaves_the_whole_message_or_none(tmp_path, point, large):
     code = (
-        "import asyncio, sys; from pathlib import Path; from tests.accept.test_rewritten_place import replaced_until; "
+        "import asyncio, sys; from pathlib import Path; from tests.filter.test_rewritten_place import replaced_until; "
         "asyncio.run(replaced_until(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == 'True'))"
     )
     asked = [sys.executable, "-c", code, str(tmp_path), point, str(large)]

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relaymta.accept import rewritten
 from relaymta.accept.large import ROOM, Large
-from relaymta.accept.rewritten import PIECES, TOGETHER, Rewritten
 from relaymta.disk.big import BigBody
 from relaymta.errors import StoreError
+from relaymta.filter import rewritten
 from relaymta.filter.judgement import FilterFailure
+from relaymta.filter.rewritten import PIECES, TOGETHER, Rewritten
 from relaymta.reservation import Reservation
 from tests.queue.test_queue import until
 
