@@ -11,6 +11,7 @@ The dialogue with filters that follow the client begins with its first message, 
 it ends whenever one of the two is another one.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -173,6 +174,7 @@ class Rights(Host):
             if isinstance(place, bytes):
                 return place
             self._place, self.client = place, client
+            self.offers = replace(self.offers, xforward=client.xforward)
             self._settle()
         self._proxy = proxy
         if client is before and not attributes.keys() & {"ADDR", "LOGIN"}:

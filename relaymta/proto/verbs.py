@@ -243,6 +243,7 @@ def _xclient(session: Session, argument: bytes) -> bytes:
         if refused is not None and refused.startswith(b"4"):
             session.close()
         return session.error(refused or reply.BAD_ARGUMENT)
+    session.drop()  # what XFORWARD has said was about mail of the client before
     session.helo = found.get("HELO", "")
     session.extended = found.get("PROTO", "") in ("", "ESMTP") and bool(session.helo)
     session.errors = session.wrong_logins = 0

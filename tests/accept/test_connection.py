@@ -350,6 +350,22 @@ def test_a_proxys_rights_are_not_its_clients(words, address, relays):
     assert not of.held()
 
 
+@pytest.mark.parametrize("address", [b"192.0.2.7", b"[UNAVAILABLE]"])
+def test_a_proxys_xforward_is_not_its_clients(address):
+    of = machine(network=[PROXY | {"xforward": True}, {"networks": ["192.0.2.9/32"], "xforward": True}])
+    made = connected(of)
+    said = b"XFORWARD ADDR=10.0.0.1 HELO=inside\r\n"
+    assert say(made, EHLO + said)[-1][:3] == "250"
+    say(made, b"XCLIENT ADDR=" + address + b" HELO=outside PROTO=ESMTP\r\n")
+    say(made, MESSAGE)
+    assert b"XFORWARD" not in made.session.receive(EHLO)
+    assert say(made, said + MESSAGE)[0][:3] == "500"
+    assert [envelope.forwarded for envelope, _ in of.stored] == [{}, {}]
+    say(made, b"XCLIENT ADDR=192.0.2.9 HELO=filter PROTO=ESMTP\r\n")
+    assert say(made, said + MESSAGE)[0][:3] == "250"
+    assert of.stored[-1][0].forwarded == {"ADDR": "10.0.0.1", "HELO": "inside"}
+
+
 @pytest.mark.parametrize(
     ("normalized", "assumed", "code"),
     [("192.0.2.7", "192.0.2.7", "250"), ("127.0.0.1", "192.0.2.7", "550"), ("192.0.2.7", "", "550")],
