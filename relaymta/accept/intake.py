@@ -128,12 +128,13 @@ class Intake:
 
     def returning(self, client: Client) -> Client:
         """The rules for a client of a listener with `filtered`, which is one of its `networks`: it gives back what has been taken
-        before, so that it may relay, was counted, and may have grown."""
+        before, so that it may relay, was counted, and may have grown. It speaks for no other client: XCLIENT would let one past
+        the filters."""
         most = client.limits.message_size + FILTER_GROWTH
         limits = replace(client.limits, message_size=most, long_lines=True, lenient=True)
         found = replace(client, limits=limits, trusted=True, connections=max(client.connections, TRUSTED_CONNECTIONS))
         found = replace(found, connection_rate="", message_rate="", recipient_rate="")
-        return replace(found, xforward=client.xforward or plain_address(client.address).is_loopback)
+        return replace(found, xclient=False, xforward=client.xforward or plain_address(client.address).is_loopback)
 
     def _rules(self, address: str) -> Client:
         config = self._config

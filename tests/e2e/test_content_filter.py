@@ -197,6 +197,20 @@ def test_others_cannot_give_mail_back(tmp_path):
         assert relay.give_back("127.0.0.5").startswith(b"220 ")
 
 
+def test_who_may_name_clients_elsewhere_does_not_let_them_past_the_filter(tmp_path):
+    back = free_port()
+    settings = ("relay.networks=[]", 'relay.domains=["d.example"]', 'network=[{networks=["127.0.0.1/32"], xclient=true}]')
+    with FakeMx({}) as peer, Filtering(tmp_path, peer, peer.port, back, *settings) as relay:
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+            client.ehlo("proxy.example")
+            assert client.docmd("XCLIENT ADDR=192.0.2.7")[0] == 220
+        with smtplib.SMTP("127.0.0.1", back, timeout=PATIENCE) as client:
+            client.ehlo("proxy.example")
+            assert "xclient" not in client.esmtp_features and "xforward" in client.esmtp_features
+            assert client.docmd("XCLIENT ADDR=192.0.2.7")[0] == 500
+            client.sendmail("a@b.example", ["x@else.example"], TEXT)
+
+
 def test_a_route_that_sends_what_comes_back_to_the_filter_again_ends_in_a_bounce(tmp_path):
     hops, back = 5, free_port()
     with FakeMx({}) as peer, Scripted(back) as content:
