@@ -107,6 +107,7 @@ class Intake:
         self._long_lines = _Networks.of(config.intake.long_line_networks)
         self._staging = Redirection(config.staging.redirect, config.staging.allow) if config.staging.redirect else None
         self._peers = [(_Networks.of(peer.networks), peer) for peer in config.network]
+        self._largest = max([config.limits.message_size, *(peer.message_size or 0 for peer in config.network)])
         self._clients: dict[str, Client] = {}
 
     def client(self, address: str) -> Client:
@@ -128,10 +129,11 @@ class Intake:
 
     def returning(self, client: Client) -> Client:
         """The rules for a client of a listener with `filtered`, which is one of its `networks`: it gives back what has been taken
-        before, so that it may relay, was counted, and may have grown. It speaks for no other client: XCLIENT would let one past
-        the filters."""
-        most = client.limits.message_size + FILTER_GROWTH
-        limits = replace(client.limits, message_size=most, long_lines=True, lenient=True)
+        before, from whatever client, so that it may relay, was counted, and may have grown. It speaks for no other client:
+        XCLIENT would let one past the filters."""
+        size = self._largest + FILTER_GROWTH
+        recipients = max(client.limits.recipients, self._config.intake.recipients)
+        limits = replace(client.limits, message_size=size, recipients=recipients, long_lines=True, lenient=True)
         found = replace(client, limits=limits, trusted=True, connections=max(client.connections, TRUSTED_CONNECTIONS))
         found = replace(found, connection_rate="", message_rate="", recipient_rate="")
         return replace(found, xclient=False, xforward=client.xforward or plain_address(client.address).is_loopback)

@@ -197,6 +197,18 @@ def test_others_cannot_give_mail_back(tmp_path):
         assert relay.give_back("127.0.0.5").startswith(b"220 ")
 
 
+def test_what_some_clients_may_send_comes_back_whatever_the_filters_own_limits(tmp_path):
+    back = free_port()
+    settings = (
+        "limits.message_size=10000",
+        'network=[{networks=["127.0.0.9/32"], message_size=200000}, {networks=["127.0.0.1/32"], message_size=5000, recipients=1}]',
+    )
+    with FakeMx({}) as peer, Scripted(back) as content, Filtering(tmp_path, peer, content.port, back, *settings) as relay:
+        relay.send_from("127.0.0.9", TEXT + ("x" * 70 + "\r\n") * 2000, ("c@d.example", "e@d.example"))
+        ((_, to, data),) = arrived(peer)
+        assert len(to) == 2 and len(data) > 140_000
+
+
 def test_who_may_name_clients_elsewhere_does_not_let_them_past_the_filter(tmp_path):
     back = free_port()
     settings = ("relay.networks=[]", 'relay.domains=["d.example"]', 'network=[{networks=["127.0.0.1/32"], xclient=true}]')
