@@ -15,6 +15,7 @@ XFORWARD = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "IDENT", "SOURCE")
 FORWARDED_MOST = 255  # octets of a value of XFORWARD
 COMMAND_MOST = 510  # octets of a command without CRLF (RFC 5321 4.5.3.1.4)
 UNAVAILABLE = "[UNAVAILABLE]"
+SHORTENED = ("HELO", "NAME", "PROTO", "IDENT")  # the attributes without a form of their own; the last is what finds the message
 _XTEXT = re.compile(r"\+([0-9A-Fa-f]{2})")
 _HEX = re.compile(rb"[0-9A-Fa-f]{2}")
 
@@ -75,13 +76,17 @@ def forwarded(argument: bytes) -> dict[str, str] | None:
 
 def xforward(values: dict[str, str], offered: Iterable[str]) -> str:
     """The XFORWARD command that says these attributes ("": unavailable), of those that a peer offers; "" where there are none.
-    Long values are cut, HELO first, so that it is no longer than a command may be."""
+    Long values are cut, in the order of SHORTENED, so that it is no longer than a command may be."""
     parts = {name: f"{name}={_to_xtext(value, FORWARDED_MOST)}" for name, value in values.items() if name in offered}
     if not parts:
         return ""
     beyond = len("XFORWARD") + sum(len(part) + 1 for part in parts.values()) - COMMAND_MOST
-    if beyond > 0 and "HELO" in parts:
-        parts["HELO"] = f"HELO={_to_xtext(values['HELO'], max(len(parts['HELO']) - len('HELO=') - beyond, 1))}"
+    for name in SHORTENED:
+        if beyond > 0 and name in parts:
+            whole = len(parts[name])
+            most = max(whole - len(name) - 1 - beyond, len(UNAVAILABLE))
+            parts[name] = f"{name}={_to_xtext(values[name], most)}"
+            beyond -= whole - len(parts[name])
     return f"XFORWARD {' '.join(parts.values())}"
 
 

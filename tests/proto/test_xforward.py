@@ -1,7 +1,7 @@
 """XFORWARD (https://www.postfix.org/XFORWARD_README.html): what it says, in what form, for which message; both sides."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relaymta.proto.arguments import XFORWARD, forwarded, xforward
@@ -61,6 +61,21 @@ def test_what_is_said_fits_a_command_and_is_understood(texts):
     shown = "".join(one if one.isprintable() else "?" for one in texts["HELO"].encode("utf-8", "replace").decode())
     cut = len(shown.encode()) > 255 // 3
     assert shown.startswith(found["HELO"]) and (cut or found["HELO"] == shown)
+
+
+@given(
+    st.fixed_dictionaries({name: st.text(max_size=255) for name in ("NAME", "HELO", "IDENT")}),
+    st.integers(0, 255), st.sets(st.sampled_from(XFORWARD)),
+)  # fmt: skip
+@example(dict.fromkeys(("NAME", "HELO", "IDENT"), "x" * 255), 255, set(XFORWARD))
+@example(dict.fromkeys(("NAME", "HELO", "IDENT"), "\u20ac" * 85), 255, set(XFORWARD))
+def test_what_others_have_said_fits_a_command_whatever_it_was(texts, protocol, offered):
+    values = {"ADDR": "IPV6:2001:db8:1111:2222:3333:4444:5555:6666", "PORT": "65535", "PROTO": "E" * protocol, "SOURCE": "REMOTE"}
+    line = xforward(texts | values, offered)
+    assert line.isascii() and len(line) <= 510 and bool(line) == bool(offered)
+    said = forwarded(line.partition(" ")[2].encode()) if line else {}
+    assert said is not None and said.keys() == offered
+    assert all(said[name] == values[name].removeprefix("IPV6:") for name in offered & {"ADDR", "PORT", "SOURCE"})
 
 
 def test_only_what_a_peer_takes_is_said():
