@@ -135,7 +135,8 @@ class Intake:
         recipients = max(client.limits.recipients, self._config.intake.recipients)
         limits = replace(client.limits, message_size=size, recipients=recipients, long_lines=True, lenient=True)
         found = replace(client, limits=limits, trusted=True, connections=max(client.connections, TRUSTED_CONNECTIONS))
-        found = replace(found, connection_rate="", message_rate="", recipient_rate="")
+        # Counted by itself: other clients of the filter's host must not keep from it the places by which mail comes back.
+        found = replace(found, group=f"back {client.group}", connection_rate="", message_rate="", recipient_rate="")
         return replace(found, xclient=False, xforward=client.xforward or plain_address(client.address).is_loopback)
 
     def _rules(self, address: str) -> Client:

@@ -350,6 +350,20 @@ def test_a_proxys_rights_are_not_its_clients(words, address, relays):
     assert not of.held()
 
 
+def test_the_connections_of_a_content_filter_are_counted_apart_from_its_hosts():
+    of = machine(listener=[{"address": "127.0.0.1:25"}, {"address": "127.0.0.1:10025", "filtered": True}], relay=TRUSTED)
+
+    def arrives(listener: int) -> bytes | None:
+        return Connection(of, of.config.listener[listener]).enter(of.intake.client("127.0.0.1"))
+
+    for listener in (0, 1):
+        count = next(count for count in range(1000) if arrives(listener) is not None)
+        assert count == 200 and arrives(listener) == reply.TOO_MANY_FROM_CLIENT
+    for made in list(of.connections):
+        made.release()
+    assert not of.held()
+
+
 @pytest.mark.parametrize("address", [b"192.0.2.7", b"[UNAVAILABLE]"])
 def test_a_proxys_xforward_is_not_its_clients(address):
     of = machine(network=[PROXY | {"xforward": True}, {"networks": ["192.0.2.9/32"], "xforward": True}])
