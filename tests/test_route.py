@@ -273,6 +273,18 @@ def test_what_is_no_address_is_refused(words):
     assert done.exit_code == 64 and "expected an address" in done.stderr
 
 
+def test_a_listener_that_there_is_not_is_refused():
+    settings = (
+        'listener=[{address="127.0.0.1:25"}]',
+        'route=[{name="content", hosts=["127.0.0.1:9"], listener=["127.0.0.1:25"]}]',
+    )
+    words = ["route", "test", "--to", "a@b.test", *(word for one in settings for word in ("--set", one)), "--listener"]
+    done = CliRunner().invoke(main, [*words, "127.0.0.1:26"])
+    assert done.exit_code == 64 and 'no such listener: 127.0.0.1:26 (did you mean "127.0.0.1:25"?)' in done.stderr
+    done = CliRunner().invoke(main, [*words, "127.0.0.1:25"])
+    assert done.exit_code == 0 and "content          yes" in done.stdout
+
+
 @pytest.mark.parametrize("recipient", ["x@bücher.example", "X@BÜCHER.example", "x@xn--bcher-kva.example"])
 @pytest.mark.parametrize(
     "pattern",

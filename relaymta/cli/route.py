@@ -8,7 +8,7 @@ import click
 
 from relaymta.cli.console import say, say_json
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
-from relaymta.cli.peer import as_json
+from relaymta.cli.peer import as_json, no_such
 from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.proto.address import plain
@@ -52,6 +52,9 @@ def test(
         if not re.match(r"[!-9;-~]+[ \t]*:", field):
             fail(64, f'--header {field}: expected "Name: value"')
     config = _config(read)
+    listeners = [one.address for one in config.listener] + [address for route in config.route for address in route.listener]
+    if listener and listener not in listeners:
+        fail(64, f"--listener: {no_such('listener', listener, listeners)}")
     try:
         envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application, listener=listener)
         found = asyncio.run(_test(config, envelope, headers, attempts))

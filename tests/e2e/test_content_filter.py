@@ -201,7 +201,7 @@ def test_what_some_clients_may_send_comes_back_whatever_the_filters_own_limits(t
     back = free_port()
     settings = (
         "limits.message_size=10000",
-        'network=[{networks=["127.0.0.9/32"], message_size=200000}, {networks=["127.0.0.1/32"], message_size=5000, recipients=1}]',
+        'network=[{networks=["127.0.0.9/32"], message_size=200000}, {networks=["127.0.0.1"], message_size=5000, recipients=1}]',
     )
     with FakeMx({}) as peer, Scripted(back) as content, Filtering(tmp_path, peer, content.port, back, *settings) as relay:
         relay.send_from("127.0.0.9", TEXT + ("x" * 70 + "\r\n") * 2000, ("c@d.example", "e@d.example"))
