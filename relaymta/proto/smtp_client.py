@@ -139,7 +139,7 @@ class Mail:
         self.said: dict[int, Said] = {}
         self.all_sent = False  # every recipient was accepted: no replies are built on the hot path
         self.answer = (0, b"")  # code and text of the reply to the final dot
-        self.reached = ""  # phase of the last reply, "" before the one to MAIL
+        self.reached = ""  # phase of the last reply, "" before the first
         self.data_sent = False  # the last octet is written and its reply awaited: in doubt
 
 
@@ -366,6 +366,7 @@ class ClientSession:
             mail.said[recipient] = Said(code, text, FINAL)
 
     def _forwarded(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        mail.reached = XFORWARD
         if not self.features.pipelining:
             self.out.append(self._mail_from(mail).encode())
             self._expected.append((MAIL, mail, 0))

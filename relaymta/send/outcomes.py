@@ -129,8 +129,8 @@ class Outcomes:
         assert isinstance(entry, Entry)
         core = session.core
         said = core.last_said
-        # A reused connection that ended before the reply to MAIL: no attempt is counted. (Not where an earlier transaction of the
-        # same message was on it: its recipients must not get the message again.)
+        # A reused connection that ended before any reply to the message: no attempt is counted. (Not where an earlier transaction
+        # of the same message was on it: its recipients must not get the message again.)
         # Nor where the peer did not implement BDAT: the message is sent by DATA.
         fresh = not mail.said and mail.trail is None and entry.lost < FREE_RETRIES
         free = fresh and (core.not_sent or (mail.reached == "" and core.messages))

@@ -106,6 +106,28 @@ class Scripted(FakeMx):
         return b"250 2.0.0 given back\r\n"
 
 
+class Parting(FakeMx):
+    """A content filter that takes two messages by BDAT, and of the second is only heard to reply to XFORWARD."""
+
+    def _talk(self, sock: socket.socket) -> None:
+        stream = sock.makefile("rb")
+        sock.sendall(b"220 filter.example ESMTP\r\n")
+        while line := stream.readline():
+            verb, sender = line[:4].upper(), self.mails[-1] if self.mails else ""
+            if verb == b"EHLO":
+                sock.sendall(b"250-filter.example\r\n250-PIPELINING\r\n250-CHUNKING\r\n250 XFORWARD ADDR\r\n")
+                continue
+            if verb == b"MAIL":
+                self.mails.append(line.decode())
+            if verb == b"BDAT":
+                self.messages.append((sender, [], stream.read(int(line.split()[1]))))
+                if len(self.mails) == 2:
+                    stream.close()
+                    return
+            if len(self.mails) < 2:
+                sock.sendall(b"250 ok\r\n")
+
+
 def queued(relay: Relay, count: int) -> list[dict]:
     wait_for(lambda: len(relay.events("queued")) >= count, what=f"{count} messages")
     found = relay.events("queued")
@@ -152,6 +174,17 @@ def test_a_filter_that_knows_no_xforward_gets_the_mail_all_the_same(tmp_path):
         relay.send()
         arrived(peer)
         assert not content.seen and not any("orig_id" in event for event in queued(relay, 2))
+
+
+def test_a_filter_that_has_replied_to_xforward_and_goes_may_have_the_message(tmp_path):
+    back = free_port()
+    with Parting({}) as content, Filtering(tmp_path, content, content.port, back) as relay:
+        relay.send()
+        wait_for(lambda: relay.events("delivered"), what="the first message")
+        relay.send()
+        wait_for(lambda: relay.events("deferred"), what="the end of the connection")
+        assert "in doubt" in relay.events("deferred")[0]["reply"] and len(content.messages) == 2
+        assert relay.metric("relaymta_in_doubt_total") == 1
 
 
 def test_who_may_give_mail_back_and_what_is_not_done_to_it(tmp_path):

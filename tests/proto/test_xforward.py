@@ -172,6 +172,16 @@ def test_a_reply_that_is_out_of_turn_closes_the_connection_and_nothing_is_in_dou
         assert core.closing and core.under_way() == [one] and not one.said and not one.reached
 
 
+@pytest.mark.parametrize("answer", REPLIES)
+def test_a_peer_that_has_replied_to_it_has_heard_of_the_message(answer):
+    core, one = ClientSession(peer(chunking=True)), mail()
+    core.begin(one)
+    written(core)
+    assert one.reached == "" and one.data_sent
+    core.receive(answer)
+    assert one.reached == "xforward" and core.awaiting == "mail"
+
+
 def test_each_message_says_its_own_behind_a_reset_and_nothing_where_nothing_is_offered():
     core = ClientSession(peer())
     core.begin(mail())
