@@ -173,12 +173,15 @@ class Intake:
             postmaster=config.relay.postmaster,
         )
 
-    def accept_sender(self, sender: str, size: int) -> bytes | None:
-        """The check at MAIL: the 452 when there is no room for a message of `size` octets (0: not announced), or None."""
+    def accept_sender(self, origin: Origin, size: int) -> bytes | None:
+        """The check at MAIL: the 452 when there is no room for a message of `size` octets (0: not announced), or None. What a
+        content filter gives back may use the reserve: the queue is full of what waits for the filter, and could not drain."""
         if self.out_of_memory:
             self.counters.add(REFUSED_FULL, 1)
             return reply.OUT_OF_MEMORY
-        if self.queue.full or self.queue.writer.stalled or size > self.queue.room:
+        queue = self.queue
+        full = size >= queue.reserve if origin.filtered else queue.full or size > queue.room
+        if full or queue.writer.stalled:
             self.counters.add(REFUSED_FULL, 1)
             return reply.STORE_FULL
         return None

@@ -139,7 +139,7 @@ class Rights(Host):
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
             name = login.identity.name
             return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> (senders of its account)")
-        refused = intake.accept_sender(sender, size)
+        refused = intake.accept_sender(self.origin, size)
         if refused is not None:
             return refused
         made = FiledTransaction if self.origin.lmtp else IncomingTransaction

@@ -11,7 +11,7 @@ __all__ = ["Disk"]
 BALLAST_LEAST, BALLAST_MOST = 512 << 10, 4 << 20
 FLOOR_SHARE = 10  # per cent of the file system
 FLOOR_MOST = 2 << 30
-MAP_SHARE = 90  # per cent of LMDB's map
+MAP_SHARE, MAP_MOST = 90, 95  # per cent of LMDB's map
 SLOW_SHARE = 4
 
 
@@ -19,7 +19,8 @@ class Disk:
     """The room on one shard's file system and in its map. `check` alone changes what is here.
 
     `full`: no mail is taken. `room`: octets until then. `pressure`: 0 while there is room enough, up to 1 as the last quarter of
-    a floor of room is used up. `brim`: half of the floor is used up, too: nothing is written that can be spared.
+    a floor of room is used up. `brim`: half of the floor is used up, too: nothing is written that can be spared. `reserve`:
+    octets until then, and none while the map is nearly full, for mail without which no room would come free.
     `used()`: octets of the map that are used, and its size."""
 
     def __init__(self, path: Path, used: Callable[[], tuple[int, int]]) -> None:
@@ -30,6 +31,7 @@ class Disk:
         self.room = 1 << 62
         self.pressure = 0.0
         self.brim = False
+        self.reserve = 1 << 62
         self.floor = FLOOR_MOST
 
     def check(self) -> None:
@@ -43,6 +45,7 @@ class Disk:
         self.pressure = 1 - min(self.room, slow) / slow if slow else 0.0
         self.brim = free < floor // 2
         self.full = free < floor or used * 100 > size * MAP_SHARE
+        self.reserve = max(0, free - floor // 2) if used * 100 <= size * MAP_MOST else 0
         ballast = max(BALLAST_LEAST, min(total // 64, BALLAST_MOST))
         if not self.ballast.exists() and free > 2 * floor + ballast:
             _write_ballast(self.ballast, ballast)

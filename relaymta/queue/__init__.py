@@ -204,6 +204,11 @@ class Queue:
         return self.disk.brim
 
     @property
+    def reserve(self) -> int:
+        """Octets of room until `brim`, for mail that makes room elsewhere in the queue."""
+        return self.disk.reserve
+
+    @property
     def stalled(self) -> bool:
         """Whether the disk refuses outcomes: nothing is to be tried, since it would be tried again."""
         return self.writer.stalled

@@ -364,6 +364,23 @@ def test_the_connections_of_a_content_filter_are_counted_apart_from_its_hosts():
     assert not of.held()
 
 
+def test_what_a_content_filter_gives_back_may_use_the_reserve_of_a_full_disk():
+    """Otherwise a queue that is full of what waits for the filter could not drain."""
+    of = machine(listener=[{"address": "127.0.0.1:25"}, {"address": "127.0.0.1:10025", "filtered": True}], relay=TRUSTED)
+
+    def answers(listener: int) -> list[str]:
+        made = connected(of, listener)
+        return [line[:3] for line in say(made, EHLO + b"MAIL FROM:<a@b>\r\nRSET\r\nMAIL FROM:<a@b> SIZE=1000\r\nQUIT\r\n")[1::2]]
+
+    assert answers(0) == answers(1) == ["250", "250"]
+    of.full, of.room, of.reserve = True, 0, 1001
+    assert answers(0) == ["452", "452"] and answers(1) == ["250", "250"]
+    of.reserve = 1000
+    assert answers(1) == ["250", "452"]
+    of.reserve = 0
+    assert answers(1) == ["452", "452"]
+
+
 @pytest.mark.parametrize("address", [b"192.0.2.7", b"[UNAVAILABLE]"])
 def test_a_proxys_xforward_is_not_its_clients(address):
     of = machine(network=[PROXY | {"xforward": True}, {"networks": ["192.0.2.9/32"], "xforward": True}])

@@ -94,8 +94,8 @@ MAILS = st.builds(
 LARGE_THEN_SMALL = [Mail(size=3 * BIG, spoiled="long line"), Mail()]
 
 
-def connected(machine: Machine) -> Connection:
-    made = Connection(machine, machine.config.listener[0])
+def connected(machine: Machine, listener: int = 0) -> Connection:
+    made = Connection(machine, machine.config.listener[listener])
     made.enter(machine.intake.client("127.0.0.1"))
     made.connection_made(Transport(machine.steps, made))  # type: ignore[arg-type]
     return made

@@ -265,7 +265,7 @@ class Machine(Admission):
         self.certificates = SimpleNamespace(context=object())
         self.logins = SimpleNamespace(check=self.login, with_account=lambda identity: identity)
         self.cells = Cells()
-        self.big_limit, self.room, self.full, self.last = big, 1 << 40, False, 0
+        self.big_limit, self.room, self.reserve, self.full, self.last = big, 1 << 40, 1 << 40, False, 0
         self.writer = SimpleNamespace(stalled=False)
         counters, log = Counters(self.cells), SimpleNamespace(event=lambda name, **fields: self.events.append(fields))
         self.used: Counter[str] = Counter()
