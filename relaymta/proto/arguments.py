@@ -115,12 +115,11 @@ def _to_xtext(text: str, most: int) -> str:
 
 
 def _address(octets: bytes) -> str | None:
-    """An IP address, of which one of IPv6 may begin with `IPv6:`; None: it is none."""
-    text = octets.decode("ascii", "replace")
+    """An IP address, of which one of IPv6 may begin with `IPv6:`, and an IPv4-mapped one is of IPv4; None: it is none."""
+    text = octets.decode("ascii", "replace").partition("%")[0]
     with contextlib.suppress(ValueError):
-        if text[:5].upper() == "IPV6:":
-            return str(ipaddress.IPv6Address(text[5:].partition("%")[0]))
-        return str(ipaddress.ip_address(text.partition("%")[0]))
+        found = ipaddress.IPv6Address(text[5:]) if text[:5].upper() == "IPV6:" else ipaddress.ip_address(text)
+        return str((found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found)
     return None
 
 

@@ -24,6 +24,8 @@ SAID = {"ADDR": "192.0.2.1", "HELO": "my pc", "IDENT": "0ABC", "NAME": "", "SOUR
         (b"NAME=a+20b+3Dc ADDR=IPV6:2001:DB8::1 PROTO=[UNAVAILABLE]", ("a b=c", "2001:db8::1", "")),
         (b"NAME=b+C3+BCcher+0D+0A.example ADDR=ipv6:::1 PROTO=SMTP", ("b\xfccher??.example", "::1", "SMTP")),
         (b"NAME=a=b ADDR=2001:db8::2 PROTO=SMTP", ("a=b", "2001:db8::2", "SMTP")),
+        (b"NAME=x ADDR=IPV6:::ffff:192.0.2.7 PROTO=SMTP", ("x", "192.0.2.7", "SMTP")),  # as of XCLIENT
+        (b"NAME=x ADDR=::ffff:192.0.2.7 PROTO=SMTP", ("x", "192.0.2.7", "SMTP")),
         (b"NAME=" + b"a" * 255 + b" ADDR=192.0.2.1 PROTO=SMTP", ("a" * 255, "192.0.2.1", "SMTP")),
     ],
 )
