@@ -239,7 +239,10 @@ class Scanner:
         room = 2 * ROOM + head + _of(taken.envelope).front
         memory = 0 if taken.is_large else MEMORY
         most = max(self._needs.most() - head, taken.envelope.size)
-        return Rewritten(lambda: self._queue.unseen.big_body(taken, room), memory, most, self._thread, Reservation(lambda: None))
+        own = self._queue.ident()  # until it is the message's
+        return Rewritten(
+            lambda: self._queue.unseen.big_body(taken, own, room), memory, most, self._thread, Reservation(lambda: None)
+        )
 
     def _thread(self, work: Callable[..., object], *arguments: object) -> "asyncio.Future[object]":
         return self._loop.run_in_executor(None, work, *arguments)
@@ -304,7 +307,7 @@ class Scanner:
         front = [revision.above, fields, revision.header]
         data: list[bytes] | Body
         if body is not None and body.large is not None:
-            data = await self._finished(cast(BigBody, body.large), front, draft)
+            data = await self._finished(taken, cast(BigBody, body.large), front, draft)
         elif body is None and taken.is_large:
             data = await self._copied(taken, behind, front, draft)
         else:
@@ -339,36 +342,40 @@ class Scanner:
             raise StoreError(f"it could not be signed: {found}")
         return found
 
-    async def _finished(self, file: BigBody, front: list[bytes], draft: Draft | None) -> Body:
+    async def _finished(self, taken: Taken, file: BigBody, front: list[bytes], draft: Draft | None) -> Body:
         """The file of a large body becomes that of a message."""
         if draft is not None:
             draft.body.feed(front[-1])
             await self._thread(_fed, file, draft)
         signature = await self._signature(draft, [])
+        await self._thread(self._queue.unseen.become, taken, file)
         return cast(Body, await self._thread(file.finish, [signature, *front]))
 
     async def _copied(self, taken: Taken, behind: int, front: list[bytes], draft: Draft | None) -> Body:
         """As `_finished`, of a copy of what is behind the header."""
-        file = cast(BigBody, await self._thread(self._queue.unseen.big_body, taken, ROOM + sum(map(len, front))))
+        file = await self._file(taken, ROOM + sum(map(len, front)))
         try:
             at = behind
             while piece := await taken.piece(at, PIECE):
                 await self._thread(file.write, [piece])
                 at += len(piece)
-            return await self._finished(file, front, draft)
+            return await self._finished(taken, file, front, draft)
         except BaseException:
             self._thread(file.discard)
             raise
 
     async def _written(self, taken: Taken, data: list[bytes]) -> Body:
         """A file of what has become too large for a segment."""
-        file = cast(BigBody, await self._thread(self._queue.unseen.big_body, taken, 0))
+        file = await self._file(taken, 0)
         try:
             await self._thread(file.write, data)
-            return cast(Body, await self._thread(file.finish, []))
+            return await self._finished(taken, file, [], None)
         except BaseException:
             self._thread(file.discard)
             raise
+
+    async def _file(self, taken: Taken, room: int) -> BigBody:
+        return cast(BigBody, await self._thread(self._queue.unseen.big_body, taken, self._queue.ident(), room))
 
     def _tell(self, taken: Taken, result: str, reason: str) -> None:
         envelope = taken.envelope

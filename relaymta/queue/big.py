@@ -8,7 +8,8 @@ What is written in place of a body that is still read has an id of its own, whic
 name before it is finished, and so before that message is submitted: wherever the process is killed, a file that is left has no
 message, or is what its message was committed with.
 
-What is to take the place of the body of a message that is committed has a name of its own (`Segments.next_path`), and its
+What is to take the place of the body of a message that is committed has an id of its own, too, until it is known that it will:
+of several that filters write one after the other the last one. Then it gets a name for that (`Segments.next_path`), and has its
 generation in its frame and in the message's row. Behind the commit it is renamed; if the process is killed in between, `sweep`
 does that, and removes those of which no row has the generation.
 """
@@ -37,18 +38,10 @@ class BigBodies:
         self._received: WeakValueDictionary[int, BigBody] = WeakValueDictionary()  # as long as a receiver has them
         self._submitted: set[int] = set()  # given to the writer, not committed yet
 
-    def make(self, ident: int, room: int) -> BigBody:
-        """A file for a large body, with `room` octets reserved in front of it. Blocks: called on a thread."""
-        file = BigBody(self._segments.big_path(ident), ident, room)
-        self._received[ident] = file
-        return file
-
-    def make_next(self, ident: int, room: int, generation: int) -> BigBody:
-        """As `make`, for what is to take the place of the body of a message that is in the queue, and that its caller alone
-        changes. Blocks: called on a thread."""
-        path = self._segments.next_path(ident)
-        remove_file(path)
-        file = BigBody(path, ident, room, generation)
+    def make(self, ident: int, room: int, generation: int = 1) -> BigBody:
+        """A file for a large body, with `room` octets reserved in front of it; `generation`: as of BigBody. Blocks: called on a
+        thread."""
+        file = BigBody(self._segments.big_path(ident), ident, room, generation)
         self._received[ident] = file
         return file
 
@@ -57,6 +50,12 @@ class BigBodies:
         called on a thread, before the body is finished. OSError: it is not, and stays what it was."""
         self._received[ident] = file  # first: a sweep leaves it alone, and `submitted` finds it
         file.move(self._segments.big_path(ident), ident)
+
+    def follow(self, file: BigBody, ident: int) -> None:
+        """As `become`, of what is to take the place of the body of a message that is in the queue, and that its caller alone
+        changes: its `generation` is the next one of that."""
+        self._received[ident] = file
+        file.move(self._segments.next_path(ident), ident)
 
     def submitted(self, ident: int) -> None:
         """On the loop: the body is given to the writer."""

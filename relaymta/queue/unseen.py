@@ -78,7 +78,7 @@ class Taken:
 
 
 class UnseenMail:
-    """The unseen messages of one shard. All methods are called on the loop, but `big_body`. `noticed`: called when there may be
+    """The unseen messages of one shard. All methods are called on the loop, but `big_body` and `become`. `noticed`: called when there may be
     one."""
 
     def __init__(
@@ -225,11 +225,16 @@ class UnseenMail:
         self._writer.submit(put)
         await done
 
-    def big_body(self, taken: Taken, room: int) -> BigBody:
-        """A file for what a message has from now on, with `room` octets reserved in front of it. Blocks: call it on a thread."""
+    def big_body(self, taken: Taken, ident: int, room: int) -> BigBody:
+        """A file for what a message may have from now on, with `room` octets reserved in front of it, and an id of its own
+        (`Queue.ident()`). Blocks: call it on a thread."""
         body = taken.envelope.body
         assert body is not None
-        return self._big.make_next(taken.ident, room, (0 if body.segment else body.generation) + 1)
+        return self._big.make(ident, room, (0 if body.segment else body.generation) + 1)
+
+    def become(self, taken: Taken, file: BigBody) -> None:
+        """The message has what is in the file from now on: before it is finished. Blocks, too. OSError: it has not."""
+        self._big.follow(file, taken.ident)
 
     def fits(self, octets: int) -> bool:
         """Whether so much message data needs no file of its own."""
