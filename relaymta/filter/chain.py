@@ -70,10 +70,12 @@ class Chain:
 
     def __init__(
         self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop,
-        queues: bool = True, behind: bool = False,
+        queues: bool = True, behind: bool = False, named: bool = False,
     ) -> None:  # fmt: skip
-        """`behind`: they look at a message that is in the queue, or, as on the command line, at once."""
+        """`behind`: they look at a message that is in the queue, or, as on the command line, at once; `named`: it waits for them,
+        and all of them are asked: its recipients were what they look at, before aliases were followed."""
         self.queues = queues
+        self._named = named
         self._later = [guard for guard in guards if guard.is_queued and queues and not behind]
         self.guards = [guard for guard in guards if guard not in self._later]
         self.follows = any(guard.follows for guard in self.guards)
@@ -119,10 +121,10 @@ class Chain:
                 self._apply(one, revision)
         return findings
 
-    @staticmethod
-    def _counts(one: Guard, mail: Mail, dialogue: Dialogue | None) -> bool:
+    def _counts(self, one: Guard, mail: Mail, dialogue: Dialogue | None) -> bool:
         """Whether a filter has a word about a message, or has had it before another one has changed the recipients."""
-        return (one.looks and one.looks_at(mail.recipients)) or (dialogue is not None and dialogue.knows(one))
+        looks = one.looks and (self._named or one.looks_at(mail.recipients))
+        return looks or (dialogue is not None and dialogue.knows(one))
 
     def at_once(self) -> "Chain":
         """The same filters, of which none waits until the message is in the queue."""
@@ -317,7 +319,7 @@ class Chains:
         """Of the filters of these names those that there are, for a message in the queue of a client that may relay (`trusted`),
         or may not; None: there are none any more."""
         guards = [guard for guard in self.guards if guard.name in names and guard.settings.sees_messages]
-        return Chain(guards, self._table, trusted, self._log, self._loop, behind=True) if guards else None
+        return Chain(guards, self._table, trusted, self._log, self._loop, behind=True, named=True) if guards else None
 
     @property
     def scans(self) -> int:

@@ -323,11 +323,18 @@ class Scanner:
             unseen=msgspec.structs.replace(unseen, filters=left, above=len(revision.above)) if left else None,
         )  # fmt: skip
         if revision.recipients is not None:
-            envelope.recipients = self._needs.readdressed(revision.recipients)
+            envelope.recipients = self._readdressed(before.recipients, revision.recipients)
         if body is not None and body.eight_bit:
             envelope.flags |= EIGHT_BIT
         self._needs.rewritten(envelope, revision.above + revision.header)
         await self._queue.unseen.replaced(taken, envelope, data)
+
+    def _readdressed(self, before: list[str], now: list[str]) -> list[str]:
+        """For whom a message is queued: of those who were recipients before, aliases were followed then."""
+        found: list[str] = []
+        for address in now:
+            found += [address] if address in before else self._needs.readdressed([address])
+        return list(dict.fromkeys(found))
 
     async def _signature(self, draft: Draft | None, data: list[bytes]) -> bytes:
         """The signatures of a message, of which this is what its draft has not been fed yet. StoreError: it cannot be signed."""
@@ -394,8 +401,8 @@ def _outcome(chain: Chain, found: list[Finding], revision: Revision) -> Outcome:
     """What is done because of what filters say of a message in the queue. What is refused for now waits, as what fails does; of
     another filter it changes nothing."""
     said = [one for one in found if not one.later and one.action is not Verdict.TEMPFAIL]
-    looked, recipients = {one.guard.name for one in said}, revision.mail.recipients
-    left = tuple(guard.name for guard in chain.guards if guard.name not in looked and guard.looks_at(recipients))
+    looked = {one.guard.name for one in said}
+    left = tuple(guard.name for guard in chain.guards if guard.name not in looked)
     return chain.outcome(said, revision)._replace(left=left)
 
 

@@ -196,7 +196,9 @@ async def test_a_filter_for_a_domain_looks_though_the_alias_in_it_was_followed(t
 async def test_a_recipient_that_a_filter_removes_is_not_there_again_by_an_alias(tmp_path):
     """A list that has its own address among its members was followed when the message came."""
     async with Bench(tmp_path, {"name": "one", "may": ["recipients"]}) as bench:
-        bench.readdressed = lambda to: [one for a in to for one in (["a@d.example", "b@d.example"] if a == "a@d.example" else [a])]
+        bench.readdressed = lambda to: [
+            one for a in to for one in (["a@d.example", "b@d.example"] if a == "a@d.example" else [a])
+        ]
         bench.told["one"].says = lambda mail: Answer("accept", envelope=NewEnvelope(["c@d.example"], ["b@d.example"]))
         await bench.put("one", to=("a@d.example", "b@d.example"))
         [(entry, _)] = await bench.delivered()
@@ -208,7 +210,9 @@ async def test_changes_are_stored_and_shown_to_those_that_look_later(tmp_path):
         async with Bench(tmp_path / str(len(size)), {"name": "one"}, {"name": "two"}, {"name": "three"}) as bench:
             bench.told["one"].says = lambda mail: Answer("accept", edits=[Append(b"X-One", b" 1"), Insert(0, b"X-Top", b" 1")])
             bench.told["two"].says = lambda mail: FilterFailure("refused", "not yet")
-            bench.told["three"].says = lambda mail: Answer("accept", edits=[Insert(0, b"X-Three", b" 3"), Insert(1, b"X-Low", b" 3")])
+            bench.told["three"].says = lambda mail: Answer(
+                "accept", edits=[Insert(0, b"X-Three", b" 3"), Insert(1, b"X-Low", b" 3")]
+            )
             ident = await bench.put("one", "two", "three", data=TEXT + size)
             await until(lambda: bench.told["two"].shown and bench.told["three"].shown)
             assert not bench.offered
