@@ -78,8 +78,8 @@ class Taken:
 
 
 class UnseenMail:
-    """The unseen messages of one shard. All methods are called on the loop, but `big_body` and `become`. `noticed`: called when there may be
-    one."""
+    """The unseen messages of one shard. All methods are called on the loop, but `big_body` and `become`. `noticed`: called when
+    there may be one."""
 
     def __init__(
         self, store: Store, segments: Segments, big: BigBodies, clock: ShardClock, writer: Writer, readers: Readers,
