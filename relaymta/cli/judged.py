@@ -206,7 +206,7 @@ class Judged:
             say(line)
         word = self.outcome.verdict.word
         if self.outcome.left:
-            say(f"it would be taken, and not delivered before filter {', '.join(self.outcome.left)} has looked at it")
+            say(f"it would be taken, and delivered only when it was looked at by filter {', '.join(self.outcome.left)}")
         if word == "hold":
             say(f"held ({self.outcome.held})")
         else:
