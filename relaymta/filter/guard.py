@@ -47,6 +47,7 @@ EDITS_MOST = 100  # of one filter, where it is asked more than once about a mess
 FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
 PROBE_EVERY, PROBE_MOST, RELAPSES = 1.0, 30.0, 5  # seconds; twice as many with each relapse, of which so many count
 NOTHING: frozenset[str] = frozenset()
+WAITED_FOR = ("later", "tempfail", "disconnect")  # of on_failure: what a message in the queue waits for
 _FAILED = {"disconnect": Verdict.TEMPFAIL, "later": Verdict.ACCEPT}  # other words are verdicts
 WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
 
@@ -344,7 +345,7 @@ class Guard:
 
     def waits(self, trusted: bool) -> bool:
         """Whether it is down, so that a message in the queue waits for it."""
-        return self._down is not None and self.settings.enforce and self.settings.failing(trusted) in ("later", "tempfail")
+        return self._down is not None and self.settings.enforce and self.settings.failing(trusted) in WAITED_FOR
 
     # The circuit
 

@@ -36,6 +36,7 @@ from relaymta.shm import InFlight
 __all__ = ["Needs", "Scanner"]
 
 LOOK_EVERY = 0.25  # seconds, while there are unseen messages and nothing happens: whether a filter is up again
+CHEAP, IDLE_SHARE = 0.005, 4  # seconds that a look may take; behind one that takes longer it waits so many times that
 REST_LEAST, REST_MOST = 1.0, 60.0  # seconds that a message rests over which a filter has failed
 STORE_SECONDS = 1.0  # after the store could not be read
 SCANS = 4  # where there are no filters any more, but messages that wait for some
@@ -96,19 +97,24 @@ class Scanner:
         """As long as there are unseen messages."""
         while True:
             self._woken.clear()
-            pause = LOOK_EVERY
+            began, pause = self._loop.time(), 0.0  # before anything else, whoever wakes it: mail may come in at any rate
             try:
                 if not await self._fill() and not self._scans and not self._woken.is_set():
                     self._running = None
                     self._rests.clear()
                     return
+                spent = self._loop.time() - began
+                if spent > CHEAP:  # thousands wait for filters that are down
+                    pause = min(IDLE_SHARE * spent, LOOK_EVERY)
             except StoreError:  # it is told of by whoever writes
                 pause = STORE_SECONDS
             except Exception as error:  # a defect: the others must not wait for ever
                 self._warn(f"unseen messages could not be looked for: {_told(error)}")
                 pause = STORE_SECONDS
+            if pause:
+                await asyncio.sleep(pause)
             try:
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(max(LOOK_EVERY - pause, 0.0)):
                     await self._woken.wait()
             except TimeoutError:
                 pass

@@ -1,11 +1,13 @@
 """Filters behind the queue: what they are shown, and what comes of a message because of what they say."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from relaymta.filter import scanner as scanner_module
 from relaymta.filter.chain import Chains
 from relaymta.filter.judgement import Answer, FilterFailure, Mail, NewEnvelope
 from relaymta.filter.scanner import Needs, Scanner
@@ -223,3 +225,70 @@ async def test_changes_are_stored_and_shown_to_those_that_look_later(tmp_path):
             assert data == shown % (b"Received: x\r\n", b"other"), data[:200]
             assert entry.ident == ident and entry.envelope.size == len(data)
             assert len(bench.told["one"].shown) == len(bench.told["three"].shown) == 1
+
+
+async def test_while_a_filter_is_down_nobody_looks_at_what_waits_for_it(tmp_path):
+    """Also where, since a reload, its failure would be a reply that cannot be given any more."""
+    async with Bench(tmp_path, {"name": "one"}) as bench:
+        for what in ("later", "tempfail", "disconnect"):
+            bench.configure({"name": "one", "on_failure": what})
+            assert bench.filters.chains is not None
+            [guard] = bench.filters.chains.guards
+            guard._down = 0.0, "gone"
+            assert bench.filters.chains.waited_for(True) == bench.filters.chains.waited_for(False) == {"one"}
+            guard._down = None
+
+
+async def test_mail_that_comes_in_while_thousands_wait_does_not_have_all_of_them_looked_through_each_time(tmp_path, monkeypatch):
+    """A look that costs something is followed by a pause, however often there is more; a cheap one is not."""
+    monkeypatch.setattr(scanner_module, "LOOK_EVERY", 60.0)
+    async with Bench(tmp_path, {"name": "one"}, {"name": "two"}) as bench:
+        bench.told["one"].says = lambda mail: FilterFailure("connect", "nobody is there")
+        for _ in range(3):  # it is down then
+            await bench.put("one")
+        assert bench.filters.chains is not None
+        await until(lambda: bench.filters.chains.waited_for(True) == {"one"})
+        real, slow = bench.queue.unseen.page, False
+        looks: list[tuple[float, float]] = []
+
+        async def page(*arguments: Any) -> Any:
+            began = asyncio.get_running_loop().time()
+            await asyncio.sleep(0.02 if slow else 0)
+            found = await real(*arguments)
+            looks.append((began, asyncio.get_running_loop().time()))
+            return found
+
+        monkeypatch.setattr(bench.queue.unseen, "page", page)
+        for n in range(3):
+            await bench.put("two")
+            await bench.delivered(n + 1)
+        slow = True
+        looks.clear()
+        while len(looks) < 3:
+            await bench.put("one")
+        for (began, ended), (further, _) in itertools.pairwise(looks):
+            assert further - ended > ended - began
+        slow = False
+        await bench.put("two")
+        await bench.delivered(4)
+
+
+async def test_where_unseen_messages_cannot_be_looked_for_it_is_not_tried_with_each_message_that_comes(tmp_path, monkeypatch):
+    async with Bench(tmp_path, {"name": "one"}) as bench:
+        real = bench.queue.unseen.page
+        looks = 0
+
+        async def page(*arguments: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            raise ValueError("a defect")
+
+        monkeypatch.setattr(bench.queue.unseen, "page", page)
+        for _ in range(20):
+            await bench.put("one")
+            await asyncio.sleep(0)
+        assert looks == 1 and len(bench.filters.of("warning")) == 1
+        monkeypatch.setattr(bench.queue.unseen, "page", real)
+        monkeypatch.setattr(scanner_module, "STORE_SECONDS", 0.01)
+        bench.scanner.wake()
+        await bench.delivered(20)
