@@ -77,6 +77,7 @@ class Scanner:
         self._after = FIRST  # how far those were looked through for which nothing could be done
         self._woken = asyncio.Event()
         self._stopped = False
+        self._warn_after = 0.0  # loop time
 
     def wake(self) -> None:
         """There may be unseen messages."""
@@ -284,10 +285,8 @@ class Scanner:
             try:
                 draft = self._needs.signer.draft(revision.above + fields, revision.header, taken.envelope.application)
             except Unsignable as error:
-                if error.reply.startswith(b"4"):
-                    self._rest(ident)
-                    return
-                held = held or f"it cannot be signed: {str(error)[4:]}"
+                await self._unsignable(taken, error)
+                return
         held = held_because(held)
         if new or draft is not None:
             behind = unseen.above + unseen.front + len(header)
@@ -304,6 +303,21 @@ class Scanner:
         self._rests.pop(ident, None)
         if held or not left:
             self._tell(taken, "held" if held else "changed" if new else "passed", held)
+
+    async def _unsignable(self, taken: Taken, error: Unsignable) -> None:
+        """It stays as it came, and is looked at again: once it can be signed, or an operator has released it. It is not sent
+        unsigned, whoever releases it."""
+        if error.reply.startswith(b"5"):
+            held = held_because(f"it cannot be signed: {str(error)[4:]}")
+            await self._queue.unseen.held(taken, held, _of(taken.envelope).filters)
+            self._rests.pop(taken.ident, None)
+            self._tell(taken, "held", held)
+            return
+        self._rest(taken.ident)
+        now = self._loop.time()
+        if now >= self._warn_after:  # a key that cannot be read concerns all that are to be signed with it
+            self._warn_after = now + REST_MOST
+            self._warn(f"message {format_id(taken.ident)} waits in the queue, since it could not be signed: {str(error)[4:]}")
 
     async def _replace(
         self, taken: Taken, revision: Revision, held: str, left: list[str], fields: bytes, behind: int, draft: Draft | None

@@ -11,6 +11,8 @@ from relaymta.filter import scanner as scanner_module
 from relaymta.filter.chain import Chains
 from relaymta.filter.judgement import Answer, FilterFailure, Mail, NewEnvelope
 from relaymta.filter.scanner import Needs, Scanner
+from relaymta.filter.signing import Unsignable
+from relaymta.proto import reply
 from relaymta.proto.edits import Append, Change, Insert
 from relaymta.proto.envelope import UNSEEN, Envelope, QueueName, Unseen
 from relaymta.queue import Entry, Events, Queue, QueueSettings, wall_ms
@@ -292,3 +294,99 @@ async def test_where_unseen_messages_cannot_be_looked_for_it_is_not_tried_with_e
         monkeypatch.setattr(scanner_module, "STORE_SECONDS", 0.01)
         bench.scanner.wake()
         await bench.delivered(20)
+
+
+async def test_what_cannot_be_signed_is_told_of_and_never_leaves_unsigned(tmp_path, monkeypatch):
+    """Not when an operator releases it either: then it is looked at, and signed, once more."""
+    monkeypatch.setattr(scanner_module, "REST_LEAST", 0.01)
+
+    class Refuses:
+        error: Unsignable | None = Unsignable(reply.NOT_SIGNED)
+
+        def draft(self, *arguments: object) -> None:
+            if self.error is not None:
+                raise self.error
+
+    async with Bench(tmp_path, {"name": "one"}) as bench:
+        bench.signer = signer = Refuses()
+        bench.scanner._needs = bench.scanner._needs._replace(signer=signer)  # type: ignore[arg-type]
+        bench.told["one"].says = lambda mail: Answer("accept", edits=[Append(b"X-One", b" 1")])
+        ident = await bench.put("one", signs=True)
+        await until(lambda: len(bench.told["one"].shown) > 2)
+        [warning] = bench.filters.of("warning")
+        assert "could not be signed" in warning["text"]
+        signer.error = Unsignable(reply.BAD_AUTHOR)
+        await until(bench.came)
+        assert [(word, reason[:20]) for word, reason in bench.came()] == [("held", "it cannot be signed:")]
+        await bench.queue.change_messages("release", [ident], "")
+        await until(lambda: len(bench.came()) == 2)
+        assert not bench.offered
+        signer.error = None
+        await bench.queue.change_messages("release", [ident], "")
+        [(_, data)] = await bench.delivered()
+        assert data == TEXT.replace(b"\r\n\r\n", b"\r\nX-One: 1\r\n\r\n")
+
+
+async def test_what_is_refused_goes_back_only_where_the_sender_is_not_forged(tmp_path):
+    async with Bench(tmp_path, {"name": "one", "refused": "bounce"}, {"name": "two", "refused": "discard"}) as bench:
+        bench.told["one"].says = bench.told["two"].says = lambda mail: Answer("reject", "spam")
+        await bench.put("one", trusted=False)
+        await until(lambda: len(bench.came()) == 1)
+        await bench.put("two")
+        await until(lambda: len(bench.came()) == 2)
+        assert [word for word, _ in bench.came()] == ["held", "discarded"] and not bench.offered
+        await bench.put("one", trusted=False, genuine=True)
+        [(entry, _)] = await bench.delivered()
+        assert (entry.envelope.sender, entry.envelope.recipients) == ("", ["a@b.example"])
+
+
+async def test_what_one_holds_and_another_has_not_seen_is_seen_once_it_is_released(tmp_path):
+    async with Bench(tmp_path, {"name": "one"}, {"name": "two"}) as bench:
+        bench.told["one"].says = lambda mail: Answer("quarantine", "odd")
+        bench.told["two"].says = lambda mail: FilterFailure("refused", "not yet")
+        ident = await bench.put("one", "two")
+        await until(bench.came)
+        bench.told["two"].says = lambda mail: Answer("accept")
+        await bench.queue.change_messages("release", [ident], "")
+        await bench.delivered()
+        assert len(bench.told["one"].shown) == 1 and len(bench.told["two"].shown) == 2
+
+
+async def test_a_message_over_which_a_filter_fails_leaves_the_others_alone(tmp_path):
+    async with Bench(tmp_path, {"name": "one"}, scans=1) as bench:
+
+        def says(mail: Mail) -> Any:
+            return FilterFailure("refused", "poison") if "poison@d.example" in mail.recipients else Answer("accept")
+
+        bench.told["one"].says = says
+        await bench.put("one", to=("poison@d.example",))
+        for _ in range(20):
+            await bench.put("one")
+        await bench.delivered(20)
+        assert len(bench.told["one"].shown) < 25
+
+
+async def test_a_filter_that_is_not_configured_any_more_is_not_waited_for(tmp_path):
+    async with Bench(tmp_path, {"name": "one"}, {"name": "two"}) as bench:
+        bench.told["one"].says = lambda mail: FilterFailure("refused", "not yet")
+        await bench.put("gone", "one")
+        await until(lambda: bench.told["one"].shown)
+        assert not bench.offered and not bench.told["two"].shown
+        bench.configure()
+        bench.scanner._rests.clear()
+        bench.scanner.wake()
+        await bench.delivered()
+
+
+async def test_all_recipients_removed_and_bodies_that_become_small(tmp_path):
+    async with Bench(tmp_path, {"name": "one", "may": ["recipients", "body", "header", "sender"]}) as bench:
+        bench.told["one"].says = lambda mail: Answer("accept", envelope=NewEnvelope((), ["c@d.example"]))
+        await bench.put("one")
+        await until(bench.came)
+        for octets in (b"small\r\n", b"", b"x" * 400_000 + b"\r\n"):
+            bench.offered.clear()
+            bench.told["one"].says = lambda mail, octets=octets: rewriting(mail, octets)
+            await bench.put("one", data=TEXT + LARGE)
+            [(entry, data)] = await bench.delivered()
+            assert data == TEXT.partition(b"hello\r\n")[0] + b"hello\r\n\r\n" + octets and entry.envelope.size == len(data)
+        assert bench.came()[0][0] == "discarded"
