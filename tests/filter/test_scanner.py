@@ -390,3 +390,22 @@ async def test_all_recipients_removed_and_bodies_that_become_small(tmp_path):
             [(entry, data)] = await bench.delivered()
             assert data == TEXT.partition(b"hello\r\n")[0] + b"hello\r\n\r\n" + octets and entry.envelope.size == len(data)
         assert bench.came()[0][0] == "discarded"
+
+
+async def test_a_body_that_is_stored_before_another_filter_looks(tmp_path):
+    """From a segment into a file, and into others; of all these one is left."""
+    async with Bench(tmp_path, {"name": "one"}, {"name": "two"}, {"name": "three"}) as bench:
+        first, second = LARGE + b"first\r\n", LARGE + b"second\r\n"
+        bench.told["one"].says = lambda mail: rewriting(mail, first)
+        bench.told["two"].says = bench.told["three"].says = lambda mail: FilterFailure("refused", "not yet")
+        await bench.put("one", "two", "three")
+        head = b"Subject: hello\r\n\r\n"
+        await until(lambda: bench.told["two"].shown[-1:] == [head + first] and not bench.scanner._scans)
+        bench.told["two"].says = lambda mail: rewriting(mail, second)
+        await until(lambda: bench.told["three"].shown[-1:] == [head + second])
+        assert not bench.offered
+        bench.told["three"].says = lambda mail: rewriting(mail, b"small\r\n")
+        [(entry, data)] = await bench.delivered()
+        assert (data == b"Received: x\r\n" + head + b"small\r\n") is True and entry.envelope.size == len(data)
+        assert [len(bench.told[name].shown) for name in ("one",)] == [1]
+        await until(lambda: len(list((tmp_path / "shard-0/bodies/big").iterdir())) == 1)
