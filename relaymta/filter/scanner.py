@@ -169,6 +169,13 @@ class Scanner:
     def _warn(self, text: str) -> None:
         self._log.event("warning", text=text)
 
+    def _warn_seldom(self, text: str) -> None:
+        """What concerns very many messages."""
+        now = self._loop.time()
+        if now >= self._warn_after:
+            self._warn_after = now + REST_MOST
+            self._warn(text)
+
     # One message
 
     async def _scan(self, ident: int) -> None:
@@ -212,6 +219,11 @@ class Scanner:
         """Ask the filters, and do what they say. The reason, where it is to be bounced."""
         unseen, chains = _of(taken.envelope), self._needs.chains()
         chain = None if chains is None else chains.behind(unseen.filters, unseen.trusted)
+        there = set() if chain is None else {guard.name for guard in chain.guards}
+        if gone := [name for name in unseen.filters if name not in there]:
+            self._warn_seldom(
+                f"messages in the queue are not looked at by filter {', '.join(gone)}: it is not configured any more"
+            )
         head = taken.data or await taken.piece(0, HEAD_MOST)
         at = unseen.above + unseen.front
         header = head[at : at + header_end(head[at:])]
@@ -313,11 +325,8 @@ class Scanner:
             self._rests.pop(taken.ident, None)
             self._tell(taken, "held", held)
             return
-        self._rest(taken.ident)
-        now = self._loop.time()
-        if now >= self._warn_after:  # a key that cannot be read concerns all that are to be signed with it
-            self._warn_after = now + REST_MOST
-            self._warn(f"message {format_id(taken.ident)} waits in the queue, since it could not be signed: {str(error)[4:]}")
+        self._rest(taken.ident)  # a key that cannot be read concerns all that are to be signed with it
+        self._warn_seldom(f"message {format_id(taken.ident)} waits in the queue, since it could not be signed: {str(error)[4:]}")
 
     async def _replace(
         self, taken: Taken, revision: Revision, held: str, left: list[str], fields: bytes, behind: int, draft: Draft | None

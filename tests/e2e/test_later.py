@@ -201,6 +201,7 @@ def test_without_the_filter_nothing_waits_for_it(tmp_path):
             relay.cli("reload")
             wait_for(lambda: len(peer.messages) == 1)
             assert scanned(relay, 1) == [("passed", "")]
+            assert any("not looked at by filter virus: it is not configured" in one["text"] for one in relay.events("warning"))
 
 
 def test_a_message_under_whose_scan_a_worker_dies_twice_is_quarantined(tmp_path):
