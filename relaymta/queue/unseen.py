@@ -230,7 +230,7 @@ class UnseenMail:
         (`Queue.ident()`). Blocks: call it on a thread."""
         body = taken.envelope.body
         assert body is not None
-        return self._big.make(ident, room, (0 if body.segment else body.generation) + 1)
+        return self._big.make(ident, room, (1 if body.segment else body.generation) + 1)
 
     def become(self, taken: Taken, file: BigBody) -> None:
         """The message has what is in the file from now on: before it is finished. Blocks, too. OSError: it has not."""
