@@ -21,6 +21,7 @@ import struct
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import xxhash
@@ -44,6 +45,7 @@ RUN, GAP = 256 << 10, 4 << 10  # octets that are read together, about, and betwe
 
 HOT, COLD = 0, 1
 
+T = TypeVar("T")
 Place = tuple[int, int, int, int]  # of a body in a segment: segment, generation, offset, length
 
 _IDENT = re.compile("[0-9a-f]{16}")
@@ -93,13 +95,32 @@ def segment_file(directory: Path, number: int) -> Path:
 
 
 def body_file(directory: Path, ident: int, body: Body) -> Path:
-    """The file that a body is in."""
-    return segment_file(directory, body.segment) if body.segment else big_file(directory, ident)
+    """The file that a body is in. Large ones, but for the first of a message, have another name until a moment after the
+    commit."""
+    if body.segment:
+        return segment_file(directory, body.segment)
+    following = next_file(directory, ident)
+    return following if body.generation > 1 and _has_frame(following, ident, body) else big_file(directory, ident)
 
 
 def big_file(directory: Path, ident: int) -> Path:
     """The file of a large body."""
     return directory / "big" / f"{ident:016x}"
+
+
+def next_file(directory: Path, ident: int) -> Path:
+    """The file of a large body that is to take the place of another one of the same message."""
+    return directory / "big" / f"{ident:016x}.next"
+
+
+def _has_frame(path: Path, ident: int, body: Body) -> bool:
+    """Whether a file has this large body, by its frame."""
+    try:
+        with path.open("rb") as file:
+            magic, generation, found, length, _ = FRAME.unpack(os.pread(file.fileno(), FRAME.size, body.offset))
+    except (OSError, struct.error):
+        return False
+    return bool((magic, generation, found, length) == (MAGIC, body.generation, ident, body.length))
 
 
 class Segments:
@@ -160,7 +181,7 @@ class Segments:
 
     def next_path(self, ident: int) -> Path:
         """The file of a body above 1 MB that is to take the place of another one of the same message: once that is committed."""
-        return self._big / f"{ident:016x}.next"
+        return next_file(self._directory, ident)
 
     def next_files(self) -> list[tuple[int, Path]]:
         """The ids and files of these."""
@@ -169,16 +190,15 @@ class Segments:
     def take_place(self, ident: int) -> None:
         """What is in `next_path` is committed: it takes the place of what was there before. (Where that fails, a sweep does.)"""
         with contextlib.suppress(OSError):
-            os.replace(self.next_path(ident), self.big_path(ident))
+            self.rename_next(ident)
+
+    def rename_next(self, ident: int) -> None:
+        """As `take_place`. OSError."""
+        os.replace(self.next_path(ident), self.big_path(ident))
 
     def is_next(self, ident: int, body: Body) -> bool:
         """Whether `next_path` has the body that a message is committed with."""
-        try:
-            with self.next_path(ident).open("rb") as file:
-                magic, generation, found, length, _ = FRAME.unpack(os.pread(file.fileno(), FRAME.size, body.offset))
-        except (OSError, struct.error):
-            return False
-        return bool((magic, generation, found, length) == (MAGIC, body.generation, ident, body.length))
+        return _has_frame(self.next_path(ident), ident, body)
 
     def remove_big(self, ident: int) -> None:
         """Remove the file of a large body that nothing points at. (One that cannot be removed is swept later.)"""
@@ -374,8 +394,7 @@ class Segments:
         try:
             if body.segment:
                 return read_frame(self._segments[body.segment].fd, ident, body)
-            with self._big_path_of(ident, body).open("rb") as file:
-                return read_frame(file.fileno(), ident, body)
+            return self._at_its_place(ident, body, _read_file)
         except (OSError, KeyError) as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
 
@@ -390,11 +409,22 @@ class Segments:
 
     def open_big(self, ident: int, body: Body) -> int:
         """As `open_verified`, of a large body's file."""
-        return open_verified(self._big_path_of(ident, body), ident, body)
+        return self._at_its_place(ident, body, open_verified)
 
-    def _big_path_of(self, ident: int, body: Body) -> Path:
-        """Where a large body is: one that has taken the place of another has the name of that a moment later."""
-        return self.next_path(ident) if body.generation > 1 and self.is_next(ident, body) else self.big_path(ident)
+    def _at_its_place(self, ident: int, body: Body, use: Callable[[Path, int, Body], T]) -> T:
+        """`use` the file of a large body; once more when it was given its name meanwhile."""
+        path = self.body_path(ident, body)
+        try:
+            return use(path, ident, body)
+        except (OSError, StoreError):
+            moved = self.body_path(ident, body)
+            if moved == path:
+                raise
+        return use(moved, ident, body)
+
+    def body_path(self, ident: int, body: Body) -> Path:
+        """As `body_file`."""
+        return body_file(self._directory, ident, body)
 
     def movable(self, segment: Segment) -> bool:
         """Whether bodies may be moved out of a segment: it holds some, and nothing is appended to it."""
@@ -430,6 +460,11 @@ def write_all(fd: int, buffers: list[bytes], offset: int) -> int:
         while done < total:
             done += os.pwrite(fd, rest[done:], offset + done)
     return total
+
+
+def _read_file(path: Path, ident: int, body: Body) -> bytes:
+    with path.open("rb") as file:
+        return read_frame(file.fileno(), ident, body)
 
 
 def open_verified(path: Path, ident: int, body: Body) -> int:

@@ -233,7 +233,7 @@ class Queue:
         body = entry.envelope.body
         if body is None or body.segment:
             return None
-        return BigFile(str(self.segments.big_path(entry.ident)), entry.ident, body)
+        return BigFile(str(self.segments.body_path(entry.ident, body)), entry.ident, body)
 
     def big_body(self, ident: int, room: int = 0) -> BigBody:
         """A file for a large body, with `room` octets reserved in front of it. Blocks: call it on a thread."""

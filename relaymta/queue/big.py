@@ -14,8 +14,10 @@ generation in its frame and in the message's row. Behind the commit it is rename
 does that, and removes those of which no row has the generation.
 """
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 from relaymta.disk.big import BigBody
@@ -37,6 +39,7 @@ class BigBodies:
         self._store = store
         self._received: WeakValueDictionary[int, BigBody] = WeakValueDictionary()  # as long as a receiver has them
         self._submitted: set[int] = set()  # given to the writer, not committed yet
+        self._naming = threading.Lock()  # of files that are to take the place of others
 
     def make(self, ident: int, room: int, generation: int = 1) -> BigBody:
         """A file for a large body, with `room` octets reserved in front of it; `generation`: as of BigBody. Blocks: called on a
@@ -51,11 +54,15 @@ class BigBodies:
         self._received[ident] = file  # first: a sweep leaves it alone, and `submitted` finds it
         file.move(self._segments.big_path(ident), ident)
 
-    def follow(self, file: BigBody, ident: int) -> None:
-        """As `become`, of what is to take the place of the body of a message that is in the queue, and that its caller alone
-        changes: its `generation` is the next one of that."""
-        self._received[ident] = file
-        file.move(self._segments.next_path(ident), ident)
+    def follow(self, file: BigBody, ident: int, body: Body) -> None:
+        """As `become`, of what is to take the place of `body`, that of a message that is in the queue, and that its caller alone
+        changes: its `generation` is the next one of that. OSError, also where that body has not got the message's name and cannot
+        get it."""
+        with self._naming:
+            if not body.segment and self._segments.is_next(ident, body):  # its rename failed, and there is no other copy
+                self._segments.rename_next(ident)
+            self._received[ident] = file
+            file.move(self._segments.next_path(ident), ident)
 
     def submitted(self, ident: int) -> None:
         """On the loop: the body is given to the writer."""
@@ -75,24 +82,32 @@ class BigBodies:
         # In this order: what is neither received nor submitted now is committed before the transaction begins, or never.
         left = [
             (ident, path)
-            for ident, path in self._segments.big_files()
-            if ident not in self._received and ident not in self._submitted and (not seconds or _written(path) < before)
-        ]
-        following = [
-            (ident, path)
-            for ident, path in self._segments.next_files()
+            for ident, path in [*self._segments.big_files(), *self._segments.next_files()]
             if ident not in self._received and ident not in self._submitted and (not seconds or _written(path) < before)
         ]
         with self._store.reading() as txn:
-            for ident, path in following:
+            left = [(ident, path) for ident, path in left if self._is_astray(txn, ident, path)]
+        for ident, path in left:
+            self._put_in_order(ident, path)
+
+    def _is_astray(self, txn: Any, ident: int, path: Path) -> bool:
+        """Whether a file is not that of its message by name."""
+        return path != self._segments.big_path(ident) or _large(self._store.envelope(txn, ident)) is None
+
+    def _put_in_order(self, ident: int, path: Path) -> None:
+        """Give a file the name of its message, or remove it; unless its message is getting another one now."""
+        with self._naming:  # from here on nobody gives one a name
+            if ident in self._received or ident in self._submitted:
+                return
+            with self._store.reading() as txn:
                 body = _large(self._store.envelope(txn, ident))
-                if body is not None and self._segments.is_next(ident, body):
+            if body is None:
+                remove_file(path)
+            elif path != self._segments.big_path(ident):
+                if self._segments.is_next(ident, body):
                     self._segments.take_place(ident)
                 else:
                     remove_file(path)
-            for ident, _ in left:
-                if _large(self._store.envelope(txn, ident)) is None:
-                    self._segments.remove_big(ident)
 
 
 def _large(envelope: Envelope | None) -> Body | None:

@@ -107,6 +107,8 @@ class Change(Transaction):
         put(EXPIRY.pack(envelope.deadline, ident), b"", db=tables["expiry"])
         if unseen:
             self._await(ident, envelope)
+        if envelope.unseen is not None:  # also of one that is held, and unseen when it is released
+            self.set_meta(b"schema", SCHEMA_UNSEEN)  # a version that does not know what that is must not open the shard any more
         if ident > self.highest:
             self.highest = ident
 
@@ -227,11 +229,10 @@ class Change(Transaction):
         self.replace(ident, envelope)
 
     def _await(self, ident: int, envelope: Envelope) -> None:
-        """Filters are to look at a message. A version that does not know what that is must not open the shard any more."""
+        """Filters are to look at a message."""
         unseen = envelope.unseen
         assert unseen is not None
         self.txn.put(_unseen_key(ident, envelope), encode((unseen.trusted, unseen.filters)), db=self._tables["unseen"])
-        self.set_meta(b"schema", SCHEMA_UNSEEN)
 
     def _await_no_more(self, ident: int, envelope: Envelope) -> None:
         self.txn.delete(_unseen_key(ident, envelope), db=self._tables["unseen"])

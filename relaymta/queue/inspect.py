@@ -273,7 +273,7 @@ def apply(
             change.replace(ident, envelope)
         elif (verb == "release" and envelope.flags & HELD) or (verb == "release policy" and envelope.flags & POLICY_HELD):
             change.release(ident, envelope, now, now + max_age_ms)
-        elif verb == "unseen expired" and envelope.flags & UNSEEN:
+        elif verb == "unseen expired" and envelope.flags & UNSEEN and envelope.deadline <= now:  # it may have been released since
             change.hold(ident, envelope, BY_EXPIRY)
         elif verb == "flush" and not envelope.flags & (HELD | UNSEEN):
             for placement in envelope.placements:

@@ -25,6 +25,7 @@ from relaymta.proto.envelope import (
 from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns, data_of
 from relaymta.queue.entry import Outcome, Put
+from relaymta.queue.group import Assign
 from relaymta.queue.store import Store
 
 __all__ = ["Outcomes", "put_rows"]
@@ -32,12 +33,13 @@ __all__ = ["Outcomes", "put_rows"]
 
 class Outcomes:
     """Records outcomes in the transaction under way. `freed`: the bodies whose messages end in it; `followed`: the messages
-    whose large body is another one from then on."""
+    whose large body is another one from then on. `assign`: as of the queue."""
 
-    def __init__(self, store: Store, segments: Segments, dsns: Dsns) -> None:
+    def __init__(self, store: Store, segments: Segments, dsns: Dsns, assign: Assign) -> None:
         self._store = store
         self._segments = segments
         self._dsns = dsns
+        self._assign = assign
         self.freed: list[tuple[int, Body]] = []
         self.followed: list[int] = []
 
@@ -192,6 +194,11 @@ class Outcomes:
             if body is not None and body.segment:
                 self.free_body(put.ident, body)
             return
+        rows = [self._store.row_numbered(change.txn, placement.queue) for placement in before.placements]
+        moved = next((row.name.route for row in rows if row.moved), "")
+        if moved:  # which only the row of its queue says
+            put.envelope.route = moved
+            put.names = self._assign(put.envelope, 0)
         change.finish_message(put.ident, before, histories=False)
         if body is not None and not body.segment:
             self.followed.append(put.ident)

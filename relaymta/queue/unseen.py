@@ -1,8 +1,9 @@
 """Messages that are in the queue before filters have looked at them: whoever asks the filters gets them here.
 
 They are in no queue's schedule: nobody offers one to delivery before `passed` or `replaced` is committed. Who has one taken has
-claimed it (lifecycle.py): operators' changes and expiry leave it alone until `Taken.release`. What was read before the claim may
-be outdated, so the row and the message data are read after it.
+claimed it (lifecycle.py): operators' changes and expiry leave it alone until `Taken.release`, and, if its caller was cancelled,
+until what was to come of it is committed or refused. What was read before the claim may be outdated, so the row and the message
+data are read after it.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import msgspec
 
 from relaymta.disk.big import BigBody
 from relaymta.disk.clock import ShardClock
+from relaymta.disk.operations import Task
 from relaymta.disk.segments import FRAME, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import UNSEEN, Body, Envelope
@@ -55,6 +57,7 @@ class Taken:
         self._descriptor = descriptor
         self._readers = readers
         self._end = end
+        self._commit: asyncio.Future[None] | None = None  # of what has come of it last
 
     @property
     def is_large(self) -> bool:
@@ -74,7 +77,15 @@ class Taken:
         if descriptor >= 0:
             os.close(descriptor)
         end, self._end = self._end, lambda: None
-        end()
+        if self._commit is None or self._commit.done():
+            end()
+        else:  # its caller was cancelled
+            self._commit.add_done_callback(lambda commit: (commit.exception(), end()))
+
+    async def committed(self, commit: "asyncio.Future[None]") -> None:
+        """Wait for a commit of it, which goes on when the caller is cancelled, and until whose end it stays claimed."""
+        self._commit = commit
+        await asyncio.shield(commit)
 
 
 class UnseenMail:
@@ -169,7 +180,7 @@ class UnseenMail:
                 name, sole = store.row_numbered(change.txn, place.queue).name, len(places) == 1
                 found.append(Entry(ident, envelope, name, place.queue, place.due, place.attempts, place.indexes, sole, data))
 
-        await self._changed(ident, see)
+        await self._changed(taken, see)
         taken.release()
         if not self._entries.add_fresh(found):
             self._schedule.wake()
@@ -181,11 +192,11 @@ class UnseenMail:
             _leave(envelope, left)
             change.hold(taken.ident, envelope, why)
 
-        await self._changed(taken.ident, hold)
+        await self._changed(taken, hold)
 
     async def waits(self, taken: Taken, left: list[str]) -> None:
         """These filters have not looked at it yet."""
-        await self._changed(taken.ident, lambda change, envelope: change.unseen_by(taken.ident, envelope, left))
+        await self._changed(taken, lambda change, envelope: change.unseen_by(taken.ident, envelope, left))
 
     async def dropped(self, taken: Taken) -> None:
         """Filters discard it."""
@@ -194,36 +205,36 @@ class UnseenMail:
             change.finish_message(taken.ident, envelope, histories=False)
             self._writer.free_body(taken.ident, envelope.body)
 
-        await self._changed(taken.ident, drop)
+        await self._changed(taken, drop)
 
-    async def _changed(self, ident: int, make: Callable[[Change, Envelope], None]) -> None:
+    async def _changed(self, taken: Taken, make: Callable[[Change, Envelope], None]) -> None:
+        commit: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
         def run(change: Change) -> None:
-            envelope = change.envelope(ident)
+            envelope = change.envelope(taken.ident)
             if envelope is not None and envelope.flags & UNSEEN:
                 make(change, envelope)
 
-        await self._writer.task(run)
+        self._writer.submit(Task(run, lambda task: _settle(commit, task.error)))
+        await taken.committed(commit)
 
     async def replaced(self, taken: Taken, envelope: Envelope, data: list[bytes] | Body) -> None:
         """It has this envelope and this data from now on: `data` in pieces, or of a finished file of `big_body`. It is due now,
         held, or unseen, as the envelope's flags say; and released."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        commit: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def committed(error: StoreError | None) -> None:
+        def done(error: StoreError | None) -> None:
+            _settle(commit, error)
             taken.release()  # before it is offered
-            if error is not None and not done.done():
-                done.set_exception(error)
-            elif not done.done():
-                done.set_result(None)
 
-        put = Put(taken.ident, envelope, self._assign(envelope, 0), None, committed, replaces=True)
+        put = Put(taken.ident, envelope, self._assign(envelope, 0), None, done, replaces=True)
         if isinstance(data, Body):
             envelope.body = data
             self._big.submitted(taken.ident)
         else:
             put.data = data
         self._writer.submit(put)
-        await done
+        await taken.committed(commit)
 
     def big_body(self, taken: Taken, ident: int, room: int) -> BigBody:
         """A file for what a message may have from now on, with `room` octets reserved in front of it, and an id of its own
@@ -234,11 +245,19 @@ class UnseenMail:
 
     def become(self, taken: Taken, file: BigBody) -> None:
         """The message has what is in the file from now on: before it is finished. Blocks, too. OSError: it has not."""
-        self._big.follow(file, taken.ident)
+        assert taken.envelope.body is not None
+        self._big.follow(file, taken.ident, taken.envelope.body)
 
     def fits(self, octets: int) -> bool:
         """Whether so much message data needs no file of its own."""
         return octets <= self._segments.big_limit
+
+
+def _settle(commit: "asyncio.Future[None]", error: Exception | None) -> None:
+    if error is not None:
+        commit.set_exception(error)
+    else:
+        commit.set_result(None)
 
 
 def _leave(envelope: Envelope, left: list[str]) -> None:

@@ -40,8 +40,8 @@ RETRY_SECONDS, RETRY_MOST = 0.2, 3.0  # between two attempts to commit outcomes:
 class Writer(GroupWriter[Operation, Committed, Change]):
     """Owns the queue's write side.
 
-    `assign(envelope, attempts)`: the queues of a DSN's recipient. `hostname`: the reporting MTA of DSNs. `sign(data)`: header
-    fields to prepend to a DSN's message data.
+    `assign(envelope, attempts)`: the queues of a message's recipients. `hostname`: the reporting MTA of DSNs. `sign(data)`:
+    header fields to prepend to a DSN's message data.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         super().__init__(loop, store, segments, clock, begin=begin, on_commit=on_commit, unawaited=Outcome, name="queue-writer")
         self._ballast = ballast
         self.dsns = Dsns(segments, clock, ids, hostname, max_age_ms, assign, sign)
-        self._outcomes = Outcomes(store, segments, self.dsns)
+        self._outcomes = Outcomes(store, segments, self.dsns, assign)
 
     # All that follows runs on the thread
 
