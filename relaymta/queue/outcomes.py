@@ -199,7 +199,7 @@ class Outcomes:
         if moved:  # which only the row of its queue says
             put.envelope.route = moved
             put.names = self._assign(put.envelope, 0)
-        change.finish_message(put.ident, before, histories=False)
+        change.finish_message(put.ident, before, histories=True)  # of recipients that have ended
         if body is not None and not body.segment:
             self.followed.append(put.ident)
         if before.body is not None and (before.body.segment or put.ident not in self.followed):

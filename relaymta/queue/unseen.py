@@ -48,7 +48,8 @@ class Page(NamedTuple):
 
 
 class Taken:
-    """An unseen message that the caller has claimed. `data`: its message data, or, of a large one, b"", and `piece` reads it."""
+    """An unseen message that the caller has claimed. `envelope`: without recipients that have ended before; `data`: its message
+    data, or, of a large one, b"", and `piece` reads it."""
 
     def __init__(self, ident: int, envelope: Envelope, data: bytes, descriptor: int, readers: Readers, end: Callable[[], None]):
         self.ident = ident
@@ -159,6 +160,7 @@ class UnseenMail:
             if envelope is None or not envelope.flags & UNSEEN or envelope.body is None:
                 return None
             last, body = body, envelope.body
+            _leave_out_ended(envelope)
             try:
                 if body.segment:
                     return envelope, self._segments.read(ident, body), -1
@@ -202,7 +204,7 @@ class UnseenMail:
         """Filters discard it."""
 
         def drop(change: Change, envelope: Envelope) -> None:
-            change.finish_message(taken.ident, envelope, histories=False)
+            change.finish_message(taken.ident, envelope, histories=True)
             self._writer.free_body(taken.ident, envelope.body)
 
         await self._changed(taken, drop)
@@ -258,6 +260,14 @@ def _settle(commit: "asyncio.Future[None]", error: Exception | None) -> None:
         commit.set_exception(error)
     else:
         commit.set_result(None)
+
+
+def _leave_out_ended(envelope: Envelope) -> None:
+    """Some recipients of a message may have been bounced, and the others not when the process ended."""
+    everyone = envelope.recipients
+    pending = {i for p in envelope.placements for i in (range(len(everyone)) if p.indexes is None else p.indexes)}
+    if len(pending) < len(everyone):
+        envelope.recipients = [address for index, address in enumerate(everyone) if index in pending]
 
 
 def _leave(envelope: Envelope, left: list[str]) -> None:
