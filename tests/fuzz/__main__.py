@@ -13,6 +13,8 @@ from relaymta.accept.transaction import IncomingTransaction
 from relaymta.filter import published, signatures
 from relaymta.proto import (
     access_session,
+    attachment_names,
+    attachments,
     auth_exchange,
     authres,
     clamd,
@@ -58,6 +60,7 @@ from relaymta.proto import (
     smtp_server,
     spamc,
     verbs,
+    zip_names,
 )
 from relaymta.proto import header as header_fields
 from relaymta.proto import mime as mime_section
@@ -67,6 +70,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 MODULES = (
+    attachment_names, attachments, zip_names,
     authres, clamd, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, auth_exchange, imap_grammar,
     imap_messages, imap_search, imap_text, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar,
     managesieve_reply, managesieve_server, milter, policy, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates,

@@ -20,6 +20,8 @@ from relaymta.filter.rspamd import edits_of, object_of
 from relaymta.filter.signatures import arc, claims, verify
 from relaymta.proto import mailbox, mime_text, reply
 from relaymta.proto import policy as policy_replies
+from relaymta.proto.attachments import Limits as AttachmentLimits
+from relaymta.proto.attachments import parts as attachments_of
 from relaymta.proto.authres import without_forged
 from relaymta.proto.clamd import LONGEST as LONGEST_OF_CLAMD
 from relaymta.proto.clamd import SHOWN, ClamdError, Replies
@@ -541,6 +543,25 @@ def spamd(data: bytes) -> None:
         assert (b"\r\n" + header).endswith(b"\r\n\r\n") and header_end(header) == len(header)
 
 
+def attachments(data: bytes) -> None:
+    """The parts of a message for rules: nothing is an error, limits hold; within another message it has the same names."""
+    header, line, body = data[2:].partition(b"\r\n\r\n")
+    limits = AttachmentLimits(depth=3 + data[0] % 8, parts=5 + data[1], archived=10)
+    found = attachments_of(header + line, body, limits)
+    assert 1 <= len(found.parts) <= limits.parts
+    for one in found.parts:
+        assert one.depth <= limits.depth + 1 and len(one.first) <= 16 and one.first == one.octets[: len(one.first)]
+        assert all(one.names) and all(one.archived) and one.kinds <= {"program", "archive", "document", "image"}
+        assert isinstance(one.unlisted, bool)
+    assert all(isinstance(text, str) for text in found.texts(1000))
+    bare = data[2:].replace(b"\r\n", b"")
+    if found.excessive or not line or header[:2] == b"\r\n" or b"\r" in bare or b"\n" in bare:
+        return
+    again = attachments_of(b"Content-Type: message/rfc822\r\n\r\n", data[2:], AttachmentLimits(50, 5000))
+    names = {name for one in found.parts if one.depth for name in one.names}
+    assert again.excessive or names <= {name for one in again.parts for name in one.names}
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
@@ -559,4 +580,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "spamd": spamd,
     "milter": milter,
     "policy": policy,
+    "attachments": attachments,
 }

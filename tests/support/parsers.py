@@ -16,6 +16,7 @@ from relaymta.filter import dmarc, rspamd, signatures, spf
 from relaymta.filter.judgement import FilterFailure
 from relaymta.proto import (
     address,
+    attachments,
     authres,
     clamd,
     dkim,
@@ -895,6 +896,41 @@ def _script(text: bytes) -> None:
         sieve.compile(text)
 
 
+_ATTACHED = b'Content-Type: multipart/mixed; boundary="abcdefgh"\r\n\r\n'
+_ATTACHMENTS = {
+    "parts": times(b"--abcdefgh\r\n\r\nx\r\n", _ATTACHED),
+    "names": times(b'--abcdefgh\r\nContent-Type: a/b; name="=?a?q?a?=\r\n b\r\n\r\nx\r\n', _ATTACHED),
+    "parameters": times(b"; name=a", b"Content-Type: a/b"),
+    "broken parameters": times(b' name="a', b"Content-Type: a/b"),
+    "pieces": times(b"; name*1=a", b"Content-Type: a/b"),
+    "fields": times(b"Content-Type: a/b\r\n"),
+    "fields within a line": times(b"content-type:", b"x"),
+    "fields within a line of a part": times(b"content-type:", _ATTACHED + b"--abcdefgh\r\nx"),
+    "boundaries": times(b"; boundary=abcdefg", b"Content-Type: multipart/mixed"),
+    "dashes": times(b"-", _ATTACHED),
+    "lines of dashes": times(b"--\n", b"Content-Type: multipart/mixed\r\n\r\n"),
+    "nearly delimiters": times(b"--abcdefg", _ATTACHED),
+    "messages": times(b"Content-Type: message/rfc822\r\n\r\n"),
+    "no ends of headers": times(b"--abcdefgh\r\nA: b\r\n", _ATTACHED),
+    "uuencode": times(b"\nbegin 644 a", b"\r\n\r\n"),
+    "yEnc": times(b"=ybegin ", b"\r\n\r\n"),
+    "headers of zip": times(b"PK\3\4", b"Content-Type: a/b\r\n\r\nPK\3\4"),
+    "in base64": times(b"UEsD", b"Content-Transfer-Encoding: base64\r\n\r\n"),
+    "marks": times("\u0316\u0300".encode(), b'Content-Type: a/b; name="'),
+    "tags": times(b"<", b"Content-Type: text/html\r\n\r\n"),
+    "references": times(b"&#1;", b"Content-Type: text/html\r\n\r\n"),
+    "CRs": times(b"\r", _ATTACHED + b"--abcdefgh"),
+}
+
+
+def _attachments(data: bytes) -> None:
+    header, line, body = data.partition(b"\r\n\r\n")
+    found = attachments.parts(header + line, body)
+    for part in found.parts:
+        _ = part.first, part.kinds, part.archived
+    found.texts()
+
+
 def _parsers() -> Iterable[Parser]:
     whole = "128 kB, 5000 lines: refused"
     yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "8 kB, 250 domains: refused", 8000)
@@ -1012,6 +1048,8 @@ def _parsers() -> Iterable[Parser]:
     worst = {**_TREES, **_TYPES, **{f"to {name}": lists[name] for name in _ADDRESS_LISTS}, **_BLOCKS}
     yield Parser("proto.mime.describe", mime.describe, worst, bound)
     yield Parser("proto.mime.Section.parse", _section, _SECTIONS, "64 kB of a command")
+    bound = "20 deep, 1000 parts; 1000 names of an archive; 2000 parameters that are not valid; 256 kB of text"
+    yield Parser("proto.attachments.parts", _attachments, _ATTACHMENTS, bound)
     yield Parser("_speedups.text.base64", text.base64, _ENCODED, "-")
     yield Parser("_speedups.text.quoted_printable", text.quoted_printable, _ENCODED, "-")
     yield Parser("proto.mime_text.in_header", _search, _SHOWN, "1 MB of a header")
