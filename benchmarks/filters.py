@@ -124,7 +124,7 @@ def _resolver() -> Iterator[str]:
 
 def measured(filter: Running, keys: str, load: Load, starts: int, pairs: int) -> dict[str, Any]:
     """The CPU a message of a relay with a filter (`keys`: more of its table) and of one without, and of the filter (us)."""
-    filtered = (f'filter=[{{name="one",{filter.keys}{keys}}}]', *filter.settings)
+    filtered = (f'filter=[{{name="one",{filter.keys}{keys}}}]' if filter.keys else keys, *filter.settings)
     rows: list[list[float]] = []
     own: list[float] = []
     for start in range(starts):
@@ -155,6 +155,19 @@ def measured(filter: Running, keys: str, load: Load, starts: int, pairs: int) ->
     }  # fmt: skip
 
 
+def _rules() -> Iterator[Running]:
+    yield Running(0, "", "")
+
+
+RULES = ",".join(
+    f'{{name="r{n}",{condition},enforce=true}}'
+    for n, condition in enumerate([
+        'attachment=["*.exe","*.js","*.scr","type:program","archive:*.exe"]', 'attachment=["structure:excessive"]',
+        'header=["Subject: (?i)invoice [0-9]+"]', 'body=["BEGIN [A-Z ]*PRIVATE KEY"]', 'body=["(?i)bitcoin.{0,40}wallet"]',
+        *(f'header=["X-Field-{n}: ^[a-z]+$"]' for n in range(10)), *(f'attachment=["*.e{n}","name{n}*"]' for n in range(5)),
+    ])
+)  # fmt: skip
+
 _QUIET = partial(_milter, "quiet")
 CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "clamd": (_clamd, ""),
@@ -164,6 +177,7 @@ CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "policy, ten recipients": (_policy, ""),
     "greylist": (_greylist, ""),
     "dnsbl": (_dnsbl, ""),
+    "rules": (contextmanager(_rules), f"mail_rule=[{RULES}]"),
     "milter": (_milter, ',stage="message"'),
     "milter, mail": (_milter, ',stage="mail"'),
     "milter, quiet": (_QUIET, ',stage="message"'),

@@ -67,6 +67,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "seconds",
         "changes",
     ),
+    "rule": ("id", "client", "sender", "recipients", "rule", "verdict", "enforced", "match"),
     "scanned": ("id", "sender", "recipients", "result", "reason"),
     "filter": ("filter", "state", "reason"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),

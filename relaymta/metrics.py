@@ -5,7 +5,7 @@ Counting is one atomic add on a cell. The supervisor reads the blocks of all wor
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
@@ -178,6 +178,7 @@ FILTER_METRICS = {
 # Of a list in the DNS: what it answers (refused: it does not answer us; failed: no answer), or that it is not asked (paused).
 DNSBL_RESULTS = ("listed", "clean", "refused", "failed", "paused")
 DNSBL_TOTAL = "relaymta_dnsbl_total"
+RULE_TOTAL = "relaymta_rule_matches_total"
 _FAILURES_AT = len(FILTER_VERDICTS)
 _BUCKETS_AT = _FAILURES_AT + len(FILTER_FAILURES)
 _SUM_AT = _BUCKETS_AT + len(FILTER_BOUNDS) + 1  # microseconds
@@ -195,7 +196,7 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
-_ROWS = (QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL)
+_ROWS = (QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL)
 NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
 
 
@@ -299,6 +300,56 @@ class ListCounters:
         """It was asked, or is not now; with one of DNSBL_RESULTS."""
         if self._at >= 0:
             self._cells.add(self._at + DNSBL_RESULTS.index(word), 1)
+
+
+class RuleCounters:
+    """What one worker counts of a rule about mail. `at`: where its cells begin; negative: nothing is counted."""
+
+    __slots__ = ("_at", "_cells")
+
+    def __init__(self, cells: Cells, at: int) -> None:
+        self._cells = cells
+        self._at = at
+
+    def looked(self, matches: bool, enforced: bool, microseconds: int) -> None:
+        """It was evaluated. On any thread."""
+        if self._at < 0:
+            return
+        if matches:
+            self._cells.add(self._at + (0 if enforced else 1), 1)
+        self._cells.add(self._at + 2, 1)
+        self._cells.add(self._at + 3, microseconds)
+
+
+def rule_name(name: str) -> str:
+    """The name under which a rule's counters are known, which is no filter's."""
+    return f"rule {name}"
+
+
+class RuleTotals(NamedTuple):
+    """The counters of all workers for one rule: how often it has matched with `enforce` and without, how often it was evaluated,
+    and how long that took."""
+
+    enforced: int
+    dry: int
+    looked: int
+    microseconds: int
+
+    @classmethod
+    def of(cls, blocks: list[list[int]]) -> "RuleTotals":
+        """`blocks`: the cells of each worker."""
+        return cls(*(sum(cells[cell] for cells in blocks) for cell in range(4)))
+
+
+def rule_families(totals: dict[str, RuleTotals]) -> list[object]:
+    """Metrics of rules about mail, by their names, as prometheus_client metric families."""
+    from prometheus_client.core import CounterMetricFamily
+
+    found = CounterMetricFamily(RULE_TOTAL, "Messages that rules about mail match", labels=["rule", "enforced"])
+    for name, total in totals.items():
+        found.add_metric([name, "true"], total.enforced)
+        found.add_metric([name, "false"], total.dry)
+    return [found]
 
 
 def list_name(zone: str) -> str:

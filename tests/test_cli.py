@@ -101,7 +101,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("policy", "hold"): ["--app", "a"], ("policy", "bounce"): ["--app", "a"], ("policy", "remove"): ["hold", "application=a"],
     ("queue", "show"): ["q"], ("queue", "reroute"): ["--all", "--to", "r"],
     **{("queue", verb): ["--all"] for verb in ("flush", "hold", "release", "delete", "bounce")},
-    ("route", "test"): ["--to", "a@b.example"],
+    ("route", "test"): ["--to", "a@b.example"], ("rule", "test"): ["/dev/null"], ("rule", "why"): [UNKNOWN],
     ("sieve", "put"): ["a@b.example", "/dev/null"], ("sieve", "check"): ["/dev/null"], ("sieve", "list"): ["a@b.example"],
     ("sieve", "get"): ["a@b.example", "x"], ("sieve", "activate"): ["a@b.example", "x"],
     ("sieve", "remove"): ["a@b.example", "x"],
@@ -112,6 +112,7 @@ NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),
+    ("rule", "test"),
 }  # fmt: skip  # likewise
 ASKING = [p for p in ALL if p == ("app", "usage") or (p[0] not in NO_DAEMON and p not in ALONE)]
 
@@ -626,6 +627,7 @@ SLOW = {
     ("filter", "check"),
     ("filter", "learn"),
     ("filter", "test"),
+    ("rule", "test"),
 }  # serve for ever, or do all there is
 
 

@@ -18,6 +18,7 @@ LMTP = L.replace(":25", ":24") + 'protocol = "lmtp"\n'
 TOO_LATE = "who waits for `delay` comes too late, if `retry_window` is not longer: nobody would get through"
 GREYLIST = L + '[[filter]]\nname = "v"\ntype = "greylist"\n'
 DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n'
+MAIL_RULE = L + '[[mail_rule]]\nname = "r"\n'
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
@@ -294,7 +295,30 @@ TABLES = [
     (f'{FILTER}refused = "bunce"\n',
      "7: filter.0.refused: Input should be 'hold', 'discard' or 'bounce' (it is 'bunce') (did you mean \"bounce\"?)"),
     (f'{FILTER}budget = "30s"\n', "7: filter.0.budget: no such key (it is a key of [filters])"),
-    (f"{L}[filters]\nenforce = false\n", "4: filters.enforce: no such key (it is a key of [[filter]])"),
+    (f'{MAIL_RULE}', "4: mail_rule.0.name: 'r' has no condition: it would be about all mail"),
+    (f'{MAIL_RULE}attachment = ["type:progam"]\n',
+     '5: mail_rule.0.attachment: \'type:progam\': there is "program", "archive", "document", "image" (did you mean "program"?)'),
+    (f'{MAIL_RULE}attachment = ["archiv:*.exe"]\n',
+     "5: mail_rule.0.attachment: 'archiv:*.exe': before a colon there is \"type\", \"archive\", \"structure\" "
+     '(did you mean "archive"?)'),
+    (f'{MAIL_RULE}attachment = ["*"]\n', "5: mail_rule.0.attachment: '*': give a name, such as \"*.exe\""),
+    (f'{MAIL_RULE}attachment = ["a/*.exe"]\n', "5: mail_rule.0.attachment: 'a/*.exe': names are compared without folders"),
+    (f'{MAIL_RULE}header = ["Subject (a"]\n', "5: mail_rule.0.header: 'Subject (a' is not \"Name: expression\""),
+    (f"{MAIL_RULE}header = ['Subject: (.)\\1']\n",
+     "5: mail_rule.0.header: '(.)\\\\1': invalid escape sequence: \\1 at character 4 "
+     "(RE2 has no back-references and no look-around)"),
+    (f'{MAIL_RULE}body = ["x(a"]\n', "5: mail_rule.0.body: 'x(a': missing ): x(a at character 1"),
+    (f'{MAIL_RULE}min_size = 1\nreply = "550 no"\n',
+     "6: mail_rule.0.reply: '550 no' is not a reply such as \"552 5.7.0 {match} is not taken here\""),
+    (f'{MAIL_RULE}min_size = 1\nreply = "550 5.7.1 {{mtch}}"\n',
+     "6: mail_rule.0.reply: '550 5.7.1 {mtch}': {match} and {rule} can be filled in (did you mean \"match\"?)"),
+    (f'{MAIL_RULE}min_size = 1\nverdict = "hold"\nreply = "550 5.7.1 x"\n',
+     '7: mail_rule.0.reply: has no meaning with verdict = "hold"'),
+    (f'{MAIL_RULE}min_size = 1\nreply = "450 4.7.1 x"\n',
+     '6: mail_rule.0.reply: 450 is none for verdict = "reject": that begins with 5'),
+    (f'{MAIL_RULE}min_size = 1\n[[mail_rule]]\nname = "r"\nmin_size = 1\n',
+     "7: mail_rule.1.name: two rules are called 'r': give one of them another name"),
+    (f"{L}[filters]\nenforce = false\n", "4: filters.enforce: no such key (it is a key of [[filter]] and [[mail_rule]])"),
     (f"{L}[filters]\nbudget = 0\n", "4: filters.budget: must be more than 0"),
     (f'{L}[filters]\ntag = ["X-{{filter}}: y"]\n',
      "4: filters.tag: 'X-{filter}: y': nothing is filled in in the name of a field"),

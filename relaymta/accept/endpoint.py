@@ -118,7 +118,7 @@ class Endpoint:
             Logins(config, self._checker, self._rates, self._limits, self._counters, self._log, self._mail_user),
             Watched([path] if path else [], lambda: _recipients(path)),
             self._verifier(config) if config.verify.results or config.verify.no_author == "reject" else None,
-            self._chains(config) if config.filter else None,
+            self._chains(config) if config.filter or config.mail_rule else None,
         )
         parts.refresh()
         return parts

@@ -12,7 +12,17 @@ from prometheus_client.exposition import choose_encoder
 from relaymta import __version__
 from relaymta.control import Refused
 from relaymta.errors import RelayError
-from relaymta.metrics import Cells, FilterTotals, down_families, families, filter_families, list_families, row_families
+from relaymta.metrics import (
+    Cells,
+    FilterTotals,
+    RuleTotals,
+    down_families,
+    families,
+    filter_families,
+    list_families,
+    row_families,
+    rule_families,
+)
 
 __all__ = ["serve_http"]
 
@@ -40,11 +50,13 @@ class _Collector:
         down: Callable[[], tuple[int, Rows]],
         filters: Callable[[], dict[str, FilterTotals]],
         zones: Callable[[], dict[str, list[list[int]]]],
+        rules: Callable[[], dict[str, RuleTotals]],
     ) -> None:
         self._blocks = blocks
         self._down = down
         self._filters = filters
         self._zones = zones
+        self._rules = rules
         self.sites: Rows = []
         self.quotas: Rows = []
         self.until = 0.0
@@ -56,6 +68,7 @@ class _Collector:
         yield from down_families(*self._down())
         yield from filter_families(self._filters())
         yield from list_families(self._zones())
+        yield from rule_families(self._rules())
 
 
 async def serve_http(
@@ -68,13 +81,14 @@ async def serve_http(
     down: Callable[[], tuple[int, Rows]] = lambda: (0, []),
     filters: Callable[[], dict[str, FilterTotals]] = dict,
     zones: Callable[[], dict[str, list[list[int]]]] = dict,
+    rules: Callable[[], dict[str, RuleTotals]] = dict,
 ) -> web.AppRunner:
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `down()`: the sites that are
     down, as `supervisor.outages` counts them; `filters()`: of each configured filter; `zones()`: the counters of each list
-    in the DNS. OSError when the address is in use."""
+    in the DNS; `rules()`: of each rule about mail. OSError when the address is in use."""
     registry = CollectorRegistry(auto_describe=False)
-    collector = _Collector(blocks, down, filters, zones)
+    collector = _Collector(blocks, down, filters, zones, rules)
     registry.register(collector)  # type: ignore[arg-type]
 
     async def metrics(request: web.Request) -> web.Response:

@@ -39,6 +39,7 @@ VERBS = {
     "queue": Verb("queue", "List the messages in the queue, and change them."),
     "reload": Verb("queue", "Make the daemon read its configuration again."),
     "route": Verb("route", "Test the routes."),
+    "rule": Verb("rule", "Rules about mail: what they match, and what they would do."),
     "serve": Verb("serve", "Run the relay until SIGTERM or Ctrl-C."),
     "shaping": Verb("site", "Show and clear decisions about sites."),
     "sieve": Verb("sieve", "Manage users' Sieve scripts, which sort mail as it is delivered."),

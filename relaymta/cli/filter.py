@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from relaymta.config import Filter as Settings
     from relaymta.filter.judgement import Filter
 
-__all__ = ["filter", "silent"]
+__all__ = ["filter", "message_text", "silent"]
 
 T = TypeVar("T")
 
@@ -229,7 +229,7 @@ def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, 
         fail(64 if only else 78, f"--only: {only} does not learn" if only else "no [[filter]] learns: rspamd and spamd do")
     failed = False
     for message in messages:
-        text = _message(read, message)
+        text = message_text(read, message)
         for settings, (done, error) in zip(learners, asyncio.run(_taught(config, learners, text, what == "spam")), strict=True):
             row = {"message": message, "filter": settings.name, "done": done or "", "error": error}
             failed = failed or bool(error)
@@ -252,7 +252,7 @@ async def _taught(config: "Config", learners: "list[Settings]", text: bytes, spa
     return list(await asyncio.gather(*map(one, learners)))
 
 
-def _message(read: Configuration, message: str) -> bytes:
+def message_text(read: Configuration, message: str) -> bytes:
     """The octets of a file, or of a message in the queue as it would be sent."""
     if message == "-" or Path(message).exists():
         return _BARE_LF.sub(b"\r\n", _text(Path(message)))

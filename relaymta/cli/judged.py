@@ -164,7 +164,7 @@ class Judged:
         if self.outcome is None:
             return DONE
         decides = max(self.findings, key=lambda one: one.action, default=None)
-        failed = any(one.word == "failed" and one.guard.settings.enforce for one in self.findings)
+        failed = any(one.word == "failed" and one.guard.enforce for one in self.findings)
         refused = decides is not None and decides.word != "failed" and _STATUS[self.outcome.verdict.word] == REFUSED
         return FAILED if failed and not refused else _STATUS[self.outcome.verdict.word]
 
@@ -219,7 +219,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _line(one: Finding) -> list[str]:
-    enforced = "" if one.guard.settings.enforce else " (enforce = false)"
+    enforced = "" if one.guard.enforce else " (enforce = false)"
     score = "-" if one.score is None else f"{one.score:g}"
     why = f"{one.failure}: {one.reason}" if one.failure else one.reason
     return [one.guard.name, one.word + enforced, one.follows, score, f"{one.seconds * 1000:.1f} ms", why or "-"]

@@ -16,6 +16,7 @@ from relaymta.config.describing import describe, given_values
 from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.loading import load, load_accounts
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
+from relaymta.config.mail_rules import MailRule
 from relaymta.config.mailboxes import Mailboxes
 from relaymta.config.networks import everywhere
 from relaymta.config.reloading import Change, merge
@@ -26,8 +27,8 @@ from relaymta.config.whole import Config
 
 __all__ = [
     "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Filter",
-    "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "Mailboxes", "Metrics", "OAuth", "PeerNetwork", "QueueTable",
-    "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe",
-    "everywhere", "given_values", "header_condition", "load", "load_accounts", "merge", "near", "notes", "parse_duration",
-    "parse_hostport", "parse_quota",
+    "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth", "PeerNetwork",
+    "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each",
+    "describe", "everywhere", "given_values", "header_condition", "load", "load_accounts", "merge", "near", "notes",
+    "parse_duration", "parse_hostport", "parse_quota",
 ]  # fmt: skip

@@ -54,6 +54,7 @@ def _twice(config: "Config") -> Iterator[tuple[str, str]]:
         ("application", "name", [one.name for one in config.application], "there are two tables for the application {!r}"),
         ("certificate", "chain", [one.chain for one in config.certificate], "two certificates are in {!r}"),
         ("filter", "name", [one.name for one in config.filter], "two filters are called {!r}: give one of them another name"),
+        ("mail_rule", "name", [one.name for one in config.mail_rule], "two rules are called {!r}: give one of them another name"),
         ("dkim", "selector", keys, "the same key is given twice: it would sign twice"),
     ]
     for table, key, values, what in tables:

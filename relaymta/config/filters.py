@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from relaymta.config.values import Address, Duration, Network, Reload, Size, SocketAddress, Table, in_dns, near
 from relaymta.proto.dnsbl import Codes
 
-__all__ = ["BUILT_IN", "WITHOUT_TEXT", "DnsList", "Filter", "FiltersTable", "Score", "Words"]
+__all__ = ["BUILT_IN", "WITHOUT_TEXT", "DnsList", "Filter", "FiltersTable", "Score", "Words", "is_line"]
 
 # The words of each type, and what they mean unless a table says otherwise.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -291,7 +291,7 @@ class FiltersTable(Table):
     def _are_fields(cls, fields: list[str]) -> list[str]:
         for text in fields:
             match = _FIELD.match(text)
-            if match is None or not _is_line(text):
+            if match is None or not is_line(text):
                 raise ValueError(f'{text!r} is not a header field such as "X-Spam: Yes"')
             if "{" in match[1] or "}" in match[1]:
                 raise ValueError(f"{text!r}: nothing is filled in in the name of a field")
@@ -303,7 +303,7 @@ class FiltersTable(Table):
     @field_validator("subject")
     @classmethod
     def _has_subject(cls, text: str) -> str:
-        if text and (text.count("{subject}") != 1 or not _is_line(text, ascii_only=False)):
+        if text and (text.count("{subject}") != 1 or not is_line(text, ascii_only=False)):
             raise ValueError(f'{text!r} has to have "{{subject}}" in it once, where the words of the message go')
         if "=?" in text:
             raise ValueError(f"{text!r}: write it as it is shown: it is encoded where it has to be")
@@ -313,7 +313,7 @@ class FiltersTable(Table):
     @field_validator("reply")
     @classmethod
     def _is_reply(cls, text: str) -> str:
-        if not _REPLY.match(text) or not _is_line(text) or len(text) > LONGEST_REPLY:
+        if not _REPLY.match(text) or not is_line(text) or len(text) > LONGEST_REPLY:
             raise ValueError(f'{text!r} is not a reply such as "554 5.7.1 Refused by {{filter}}: {{reason}}"')
         _check_placeholders(text, ("filter", "reason"))
         return text
@@ -336,7 +336,7 @@ def _listed(words: object) -> str:
     return ", ".join(f'"{word}"' for word in words)  # type: ignore[attr-defined]
 
 
-def _is_line(text: str, ascii_only: bool = True) -> bool:
+def is_line(text: str, ascii_only: bool = True) -> bool:
     return text.isprintable() and len(text) <= LONGEST and (text.isascii() or not ascii_only)
 
 

@@ -10,6 +10,7 @@ from relaymta.config.clients import Application, Certificate, Intake, Listener, 
 from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
+from relaymta.config.mail_rules import MailRule
 from relaymta.config.mailboxes import Imap, Mailboxes
 from relaymta.config.names import Hostname, own_name
 from relaymta.config.origin import Origin
@@ -43,6 +44,7 @@ class Config(Table):
     certificate: list[Certificate] = Field([], description="certificates for TLS with clients")
     dkim: list[Dkim] = Field([], description="DKIM keys")
     filter: list[Filter] = Field([], description="programs that judge mail")
+    mail_rule: list[MailRule] = Field([], description="rules about mail")
     verify: Verify = Verify()
     filters: FiltersTable = FiltersTable()
     accounts: AccountsTable = AccountsTable()

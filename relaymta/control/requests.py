@@ -19,6 +19,7 @@ from relaymta.errors import RelayError
 __all__ = ["AGES", "REQUESTS", "Request", "Where"]
 
 HOURS = 24 * 3600.0  # seconds for what copies mail
+LAST = 20  # messages that a rule has matched, of all workers
 AGES = (5, 10, 20, 40, 80, 160, 320, 640, 1280)  # minutes: the columns of `shape`; one more column for what is older
 
 
@@ -258,6 +259,15 @@ def _filters(parts: list[Rows], args: Any) -> Rows:
     return _by("name", ("waiting",), join, parts)
 
 
+def _rules(parts: list[Rows], args: Any) -> Rows:
+    """What was counted is counted by all workers together; what each has matched last, by itself."""
+
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        known["last"] = sorted({*known["last"], *row["last"]})[-LAST:]
+
+    return _by("rule", (), join, parts)
+
+
 def _moved(parts: list[list[int] | None], args: Any) -> list[int] | None:
     found = [part for part in parts if part is not None]
     return None if len(found) < len(parts) else [sum(column) for column in zip(*found, strict=True)] or [0, 0]
@@ -334,6 +344,7 @@ REQUESTS: dict[str, Request] = {
         Request("sessions", OfUser, Where.EACH, pieces=True),
         Request("disconnect", OfUser, Where.ALL, 30, _sum, changes=True),
         Request("filters", Nothing, Where.ALL, 10, _filters),
+        Request("rules", Nothing, Where.ALL, 10, _rules),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

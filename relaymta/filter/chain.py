@@ -12,7 +12,7 @@ import ipaddress
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relaymta.config import Config, FiltersTable, Listener
 from relaymta.config import Filter as Settings
@@ -23,12 +23,15 @@ from relaymta.filter.judgement import Filter, Mail, Verdict
 from relaymta.filter.means import Means
 from relaymta.filter.revision import Revision
 from relaymta.log import Log
-from relaymta.metrics import FilterCounters, FilterTotals, ListCounters, index, list_name
+from relaymta.metrics import FilterCounters, FilterTotals, ListCounters, RuleCounters, RuleTotals, index, list_name, rule_name
 from relaymta.proto import reply
 from relaymta.proto.dnsbl import Codes
 from relaymta.proto.edits import Edit, Insert, spaced, subject_edits
 from relaymta.proto.printable import printable
 from relaymta.shm import Limits, Named
+
+if TYPE_CHECKING:
+    from relaymta.filter.rules import Match, Rules, RuleSet
 
 __all__ = ["Chain", "Chains", "Outcome", "Sender", "made", "reason_held"]
 
@@ -70,18 +73,20 @@ class Chain:
 
     def __init__(
         self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop,
-        queues: bool = True, behind: bool = False, named: bool = False,
+        queues: bool = True, behind: bool = False, named: bool = False, rules: "RuleSet | None" = None,
     ) -> None:  # fmt: skip
         """`behind`: they look at a message that is in the queue, or, as on the command line, at once; `named`: it waits for them,
-        and all of them are asked: its recipients were what they look at, before aliases were followed."""
+        and all of them are asked: its recipients were what they look at, before aliases were followed; `rules`: those about mail
+        of this client."""
         self.queues = queues
+        self._rules = rules
         self._named = named
         self._later = [guard for guard in guards if guard.is_queued and queues and not behind]
         self.guards = [guard for guard in guards if guard not in self._later]
         self.follows = any(guard.follows for guard in self.guards)
         self.asks = frozenset[str]().union(*(guard.asks for guard in self.guards))
         self.begins = any(guard.begins for guard in self.guards)
-        self.looks = bool(self._later) or any(guard.looks or guard.tags for guard in self.guards)
+        self.looks = bool(self._later) or rules is not None or any(guard.looks or guard.tags for guard in self.guards)
         self._all = guards
         self.forged = frozenset() if trusted else table.tag_names
         self._table = table
@@ -95,7 +100,8 @@ class Chain:
         and nothing is logged."""
         findings = await self.ask(revision, dialogue)
         for one in findings:
-            self.told(revision.mail, one)
+            if isinstance(one.guard, Guard):  # what rules say was told
+                self.told(revision.mail, one)
         return self.outcome(findings, revision)
 
     async def ask(self, revision: Revision, dialogue: Dialogue | None = None) -> list[Finding]:
@@ -106,7 +112,10 @@ class Chain:
                 return await self.ask(revision, dialogue)
             finally:
                 dialogue.end()
-        until, findings = self.deadline(), list[Finding]()
+        findings = await self._ruled(revision, None, False)
+        if any(one.is_sure for one in findings):
+            return findings
+        until = self.deadline()
         for group in self._groups():
             mail = revision.mail
             asked = [one for one in group if self._counts(one, mail, dialogue)]
@@ -119,7 +128,18 @@ class Chain:
                 break
             for one in found:
                 self._apply(one, revision)
+        else:
+            scores = [one.score for one in findings if one.score is not None]
+            findings += await self._ruled(revision, max(scores, default=None), True)
         return findings
+
+    async def _ruled(self, revision: Revision, score: float | None, late: bool) -> list[Finding]:
+        """What rules about mail say."""
+        match = await self._rules.judge(revision.mail, score, late) if self._rules is not None else None
+        if match is None or match.verdict is Verdict.ACCEPT:
+            return []
+        refusal = match.reply if match.verdict >= Verdict.TEMPFAIL else b""
+        return [Finding(match.rule, match.verdict.word, match.verdict, match.what, reply=refusal)]
 
     def _counts(self, one: Guard, mail: Mail, dialogue: Dialogue | None) -> bool:
         """Whether a filter has a word about a message, or has had it before another one has changed the recipients."""
@@ -127,8 +147,8 @@ class Chain:
         return looks or (dialogue is not None and dialogue.knows(one))
 
     def at_once(self) -> "Chain":
-        """The same filters, of which none waits until the message is in the queue."""
-        return Chain(self._all, self._table, self.trusted, self._log, self._loop, behind=True)
+        """The same filters and rules, of which none waits until the message is in the queue."""
+        return Chain(self._all, self._table, self.trusted, self._log, self._loop, behind=True, rules=self._rules)
 
     def dialogue(self, client: str) -> Dialogue:
         """For a new client, whose address it is, where one of them follows it."""
@@ -276,6 +296,23 @@ class Chains:
                 asked = made(one, means._replace(warn=partial(_warn, log, one.name)))
                 guard = Guard(one, asked, limits, counters, log, loop)
             self.guards.append(guard)
+        self.rules: Rules | None = self._ruled(config, before) if config.mail_rule else None
+
+    def _ruled(self, config: Config, before: "Chains | None") -> "Rules":
+        from relaymta.filter.rules import Rules  # where there are some
+
+        own, row = self._named.own(), self._named.row
+        return Rules(
+            config.mail_rule, lambda name: RuleCounters(own, row(rule_name(name))), None if before is None else before.rules,
+            self._matched, lambda text: self._log.event("warning", text=text),
+        )  # fmt: skip
+
+    def _matched(self, mail: Mail, match: "Match") -> None:
+        rule = match.rule
+        self._log.event(
+            "rule", id=mail.ident, client=mail.client, sender=mail.sender, recipients=mail.recipients, rule=rule.name,
+            verdict=match.verdict.word, enforced=rule.enforce, match=match.what,
+        )  # fmt: skip
 
     def begin(self, before: "Chains | None") -> None:
         """Use it from now on, in place of `before`."""
@@ -303,6 +340,15 @@ class Chains:
                 | {"asked": sum(total.buckets), "p50": half, "p99": nearly_all}
                 | {"verdicts": total.verdicts, "failures": total.failures}
             )
+        return found
+
+    def ruled(self) -> list[dict[str, Any]]:
+        """For operators: of each rule about mail what all workers have counted, and what it has matched last here."""
+        found = []
+        for rule in self.rules.rules if self.rules is not None else []:
+            total = RuleTotals.of(self._named.of(rule_name(rule.name)))
+            row = {"rule": rule.name, "verdict": rule.settings.verdict, "enforce": rule.enforce}
+            found.append(row | total._asdict() | {"last": list(rule.last)})
         return found
 
     def told(self, names: Sequence[str]) -> list[str]:
@@ -337,13 +383,18 @@ class Chains:
             if len(self._chains) >= CHAINS_KEPT:
                 self._chains.clear()
             guards = [guard for guard in self.guards if _is_for(guard.settings, sender)]
-            self._chains[sender] = Chain(guards, self._table, trusted, self._log, self._loop, sender.queues) if guards else None
+            rules = None if self.rules is None else self.rules.of(sender)
+            self._chains[sender] = (
+                Chain(guards, self._table, trusted, self._log, self._loop, sender.queues, rules=rules)
+                if guards or rules is not None
+                else None
+            )
         return self._chains[sender]
 
 
 def reason_held(one: Finding) -> str:
     """Why a message is held because of what a filter says."""
-    return f"filter {one.guard.name}: {_short(one.reason)}"
+    return f"{one.guard.title}: {_short(one.reason)}"
 
 
 def _warn(log: Log, name: str, text: str) -> None:

@@ -8,7 +8,7 @@ has said of the whole message before it has seen it, or why it could not be aske
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from relaymta.filter.guard import Finding, Guard
+from relaymta.filter.guard import Finding, Guard, Judge
 from relaymta.filter.judgement import Answer, FilterSession, Mail, Verdict
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Dialogue:
         self._chain = chain
         self._client = client
         self._sessions: dict[Guard, FilterSession] = {}
-        self._decided: dict[Guard, Finding] = {}
-        self._noted: dict[Guard, Finding] = {}
+        self._decided: dict[Judge, Finding] = {}
+        self._noted: dict[Judge, Finding] = {}
         for guard in chain.guards:
             if guard.begins:
                 self._session(guard)

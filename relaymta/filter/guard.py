@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from relaymta.config.filters import WITHOUT_TEXT
 from relaymta.errors import StoreError, redacted
@@ -52,13 +52,26 @@ _FAILED = {"disconnect": Verdict.TEMPFAIL, "later": Verdict.ACCEPT}  # other wor
 WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
 
 
+class Judge(Protocol):
+    """Whose word a finding is: a Guard, or a rule about mail. `title`: as a reason names it; `enforce`, `refused`: as
+    configured."""
+
+    name: str
+    title: str
+    enforce: bool
+    refused: str
+
+    def warn(self, text: str) -> None:
+        """Log what is wrong with what it says."""
+
+
 class Finding(NamedTuple):
     """What has come of asking one filter. `word`: its verdict, "failed", or "skipped" for a message that is too large for it;
     `action`: what follows from that; `failure`: the reason as FilterFailure has it, or ""; `closes`: the client is disconnected;
     `seconds`: what it took; `later`: it is to look at the message later, before which that is not delivered. The others as of
     Answer: changes are those that are to be made."""
 
-    guard: "Guard"
+    guard: Judge
     word: str
     action: Verdict
     reason: str = ""
@@ -117,7 +130,9 @@ class Guard:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.settings = settings
-        self.name = settings.name
+        self.name, self.title = settings.name, f"filter {settings.name}"
+        self.enforce = settings.enforce
+        self.refused: str = settings.refused
         self.filter = asked
         self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
         self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)

@@ -273,7 +273,7 @@ class Scanner:
         unseen, verdict, by = _of(taken.envelope), outcome.verdict, outcome.by
         why = "" if by is None else reason_held(by)
         if verdict is Verdict.REJECT and by is not None:
-            refused = by.guard.settings.refused
+            refused = by.guard.refused
             if refused == "bounce" and (unseen.trusted or unseen.genuine) and taken.envelope.sender:
                 return f"refused by {why}"
             verdict = Verdict.DISCARD if refused == "discard" else Verdict.HOLD

@@ -24,7 +24,7 @@ from relaymta.disk.lock import locked_shard
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
-from relaymta.metrics import SITES_SHOWN, FilterTotals, list_name
+from relaymta.metrics import SITES_SHOWN, FilterTotals, RuleTotals, list_name, rule_name
 from relaymta.node import keep_secret
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
@@ -196,6 +196,7 @@ class Supervisor:
                 lambda: self.machine.outages.rows(_smart_sites(self.config)),
                 lambda: {one.name: FilterTotals(self.shared.named().of(one.name)) for one in self.config.filter},
                 lambda: {zone: self.shared.named().of(list_name(zone)) for zone in _zones(self.config)},
+                lambda: {one.name: RuleTotals.of(self.shared.named().of(rule_name(one.name))) for one in self.config.mail_rule},
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None

@@ -166,6 +166,12 @@ class Answers:
         chains = acceptor.endpoint.chains if acceptor is not None else None
         return chains.rows() if chains is not None else []
 
+    async def rules(self, args: Nothing) -> list[Any]:
+        """As `Chains.ruled`."""
+        acceptor = self._worker.acceptor
+        chains = acceptor.endpoint.chains if acceptor is not None else None
+        return chains.ruled() if chains is not None else []
+
     async def usage(self, args: Nothing) -> list[Any]:
         """The use of accounts' quotas, which all workers share."""
         worker = self._worker
