@@ -307,6 +307,7 @@ TABLES = [
     (f"{MAIL_RULE}header = ['Subject: (.)\\1']\n",
      "5: mail_rule.0.header: '(.)\\\\1': invalid escape sequence: \\1 at character 4 "
      "(RE2 has no back-references and no look-around)"),
+    (f'{MAIL_RULE}body = [""]\n', "5: mail_rule.0.body: an empty expression: it would find something in every text"),
     (f'{MAIL_RULE}body = ["x(a"]\n', "5: mail_rule.0.body: 'x(a': missing ): x(a at character 1"),
     (f'{MAIL_RULE}min_size = 1\nreply = "550 no"\n',
      "6: mail_rule.0.reply: '550 no' is not a reply such as \"552 5.7.0 {match} is not taken here\""),

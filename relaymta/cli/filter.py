@@ -201,7 +201,8 @@ def test(
     address = _ip(client or "192.0.2.1")
     to = recipients or ("recipient@" + config.hostname,)
     sending = Sending(data, sender, to, address, helo, application, listener)
-    judged = Judged(config.model_copy(update={"filter": asked}), sending)
+    rules = [] if only or file is None else config.mail_rule
+    judged = Judged(config.model_copy(update={"filter": asked, "mail_rule": rules}), sending)
     if as_json:
         say_json(judged.row())
     else:

@@ -150,6 +150,8 @@ class MailRule(Table):
 
 def _check(expression: str) -> None:
     """ValueError: RE2 does not take an expression; where it does not."""
+    if not expression.strip():
+        raise ValueError("an empty expression: it would find something in every text")
     if len(expression) > LONGEST:
         raise ValueError(f"an expression of {len(expression)} characters: {LONGEST} at most")
     import re2  # where there is an expression
