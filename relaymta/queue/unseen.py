@@ -227,7 +227,8 @@ class UnseenMail:
 
         def done(error: StoreError | None) -> None:
             _settle(commit, error)
-            taken.release()  # before it is offered
+            if error is None:
+                taken.release()  # before it is offered
 
         put = Put(taken.ident, envelope, self._assign(envelope, 0), None, done, replaces=True)
         if isinstance(data, Body):
