@@ -19,6 +19,7 @@ TOO_LATE = "who waits for `delay` comes too late, if `retry_window` is not longe
 GREYLIST = L + '[[filter]]\nname = "v"\ntype = "greylist"\n'
 DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n'
 MAIL_RULE = L + '[[mail_rule]]\nname = "r"\n'
+RULE = MAIL_RULE.removeprefix(L)
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
@@ -307,7 +308,10 @@ TABLES = [
     (f"{MAIL_RULE}header = ['Subject: (.)\\1']\n",
      "5: mail_rule.0.header: '(.)\\\\1': invalid escape sequence: \\1 at character 4 "
      "(RE2 has no back-references and no look-around)"),
-    (f'{MAIL_RULE}body = [""]\n', "5: mail_rule.0.body: an empty expression: it would find something in every text"),
+    (f'{MAIL_RULE}header = ["Subject: "]\n', "5: mail_rule.0.header: 'Subject: ' is not \"Name: expression\""),
+    (f'{MAIL_RULE}body = [""]\n', "5: mail_rule.0.body: an empty expression finds something in every text"),
+    (f'{MAIL_RULE}attachment = {[f"*{n}.x{n}" for n in range(60_000)]}\n',
+     "5: mail_rule.0.attachment: 60000 names are too many for one rule: divide them among several"),
     (f'{MAIL_RULE}body = ["x(a"]\n', "5: mail_rule.0.body: 'x(a': missing ): x(a at character 1"),
     (f'{MAIL_RULE}min_size = 1\nreply = "550 no"\n',
      "6: mail_rule.0.reply: '550 no' is not a reply such as \"552 5.7.0 {match} is not taken here\""),
@@ -465,6 +469,29 @@ NOTES = [
      "9: filter.0.verdicts.FOUND: \"tag\" has no effect: filters.tag and filters.subject are empty"),
     (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\nsubject = "[x] {subject}"\n', None),
     (GOOD.replace(L, LMTP.replace("lmtp", "pop3")) + "auth_in_clear = true\n" + HERE, None),
+    (f'{GOOD}{RULE}sender = ["a.example"]\n',
+     '7: mail_rule.0.sender: "a.example" can never match: it is not an address; domains have conditions of their own'),
+    (f'{GOOD}{RULE}recipient = ["<a@b.example>"]\n', '7: mail_rule.0.recipient: "<a@b.example>" can never match: write the '
+     'address without < and >'),
+    (f'{GOOD}{RULE}sender_domain = ["a.example."]\n',
+     '7: mail_rule.0.sender_domain: "a.example." can never match: domains are compared without the dot at the end; write '
+     '"a.example"'),
+    (f'{GOOD}{RULE}recipient_domain = ["a@b.example"]\n',
+     '7: mail_rule.0.recipient_domain: "a@b.example" can never match: it has an @; write the domain alone: "b.example"'),
+    (f'{GOOD}{RULE}sender = ["", "a@b.example"]\nrecipient = ["postmaster"]\nsender_domain = [".example"]\n', None),
+    (f'{GOOD}{RULE}score_min = 5\n', "7: mail_rule.0.score_min: no filter gives a score before the message is in the queue, so "
+     "this never holds: rspamd, spamd and dnsbl do"),
+    (GOOD + FILTER.removeprefix(L).replace("clamd", "rspamd") + 'stage = "queued"\n' + RULE + "score_min = 5\n",
+     "12: mail_rule.0.score_min: no filter gives a score before the message is in the queue, so this never holds: rspamd, spamd "
+     "and dnsbl do"),
+    (GOOD + FILTER.removeprefix(L).replace("clamd", "rspamd") + RULE + "score_min = 5\n", None),
+    (f'{GOOD}{RULE}min_size = 1\nverdict = "tag"\n[filters]\ntag = []\n',
+     '8: mail_rule.0.verdict: "tag" has no effect: filters.tag and filters.subject are empty'),
+    (f'{GOOD}{RULE}dmarc = ["fail"]\nclients = "trusted"\n[verify]\nresults = true\n',
+     "7: mail_rule.0.dmarc: it never holds: mail of clients that may relay is not verified"),
+    (f'{GOOD}{RULE}dmarc = ["fail"]\n[verify]\nresults = false\n',
+     "7: mail_rule.0.dmarc: it never holds: verify.results is false"),
+    (f'{GOOD}{RULE}dmarc = ["fail"]\n[verify]\nresults = true\n', None),
 ]  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """`relaymta filter`: what judges mail."""
 
-import ipaddress
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from relaymta.auth.identity import plain_address
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import (
@@ -293,7 +293,7 @@ def _with_only(config: "Config", name: str) -> "Config":
 
 def _ip(text: str) -> str:
     try:
-        return str(ipaddress.ip_address(text))
+        return str(plain_address(text))
     except ValueError:
         fail(64, f"--client {text}: expected an IP address")
 

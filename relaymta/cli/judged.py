@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from relaymta.config import Config
     from relaymta.config import Filter as Settings
 
-__all__ = ["Judged", "Sending", "means", "of_envelope"]
+__all__ = ["Judged", "Sending", "may_relay", "means", "of_envelope"]
 
 MOST = 64 << 20  # octets of a message to test
 # Exit statuses.
@@ -47,6 +47,17 @@ class Sending(NamedTuple):
     helo: str
     application: str
     listener: str
+
+
+def may_relay(config: "Config", client: str) -> bool:
+    """Whether a client may relay by its address: its [[network]] says so, or, where that says nothing, relay.networks."""
+    address = ipaddress.ip_address(client)
+
+    def within(networks: list[str]) -> bool:
+        return any(address in ipaddress.ip_network(text) for text in networks)
+
+    own = next((row.relay for row in config.network if within(row.networks)), None)
+    return within(config.relay.networks) if own is None else own
 
 
 def of_envelope(settings: "Settings") -> bool:
@@ -103,8 +114,7 @@ class Judged:
         at = listeners[sending.listener] if sending.listener else config.listener[0]
         if at.filtered:
             return None
-        networks = [ipaddress.ip_network(text) for text in config.relay.networks]
-        trusted = bool(sending.application) or any(ipaddress.ip_address(sending.client) in network for network in networks)
+        trusted = bool(sending.application) or may_relay(config, sending.client)
         chain = chains.chain_for(at, sending.client, sending.application, trusted)
         return None if chain is None else chain.at_once()
 

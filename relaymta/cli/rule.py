@@ -1,11 +1,11 @@
 """`relaymta rule`: rules about mail (`[[mail_rule]]`)."""
 
-import ipaddress
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from relaymta.auth.identity import plain_address
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.filter import message_text
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded, missing
@@ -103,7 +103,7 @@ def test(
     is enforced does."""
     config = _with_rules(read)
     try:
-        address = str(ipaddress.ip_address(client))
+        address = str(plain_address(client))
     except ValueError:
         fail(64, f"--client: {client}: not an IP address")
     rows = _evaluated(config, message_text(read, message), sender, recipients, address, application, dmarc, score)
@@ -128,6 +128,7 @@ def _evaluated(
     """A row for each rule. `done`: what is done because of it, "": nothing."""
     import time
 
+    from relaymta.cli.judged import may_relay
     from relaymta.filter.chain import Sender
     from relaymta.filter.judgement import Mail, Text
     from relaymta.filter.rules import Message, Rules
@@ -135,19 +136,22 @@ def _evaluated(
     from relaymta.proto.header import header_end
 
     end = header_end(data)
-    networks = [ipaddress.ip_network(text) for text in config.relay.networks]
-    trusted = bool(application) or any(ipaddress.ip_address(client) in network for network in networks)
+    trusted = bool(application) or may_relay(config, client)
     to = recipients or ("recipient@" + config.hostname,)
     mail = Mail("test", sender, to, client, "", application, "", Text(data[:end], data[end:]), dmarc=dmarc)
     message = Message(mail, data[:end], data[end:], dmarc, score)
-    rows, decided = [], False
+    rows, decided = [], set[bool]()  # those with score_min, which are evaluated behind the filters, decide apart from the others
     none: Any = None
     for one in Rules(config.mail_rule, lambda name: RuleCounters(none, -1), None, lambda mail, match: None, fail_rule).rules:
         began = time.perf_counter_ns()
         asked_about = one.applies(Sender("", client, application, trusted, True))
         match = one.match(message) if asked_about else None
-        done = one.settings.verdict if match is not None and one.enforce and not decided else ""
-        decided = decided or bool(done)
+        done = (
+            one.settings.verdict
+            if match is not None and one.enforce and one.late not in decided and one.settings.verdict != "accept"
+            else ""
+        )
+        decided |= {one.late} if done else set()
         rows.append({
             "rule": one.name, "matches": match is not None if asked_about else None, "match": match.what if match else "",
             "verdict": one.settings.verdict, "enforce": one.enforce, "done": done,

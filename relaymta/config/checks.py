@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["contradictions", "never_used", "notes"]
 
+GIVE_SCORES = ("rspamd", "spamd", "dnsbl")  # types of filters
+
 # Fields that hosts on the way add.
 TRACE = {
     "arc-authentication-results", "arc-message-signature", "arc-seal", "authentication-results", "delivered-to", "received",
@@ -100,7 +102,7 @@ def notes(config: "Config") -> list[str]:
         )
         pairs.append(("relay.domains", what))
     pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *_for_nobody(config), *never(config)]
-    pairs += _of_filters(config)
+    pairs += [*_of_filters(config), *_of_mail_rules(config)]
     if not config.route_map:  # else what it names is not known here
         pairs += [(f"route.{number}", what) for number, what in never_used(config)]
     pairs += _relative(config)
@@ -207,6 +209,24 @@ def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
             if verdict == "tag" and not config.filters.tag and not config.filters.subject:
                 what = '"tag" has no effect: filters.tag and filters.subject are empty'
                 yield f"filter.{number}.verdicts.{word}", what
+
+
+def _of_mail_rules(config: "Config") -> Iterator[tuple[str, str]]:
+    """What rules about mail do not do, though it looks as if they did."""
+    scores = any(row.type in GIVE_SCORES and not row.is_queued for row in config.filter)
+    for number, row in enumerate(config.mail_rule):
+        if row.score_min is not None and not scores:
+            what = "no filter gives a score before the message is in the queue, so this never holds"
+            yield f"mail_rule.{number}.score_min", f"{what}: {_listed(GIVE_SCORES)} do"
+        if row.verdict == "tag" and not config.filters.tag and not config.filters.subject:
+            yield f"mail_rule.{number}.verdict", '"tag" has no effect: filters.tag and filters.subject are empty'
+        if row.dmarc and (row.clients == "trusted" or not config.verify.results):
+            why = "mail of clients that may relay is not verified" if config.verify.results else "verify.results is false"
+            yield f"mail_rule.{number}.dmarc", f"it never holds: {why}"
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _called(row: "Filter") -> str:

@@ -1,7 +1,7 @@
 """Rules about mail: what administrators refuse, hold or tag by what a message is."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -9,14 +9,14 @@ from pydantic import Field, field_validator
 from relaymta.config.filters import Words, is_line
 from relaymta.config.values import Network, Reload, Size, Table, near
 
-__all__ = ["KINDS", "MailRule", "attachment_pattern", "field_pattern"]
+__all__ = ["KINDS", "MailRule", "attachment_pattern", "field_pattern", "names_expression", "options"]
 
 KINDS = ("program", "archive", "document", "image")  # of attachments, by their first octets
 STRUCTURES = ("excessive",)
 PREFIXES = ("type", "archive", "structure")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,31}\Z")
-_FIELD = re.compile(r"([!-9;-~]+):[ \t]?(.+)\Z", re.S)
+_FIELD = re.compile(r"([!-9;-~]+):[ \t]?+(.+)\Z", re.S)
 _REPLY = re.compile(r"[45]\d\d [45]\.\d{1,3}\.\d{1,3} \S")
 LONGEST = 500  # characters of an expression
 LONGEST_REPLY = 270
@@ -99,8 +99,9 @@ class MailRule(Table):
     @field_validator("attachment")
     @classmethod
     def _are_attachments(cls, texts: list[str]) -> list[str]:
-        for text in texts:
-            attachment_pattern(text)
+        patterns = [attachment_pattern(text) for text in texts]
+        for word in ("name", "archive"):
+            _check_names([pattern for kind, pattern in patterns if kind == word])
         return texts
 
     @field_validator("header")
@@ -150,8 +151,8 @@ class MailRule(Table):
 
 def _check(expression: str) -> None:
     """ValueError: RE2 does not take an expression; where it does not."""
-    if not expression.strip():
-        raise ValueError("an empty expression: it would find something in every text")
+    if not expression:
+        raise ValueError("an empty expression finds something in every text")
     if len(expression) > LONGEST:
         raise ValueError(f"an expression of {len(expression)} characters: {LONGEST} at most")
     import re2  # where there is an expression
@@ -166,6 +167,26 @@ def _check(expression: str) -> None:
         where = f" at character {at + 1}" if at >= 0 else ""
         hint = " (RE2 has no back-references and no look-around)" if re.search(r"\\[1-9]|\(\?[=!<]", expression) else ""
         raise ValueError(f"{expression!r}: {text}{where}{hint}") from None
+
+
+def names_expression(globs: Sequence[str]) -> str:
+    """What finds a name that matches one of these patterns, which are some."""
+    import re2
+
+    each = [re2.escape(glob).replace("\\*", ".*").replace("\\?", ".") for glob in globs]
+    return f"(?is)\\A(?:{'|'.join(each)})\\z"
+
+
+def _check_names(globs: Sequence[str]) -> None:
+    """ValueError: there are more names than RE2 takes."""
+    if not globs:
+        return
+    import re2
+
+    try:
+        re2.compile(names_expression(globs), options())
+    except re2.error:
+        raise ValueError(f"{len(globs)} names are too many for one rule: divide them among several") from None
 
 
 def options() -> Any:

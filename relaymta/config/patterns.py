@@ -6,6 +6,7 @@ from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
+from relaymta.config.mail_rules import MailRule
 from relaymta.config.routes import Route
 from relaymta.proto.address import domain_matches, domain_of, in_a_labels
 
@@ -97,6 +98,8 @@ def never(config: "Config") -> Iterator[tuple[str, str]]:
     for number, route in enumerate(config.route):
         for key, what in (*_lists(route), *_contradictions(route)):
             yield f"route.{number}.{key}", what
+    for number, row in enumerate(config.mail_rule):
+        yield from ((f"mail_rule.{number}.{key}", what) for key, what in _envelope(row))
     for number, site in enumerate(config.site):
         yield from _each(f"site.{number}.hosts", site.hosts, host_trouble)
     for number, rule in enumerate(config.rule):
@@ -116,11 +119,15 @@ def _each(key: str, patterns: list[str], trouble: Callable[[str], str]) -> Itera
             yield key, f"{_quoted(pattern)} can never match: {what}"
 
 
+def _envelope(row: Route | MailRule) -> Iterator[tuple[str, str]]:
+    yield from _each("sender", [address for address in row.sender if address], address_trouble)  # "": the null sender
+    yield from _each("recipient", row.recipient, address_trouble)
+    yield from _each("sender_domain", row.sender_domain, domain_trouble)
+    yield from _each("recipient_domain", row.recipient_domain, domain_trouble)
+
+
 def _lists(route: Route) -> Iterator[tuple[str, str]]:
-    yield from _each("sender", [address for address in route.sender if address], address_trouble)  # "": the null sender
-    yield from _each("recipient", route.recipient, address_trouble)
-    yield from _each("sender_domain", route.sender_domain, domain_trouble)
-    yield from _each("recipient_domain", route.recipient_domain, domain_trouble)
+    yield from _envelope(route)
     yield from _each("mx", route.mx, host_trouble)
     yield from _each("lookup_hosts", route.lookup_hosts, host_trouble)
 

@@ -136,7 +136,7 @@ class Chain:
     async def _ruled(self, revision: Revision, score: float | None, late: bool) -> list[Finding]:
         """What rules about mail say."""
         match = await self._rules.judge(revision.mail, score, late) if self._rules is not None else None
-        if match is None or match.verdict is Verdict.ACCEPT:
+        if match is None:
             return []
         refusal = match.reply if match.verdict >= Verdict.TEMPFAIL else b""
         return [Finding(match.rule, match.verdict.word, match.verdict, match.what, reply=refusal)]

@@ -19,14 +19,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relaymta.config import MailRule
-from relaymta.config.mail_rules import attachment_pattern, field_pattern, options
+from relaymta.config.mail_rules import attachment_pattern, field_pattern, names_expression, options
 from relaymta.errors import redacted
 from relaymta.filter.judgement import Mail, Text, Verdict
 from relaymta.metrics import RuleCounters
 from relaymta.proto import reply
-from relaymta.proto.address import compared, domain_matches, domain_of
+from relaymta.proto.address import comparable, compared, domain_matches, domain_of
 from relaymta.proto.attachments import Parts, parts
-from relaymta.proto.dkim import split_fields
+from relaymta.proto.dkim import by_name, split_fields
 from relaymta.proto.mime_text import header_text
 from relaymta.proto.printable import printable
 
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["SHOWN", "Match", "RuleSet", "Rules"]
 
 SHOWN = 80  # characters of what matches, in replies and the log
+REPLY_MOST = 512  # octets of a reply (RFC 5321 4.5.3.1.5)
 LAST = 20  # messages that are remembered of each rule
 AT_ONCE = 12288  # octets of a text that is looked at on the event loop: the worst ones take 35 ms
+PROGRAM_MOST = 200  # instructions of an expression that is evaluated there: RE2 may take 15 ns for each and each octet
 MOST = 64 << 20  # octets of a text that are looked at
 WARN_EVERY = 10.0  # seconds between two warnings about what is wrong here
 BODY = 262144  # characters of decoded text
@@ -55,7 +57,7 @@ class Match(NamedTuple):
 
     @property
     def reply(self) -> bytes:
-        """The reply that refuses the message."""
+        """The reply that refuses the message: one line of REPLY_MOST octets at most, with some text in it."""
         settings = self.rule.settings
         text = (
             settings.reply
@@ -63,8 +65,10 @@ class Match(NamedTuple):
         )
         code, enhanced, words = text.split(" ", 2)
         what = self.what.encode("ascii", "replace").decode()
-        words = words.replace("{rule}", settings.name).replace("{match}", what).strip(": ")
-        return reply.format_reply(int(code), enhanced, words)
+        words = (
+            words.replace("{rule}", settings.name).replace("{match}", what).strip(": ") or f"Refused by the rule {settings.name}"
+        )
+        return reply.format_reply(int(code), enhanced, words[: REPLY_MOST - len(f"{code} {enhanced} \r\n")])
 
 
 class Message:
@@ -97,12 +101,8 @@ class Message:
 
     @cached_property
     def _fields(self) -> dict[bytes, list[bytes]]:
-        found: dict[bytes, list[bytes]] = {}
-        for line in split_fields(self._header):
-            name, colon, value = line.partition(b":")
-            if colon:
-                found.setdefault(name.strip().lower(), []).append(value.replace(b"\r\n", b"").strip())
-        return found
+        fields = by_name(split_fields(self._header))
+        return {name: [one.partition(b":")[2].replace(b"\r\n", b"").strip() for one in found] for name, found in fields.items()}
 
 
 # Whether a condition holds: what in the message makes it hold ("": nothing that can be shown); None: it does not.
@@ -112,7 +112,7 @@ Condition = Callable[[Message], str | None]
 class Rule:
     """A rule that is configured. `name`, `title`, `enforce`, `refused`, `warn`: as of Guard, in whose place it stands where it
     decides; `last`: ids of the messages that it matched last; `needs_body`, `late`: its conditions are about the body, or about
-    scores of filters."""
+    scores of filters; `heavy`: a text may take long."""
 
     refused = "hold"
 
@@ -125,6 +125,8 @@ class Rule:
         self.last = last
         self.late = settings.score_min is not None
         self.needs_body = bool(settings.attachment or settings.body)
+        expressions = [*settings.body, *(field_pattern(text)[1] for text in settings.header)]
+        self.heavy = any(_compiled(one).programsize > PROGRAM_MOST for one in expressions)
         self._networks = [ipaddress.ip_network(text) for text in settings.networks]
         self._conditions = _conditions(settings)
 
@@ -166,7 +168,7 @@ def _conditions(settings: MailRule) -> list[Condition]:
         if given:
             found.append(lambda message: "" if holds(message) else None)
 
-    senders, recipients = {compared(one) for one in settings.sender}, {compared(one) for one in settings.recipient}
+    senders, recipients = {comparable(one) for one in settings.sender}, {comparable(one) for one in settings.recipient}
     add(settings.recipients_min, lambda message: len(message.mail.recipients) >= settings.recipients_min)
     add(settings.min_size, lambda message: message.mail.text.size >= settings.min_size)
     add(settings.dmarc, lambda message: message.dmarc in settings.dmarc)
@@ -192,7 +194,7 @@ def _header(patterns: Sequence[tuple[str, str]]) -> Condition:
     def holds(message: Message) -> str | None:
         for name, expression in wanted:
             for value in message.field(name):
-                if (found := expression.search(value)) is not None:
+                if (found := _found(expression, value)) is not None:
                     return str(found.group() or value)
         return None
 
@@ -204,7 +206,7 @@ def _body(expressions: Sequence[str]) -> Condition:
 
     def holds(message: Message) -> str | None:
         for expression in wanted:
-            if (found := expression.search(message.text)) is not None:
+            if (found := _found(expression, message.text)) is not None:
                 return str(found.group())
         return None
 
@@ -225,7 +227,7 @@ def _attachment(patterns: Sequence[tuple[str, str]]) -> Condition:
                 return next(iter(part.names), "") or next(one for one in part.kinds if one in kinds)
             for expression, several in ((names, part.names), (archived, part.archived)):
                 for name in several if expression is not None else ():
-                    if expression.search(name) is not None:
+                    if _found(expression, name) is not None:
                         return str(name)
         return None
 
@@ -234,12 +236,15 @@ def _attachment(patterns: Sequence[tuple[str, str]]) -> Condition:
 
 def _globs(globs: Sequence[str]) -> Any:
     """An expression that finds what matches one of these; None where there are none."""
-    if not globs:
-        return None
-    import re2
+    return _compiled(names_expression(globs)) if globs else None
 
-    each = [re2.escape(glob).replace("\\*", ".*").replace("\\?", ".") for glob in globs]
-    return _compiled(f"(?is)\\A(?:{'|'.join(each)})\\z")
+
+def _found(expression: Any, text: str) -> Any:
+    """What an expression finds. Some charsets, such as UTF-7, give lone surrogates, which RE2 does not take: they are U+FFFD."""
+    try:
+        return expression.search(text)
+    except UnicodeEncodeError:
+        return expression.search(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
 
 
 def _compiled(expression: str) -> Any:
@@ -261,27 +266,28 @@ class RuleSet:
 
     async def judge(self, mail: Mail, score: float | None, late: bool) -> Match | None:
         """Evaluate those that are due, before filters are asked or behind them (`late`); tell of all that match. The first one
-        that is enforced; None: none is. OSError: the text cannot be read."""
+        that is enforced, and does something; None: none is. OSError: the text cannot be read."""
         rules = self._rules[late]
         if not rules:
             return None
-        if not any(rule.needs_body for rule in rules):
-            found, wrong = _evaluate(rules, Message(mail, mail.text.head, b"", mail.dmarc, score))
-        elif mail.text.size <= AT_ONCE:
-            found, wrong = _evaluate(rules, Message(mail, mail.text.head, await _body_of(mail.text), mail.dmarc, score))
+        text, body = mail.text, any(rule.needs_body for rule in rules)
+        octets = text.size if body else len(text.head) if any(rule.settings.header for rule in rules) else 0
+        if octets <= AT_ONCE and not any(rule.heavy for rule in rules):
+            message = Message(mail, text.head, await _body_of(text) if body else b"", mail.dmarc, score)
+            found, wrong = _evaluate(rules, message)
         else:
-            found, wrong = await self._on_thread(rules, mail, score)
+            found, wrong = await self._on_thread(rules, mail, score, body)
         if wrong:
             self._warn(wrong)
         for match in found:
             self._told(mail, match)
-        return next((match for match in found if match.rule.enforce), None)
+        return next((match for match in found if match.rule.enforce and match.verdict is not Verdict.ACCEPT), None)
 
-    async def _on_thread(self, rules: Sequence[Rule], mail: Mail, score: float | None) -> tuple[list[Match], str]:
+    async def _on_thread(self, rules: Sequence[Rule], mail: Mail, score: float | None, body: bool) -> tuple[list[Match], str]:
         """One after the other. Cancelled, the thread goes on, and has its place until it is done."""
         await self._large.acquire()
         try:
-            message = Message(mail, mail.text.head, await _body_of(mail.text), mail.dmarc, score)
+            message = Message(mail, mail.text.head, await _body_of(mail.text) if body else b"", mail.dmarc, score)
             evaluating = asyncio.get_running_loop().run_in_executor(None, _evaluate, rules, message)
         except BaseException:
             self._large.release()

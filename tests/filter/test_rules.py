@@ -1,7 +1,11 @@
 """Rules about mail: what matches, what is done, and what is counted."""
 
 import asyncio
+import json
 import random
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -121,6 +125,7 @@ HELLO = b"From: a@b.example\r\nSubject: =?utf-8?q?Your_In=76oice?=\r\n of today\
     ({"min_size": 5}, {}, ""), ({"min_size": "1MB"}, {}, None),
     ({"dmarc": ["fail", "none"]}, {"dmarc": "fail"}, ""), ({"dmarc": ["fail"]}, {}, None),
     ({"sender": ["A@B.example"]}, {}, ""), ({"sender": [""]}, {}, None), ({"sender": [""]}, {"sender": ""}, ""),
+    ({"sender": ['"A"@b.example.']}, {}, ""), ({"recipient": ["C@B\u00dc.example"]}, {"to": ("c@xn--b-eha.example",)}, ""),
     ({"sender_domain": [".example"]}, {}, ""), ({"sender_domain": ["example"]}, {}, None),
     ({"recipient": ["x@y", "C@D.EXAMPLE"]}, {}, ""), ({"recipient_domain": ["d.example"]}, {}, ""),
     ({"clients": "trusted"}, {}, None), ({"clients": "trusted"}, {"client": TRUSTED}, ""),
@@ -209,3 +214,110 @@ async def test_mail_that_no_rule_is_about_has_no_chain():
     assert bench.chains is not None
     assert bench.chains.chain_for(bench.listener, TRUSTED, "", True) is None
     assert bench.chains.chain_for(bench.listener, STRANGER, "", False) is not None
+
+
+@pytest.mark.parametrize(("conditions", "data", "match"), [
+    ({"header": ["Subject: ^my invoice"]}, b"Subject: my invoice =?utf-7?q?+2AA-?=\r\n\r\nx\r\n", "my invoice"),
+    ({"body": ["hello .$"]}, b"Content-Type: text/plain; charset=utf-7\r\n\r\nhello +2AA-", "hello \ufffd"),
+    ({"attachment": ["*.exe"]}, b'Content-Type: a/b; name="=?utf-7?q?+2AA-a.exe?="\r\n\r\nx\r\n', "\\ud800a.exe"),
+])  # fmt: skip
+async def test_text_that_is_no_unicode_evades_no_rule(conditions, data, match):
+    bench = Bench(conditions | {"enforce": True})
+    assert (await bench.judge(data)).verdict is Verdict.REJECT
+    assert not bench.of("warning") and bench.of("rule")[0]["match"] == match
+
+
+@pytest.mark.parametrize(
+    "name", [b"SUBJECT", b"Subject ", b"Subject\t", b"Subject\r\n ", b"Subject\x00", b"Subject\x7f", b"\x0bSubject"]
+)
+async def test_a_field_is_known_however_its_name_is_written(name):
+    bench = Bench({"header": ["Subject: invoice"]})
+    await bench.judge(b"A: b\r\n" + name + b": invoice\r\n\r\nx\r\n")
+    assert [one["match"] for one in bench.of("rule")] == ["invoice"]
+
+
+@pytest.mark.parametrize(("subject", "reply", "expected"), [
+    (b"y" * 10_000, "552 5.7.0 " + "{match} " * 30, b"552 5.7.0 " + (b"y" * 80 + b" ") * 6 + b"y" * 14 + b"\r\n"),
+    (b"", "552 5.7.0 {match}", b"552 5.7.0 Refused by the rule r0\r\n"),
+    (b"::", "552 5.7.0 {match}:", b"552 5.7.0 Refused by the rule r0\r\n"),
+    (b"{rule} {match} %s =?utf-8?q?=0D=0A250_=C3=BC?=", "552 5.7.0 {match}.", b"552 5.7.0 {rule} {match} %s \\r\\n250 ?.\r\n"),
+])  # fmt: skip
+async def test_what_is_found_is_no_more_than_text_in_a_reply(subject, reply, expected):
+    bench = Bench({"header": ["Subject: (?s).*"], "reply": reply, "enforce": True})
+    assert (await bench.judge(b"Subject: " + subject + b"\r\n\r\nx\r\n")).reply == expected and len(expected) <= 512
+
+
+@pytest.mark.parametrize(("rule", "data", "elsewhere"), [
+    ({"header": ["X: a"]}, b"X: " + b"a" * 200 + b"\r\n\r\nx\r\n", True),
+    ({"header": ["X: a"]}, b"X: a\r\n\r\n" + b"x" * 200 + b"\r\n", False),
+    ({"body": ["x"]}, b"X: a\r\n\r\n" + b"x" * 200 + b"\r\n", True),
+    ({"min_size": 1}, b"X: " + b"a" * 200 + b"\r\n\r\nx\r\n", False),
+])  # fmt: skip
+async def test_what_is_large_and_looked_at_is_so_on_a_thread(monkeypatch, rule, data, elsewhere):
+    seen, match = list[bool](), rules_module.Rule.match
+    monkeypatch.setattr(rules_module, "AT_ONCE", 100)
+    monkeypatch.setattr(
+        rules_module.Rule, "match",
+        lambda rule, message: seen.append(threading.current_thread() is not threading.main_thread()) or match(rule, message),
+    )  # fmt: skip
+    bench = Bench(rule)
+    await bench.judge(data)
+    assert seen == [elsewhere] and len(bench.of("rule")) == 1
+
+
+CONFIG = """hostname = "relay.example"
+[[listener]]
+address = "127.0.0.1:25"
+[relay]
+networks = ["192.0.2.0/24"]
+[[network]]
+networks = ["192.0.2.9/32"]
+relay = false
+[[network]]
+networks = ["198.51.100.1/32"]
+relay = true
+[[mail_rule]]
+name = "late"
+score_min = 4
+enforce = true
+[[mail_rule]]
+name = "r"
+clients = "trusted"
+min_size = 1
+enforce = true
+"""
+
+
+@pytest.mark.parametrize(("arguments", "done"), [
+    (["--client", "192.0.2.1"], ["", "reject"]), (["--client", "::ffff:192.0.2.1"], ["", "reject"]),
+    (["--client", "192.0.2.9"], ["", ""]), (["--client", "198.51.100.1"], ["", "reject"]),
+    (["--client", "198.51.100.2"], ["", ""]), (["--client", "198.51.100.2", "--as", "shop"], ["", "reject"]),
+    (["--client", "192.0.2.1", "--score", "5"], ["reject", "reject"]),
+])  # fmt: skip
+def test_by_hand_it_is_about_the_same_clients(tmp_path, arguments, done):
+    (tmp_path / "c.toml").write_text(CONFIG)
+    (tmp_path / "m.eml").write_bytes(PROGRAM)
+    call = [sys.executable, "-m", "relaymta", "-c", str(tmp_path / "c.toml"), "rule", "test", str(tmp_path / "m.eml"), "--json"]
+    found = subprocess.run([*call, *arguments], capture_output=True, text=True, timeout=30)
+    assert [json.loads(line)["done"] for line in found.stdout.splitlines()] == done, found.stderr
+    assert found.returncode == (2 if any(done) else 0)
+
+
+async def test_accept_keeps_nothing_from_the_rules_behind_it():
+    everything = {"attachment": ["*.exe"], "enforce": True}
+    bench = Bench(everything | {"verdict": "accept"}, everything)
+    assert (await bench.judge(PROGRAM)).verdict is Verdict.REJECT
+
+
+async def test_an_expression_that_may_take_long_is_evaluated_on_a_thread(monkeypatch):
+    threads = []
+    real = rules_module._evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return real(*arguments)
+
+    monkeypatch.setattr(rules_module, "_evaluate", evaluate)
+    for expression in ("a[ab]{900}c", "a[ab]{9}c"):
+        await Bench({"body": [expression]}).judge(b"Subject: x\r\n\r\n" + b"ab" * 50 + b"\r\n")
+    assert threads == [False, True]
