@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from relaymta.config import Filter as Settings
     from relaymta.filter.judgement import Filter
 
-__all__ = ["filter", "message_text", "silent"]
+__all__ = ["config_with", "filter", "message_text", "show_rows", "silent"]
 
 T = TypeVar("T")
 
@@ -59,14 +59,20 @@ def list_filters(read: Configuration, as_json: bool) -> None:
     the start.
 
     p50, p99: within what time half, and 99 of 100, of its answers came."""
-    rows = asked(daemon(read), "filters")
+    show_rows(asked(daemon(read), "filters"), as_json, _HEAD, _cells, "filters")
+
+
+def show_rows(
+    rows: list[dict[str, Any]], as_json: bool, head: list[str], cells: Callable[[dict[str, Any]], list[str]], what: str
+) -> None:
+    """Rows as JSON, or as a table of their `cells`; or that there are none of `what`."""
     if as_json:
         for row in rows:
             say_json(row)
     elif rows:
-        table("", _HEAD, [_cells(row) for row in rows])
+        table("", head, [cells(row) for row in rows])
     else:
-        say("there are no filters", err=True)
+        say(f"there are no {what}", err=True)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -92,7 +98,7 @@ def check(read: Configuration, as_json: bool) -> None:
     The relay need not run. Exit status 75 when one does not answer, or does not find it."""
     import asyncio  # here and below: `list` does without
 
-    config = _with_filters(read)
+    config = config_with(read, "filter")
     rows = asyncio.run(_proved(config))
     for row in rows:
         if as_json:
@@ -190,7 +196,7 @@ def test(
     1: tagged or held, 2: refused or discarded, 75: a filter has failed."""
     from relaymta.cli.judged import Judged, Sending, of_envelope
 
-    config = _with_filters(read)
+    config = config_with(read, "filter")
     config = _with_only(config, only) if only else config
     asked = [one for one in config.filter if only or one.type != "greylist"]
     if file is None:
@@ -224,7 +230,7 @@ def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, 
     was not learned."""
     import asyncio
 
-    config = _with_filters(read)
+    config = config_with(read, "filter")
     learners = [one for one in config.filter if one.type in LEARN and only in ("", one.name)]
     if not learners:
         fail(64 if only else 78, f"--only: {only} does not learn" if only else "no [[filter]] learns: rspamd and spamd do")
@@ -267,13 +273,14 @@ def message_text(read: Configuration, message: str) -> bytes:
     return octets
 
 
-def _with_filters(read: Configuration) -> "Config":
+def config_with(read: Configuration, key: Literal["filter", "mail_rule"]) -> "Config":
+    """The configuration, which must have such a table. It need not be one that a relay could run with here."""
     try:
         config = read()
     except ConfigError:
         config = loaded(read, ANY_LISTENER)
-    if not config.filter:
-        fail(78, "there is no [[filter]] in the configuration")
+    if not getattr(config, key):
+        fail(78, f"there is no [[{key}]] in the configuration")
     return config
 
 

@@ -7,8 +7,8 @@ import click
 
 from relaymta.auth.identity import plain_address
 from relaymta.cli.console import record, say, say_json, table
-from relaymta.cli.filter import message_text
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded, missing
+from relaymta.cli.filter import config_with, message_text, show_rows
+from relaymta.cli.options import Configuration, configured, fail, group, missing
 from relaymta.cli.peer import (
     absent,
     as_json,
@@ -21,7 +21,6 @@ from relaymta.cli.peer import (
     no_such,
     when,
 )
-from relaymta.errors import ConfigError
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -43,14 +42,7 @@ def stats(read: Configuration, as_json: bool) -> None:
     """Show for each rule how many messages it has decided (enforce = true), how many it would have, and the last ones of both.
 
     Counted since the start, also over reloads."""
-    rows = asked(daemon(read), "rules")
-    if as_json:
-        for row in rows:
-            say_json(row)
-    elif rows:
-        table("", _HEAD, [_cells(row) for row in rows])
-    else:
-        say("there are no rules", err=True)
+    show_rows(asked(daemon(read), "rules"), as_json, _HEAD, _cells, "rules")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -101,7 +93,7 @@ def test(
 
     Nothing is sent, logged or counted. Exit status: 0: no rule matches, 1: some match, and none of them is enforced, 2: one that
     is enforced does."""
-    config = _with_rules(read)
+    config = config_with(read, "mail_rule")
     try:
         address = str(plain_address(client))
     except ValueError:
@@ -139,12 +131,13 @@ def _evaluated(
     trusted = bool(application) or may_relay(config, client)
     to = recipients or ("recipient@" + config.hostname,)
     mail = Mail("test", sender, to, client, "", application, "", Text(data[:end], data[end:]), dmarc=dmarc)
-    message = Message(mail, data[:end], data[end:], dmarc, score)
+    message = Message(mail, data[end:], score)
+    who = Sender("", client, application, trusted, True)
     rows, decided = [], set[bool]()  # those with score_min, which are evaluated behind the filters, decide apart from the others
     none: Any = None
     for one in Rules(config.mail_rule, lambda name: RuleCounters(none, -1), None, lambda mail, match: None, fail_rule).rules:
         began = time.perf_counter_ns()
-        asked_about = one.applies(Sender("", client, application, trusted, True))
+        asked_about = who.is_meant_by(one.settings)
         match = one.match(message) if asked_about else None
         done = (
             one.settings.verdict
@@ -163,13 +156,3 @@ def _evaluated(
 def fail_rule(text: str) -> None:
     """A rule could not be evaluated."""
     fail(70, text)
-
-
-def _with_rules(read: Configuration) -> "Config":
-    try:
-        config = read()
-    except ConfigError:
-        config = loaded(read, ANY_LISTENER)
-    if not config.mail_rule:
-        fail(78, "there is no [[mail_rule]] in the configuration")
-    return config

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from relaymta.config.filters import SCORED
 from relaymta.config.names import has_one_label, helo_name
 from relaymta.config.networks import everywhere, widest
 from relaymta.config.patterns import never
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["contradictions", "never_used", "notes"]
 
-GIVE_SCORES = ("rspamd", "spamd", "dnsbl")  # types of filters
 
 # Fields that hosts on the way add.
 TRACE = {
@@ -213,11 +213,11 @@ def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
 
 def _of_mail_rules(config: "Config") -> Iterator[tuple[str, str]]:
     """What rules about mail do not do, though it looks as if they did."""
-    scores = any(row.type in GIVE_SCORES and not row.is_queued for row in config.filter)
+    scores = any(row.type in SCORED and not row.is_queued for row in config.filter)
     for number, row in enumerate(config.mail_rule):
         if row.score_min is not None and not scores:
             what = "no filter gives a score before the message is in the queue, so this never holds"
-            yield f"mail_rule.{number}.score_min", f"{what}: {_listed(GIVE_SCORES)} do"
+            yield f"mail_rule.{number}.score_min", f"{what}: {_listed(SCORED)} do"
         if row.verdict == "tag" and not config.filters.tag and not config.filters.subject:
             yield f"mail_rule.{number}.verdict", '"tag" has no effect: filters.tag and filters.subject are empty'
         if row.dmarc and (row.clients == "trusted" or not config.verify.results):

@@ -1,7 +1,7 @@
 """Filters: what judges mail on its way in."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -9,7 +9,19 @@ from pydantic import Field, field_validator
 from relaymta.config.values import Address, Duration, Network, Reload, Size, SocketAddress, Table, in_dns, near
 from relaymta.proto.dnsbl import Codes
 
-__all__ = ["BUILT_IN", "WITHOUT_TEXT", "DnsList", "Filter", "FiltersTable", "Score", "Words", "is_line"]
+__all__ = [
+    "BUILT_IN",
+    "LONGEST_REPLY",
+    "SCORED",
+    "WITHOUT_TEXT",
+    "DnsList",
+    "Filter",
+    "FiltersTable",
+    "Score",
+    "Words",
+    "is_line",
+    "listed",
+]
 
 # The words of each type, and what they mean unless a table says otherwise.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -167,9 +179,9 @@ class Filter(Table):
     @classmethod
     def _is_type(cls, word: str) -> str:
         if word in NOT_YET:
-            raise ValueError(f'"{word}" is not there yet: there are {_listed(DEFAULTS)}')
+            raise ValueError(f'"{word}" is not there yet: there are {listed(DEFAULTS)}')
         if word not in DEFAULTS:
-            raise ValueError(f"there is no type {word!r}{near(word, [*DEFAULTS, *NOT_YET])}; there are {_listed(DEFAULTS)}")
+            raise ValueError(f"there is no type {word!r}{near(word, [*DEFAULTS, *NOT_YET])}; there are {listed(DEFAULTS)}")
         return word
 
     @field_validator("recipient_domain")
@@ -192,7 +204,7 @@ class Filter(Table):
         known = DEFAULTS.get(self.type, {})
         for word in self.verdicts.keys() - known.keys():
             meant = near(word, known) or near(word.upper(), known)
-            yield f"verdicts.{word}", f"{self.type} does not say {word!r}{meant}; it says {_listed(known)}"
+            yield f"verdicts.{word}", f"{self.type} does not say {word!r}{meant}; it says {listed(known)}"
 
         if self.score and self.type not in SCORED:
             yield "score", f"{self.type} has no score"
@@ -215,7 +227,7 @@ class Filter(Table):
 
         stages = () if self.type in BUILT_IN else STAGES.get(self.type, OF_MESSAGES)
         if self.stage and self.stage not in stages:
-            there = f"is asked at stage {_listed(stages)}" if stages else "has no choice of that: leave it out"
+            there = f"is asked at stage {listed(stages)}" if stages else "has no choice of that: leave it out"
             yield "stage", f"{self.type} {there}"
         if self.type not in STAGES and self.may != ["header", "body"]:
             yield "may", f"{self.type} changes nothing but the header: it is for a milter or a policy service"
@@ -332,8 +344,9 @@ _OURS = {
 }  # fmt: skip
 
 
-def _listed(words: object) -> str:
-    return ", ".join(f'"{word}"' for word in words)  # type: ignore[attr-defined]
+def listed(words: Iterable[str]) -> str:
+    """Words for a message, each in quotation marks."""
+    return ", ".join(f'"{word}"' for word in words)
 
 
 def is_line(text: str, ascii_only: bool = True) -> bool:

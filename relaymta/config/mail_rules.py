@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from relaymta.config.filters import Words, is_line
+from relaymta.config.filters import LONGEST_REPLY, Words, is_line, listed
 from relaymta.config.values import Network, Reload, Size, Table, near
 
 __all__ = ["KINDS", "MailRule", "attachment_pattern", "field_pattern", "names_expression", "options"]
@@ -19,7 +19,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,31}\Z")
 _FIELD = re.compile(r"([!-9;-~]+):[ \t]?+(.+)\Z", re.S)
 _REPLY = re.compile(r"[45]\d\d [45]\.\d{1,3}\.\d{1,3} \S")
 LONGEST = 500  # characters of an expression
-LONGEST_REPLY = 270
 
 Dmarc = Literal["pass", "none", "fail", "permerror", "temperror"]
 
@@ -39,9 +38,9 @@ def attachment_pattern(text: str) -> tuple[str, str]:
         return "name", _glob(text, text)
     known = {"type": KINDS, "structure": STRUCTURES}
     if kind not in PREFIXES:
-        raise ValueError(f"{text!r}: before a colon there is {_listed(PREFIXES)}{near(kind, PREFIXES)}")
+        raise ValueError(f"{text!r}: before a colon there is {listed(PREFIXES)}{near(kind, PREFIXES)}")
     if kind in known and rest not in known[kind]:
-        raise ValueError(f"{text!r}: there is {_listed(known[kind])}{near(rest, known[kind])}")
+        raise ValueError(f"{text!r}: there is {listed(known[kind])}{near(rest, known[kind])}")
     return kind, _glob(rest, text) if kind == "archive" else rest
 
 
@@ -196,7 +195,3 @@ def options() -> Any:
     found = re2.Options()
     found.log_errors, found.max_mem = False, 8 << 20
     return found
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    return ", ".join(f'"{word}"' for word in words)

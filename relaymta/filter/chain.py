@@ -14,7 +14,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relaymta.config import Config, FiltersTable, Listener
+from relaymta.config import Config, FiltersTable, Listener, MailRule
 from relaymta.config import Filter as Settings
 from relaymta.config.filters import BUILT_IN
 from relaymta.filter.dialogue import Dialogue
@@ -63,6 +63,17 @@ class Sender(NamedTuple):
     application: str
     trusted: bool
     queues: bool
+
+    def is_meant_by(self, settings: "Settings | MailRule") -> bool:
+        """Whether a filter, or a rule about mail, is for such a client: by `clients`, `application` and `networks`."""
+        if settings.clients != "all" and self.trusted != (settings.clients == "trusted"):
+            return False
+        if settings.application and self.application not in settings.application:
+            return False
+        if not settings.networks:
+            return True
+        address = ipaddress.ip_address(self.address)
+        return any(address in ipaddress.ip_network(network) for network in settings.networks)
 
 
 class Chain:
@@ -478,18 +489,11 @@ _TYPES: dict[str, Callable[[Settings, Means], Filter]] = {
 
 def _is_for(settings: Settings, sender: Sender) -> bool:
     """Whether a filter looks at a client's mail, whoever its recipients are."""
-    if settings.clients != "all" and sender.trusted != (settings.clients == "trusted"):
-        return False
     if settings.type in BUILT_IN and sender.trusted:
         return False
     if settings.listener and sender.listener not in settings.listener:
         return False
-    if settings.application and sender.application not in settings.application:
-        return False
-    if not settings.networks:
-        return True
-    address = ipaddress.ip_address(sender.address)
-    return any(address in ipaddress.ip_network(network) for network in settings.networks)
+    return sender.is_meant_by(settings)
 
 
 def _filled(template: str, one: Finding) -> str:

@@ -7,11 +7,10 @@ the text as it came, on the event loop where it is short, else on a thread.
 What is expensive is done once for a message, when the first rule asks for it: its parts, decoded fields, decoded text.
 Expressions run in RE2, in time that is linear in the text, whatever they are.
 
-State: `Found.last` of a rule, the messages that it matched last, by whoever evaluates; the counters in shared memory.
+State: `Rule.last`, the messages that it matched last, by whoever evaluates; the counters in shared memory.
 """
 
 import asyncio
-import ipaddress
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,12 +73,11 @@ class Match(NamedTuple):
 class Message:
     """A message as rules see it: what it takes to say that is found out once."""
 
-    def __init__(self, mail: Mail, header: bytes, body: bytes, dmarc: str, score: float | None) -> None:
-        """`header`: as it came, with the empty line; `score`: the highest that a filter has given; None: none has."""
+    def __init__(self, mail: Mail, body: bytes, score: float | None) -> None:
+        """`body`: of what rules look at, b"" where none looks; `score`: the highest that a filter has given; None: none has."""
         self.mail = mail
-        self.dmarc = dmarc
         self.score = score
-        self._header = header
+        self._header = mail.text.head  # as it came, with the empty line
         self._body = body
         self._decoded: dict[str, list[str]] = {}
 
@@ -127,20 +125,10 @@ class Rule:
         self.needs_body = bool(settings.attachment or settings.body)
         expressions = [*settings.body, *(field_pattern(text)[1] for text in settings.header)]
         self.heavy = any(_compiled(one).programsize > PROGRAM_MOST for one in expressions)
-        self._networks = [ipaddress.ip_network(text) for text in settings.networks]
         self._conditions = _conditions(settings)
 
     def warn(self, text: str) -> None:
         """As of Guard: it changes nothing that could be dropped."""
-
-    def applies(self, sender: "Sender") -> bool:
-        """Whether it is about mail of a client, whatever that is."""
-        settings = self.settings
-        if settings.clients != "all" and sender.trusted != (settings.clients == "trusted"):
-            return False
-        if settings.application and sender.application not in settings.application:
-            return False
-        return not self._networks or any(ipaddress.ip_address(sender.address) in network for network in self._networks)
 
     def match(self, message: Message) -> Match | None:
         """Whether it matches; None: it does not. Counted."""
@@ -171,7 +159,7 @@ def _conditions(settings: MailRule) -> list[Condition]:
     senders, recipients = {comparable(one) for one in settings.sender}, {comparable(one) for one in settings.recipient}
     add(settings.recipients_min, lambda message: len(message.mail.recipients) >= settings.recipients_min)
     add(settings.min_size, lambda message: message.mail.text.size >= settings.min_size)
-    add(settings.dmarc, lambda message: message.dmarc in settings.dmarc)
+    add(settings.dmarc, lambda message: message.mail.dmarc in settings.dmarc)
     lowest = settings.score_min
     add(lowest is not None, lambda message: message.score is not None and lowest is not None and message.score >= lowest)
     add(senders, lambda message: compared(message.mail.sender) in senders)
@@ -273,7 +261,7 @@ class RuleSet:
         text, body = mail.text, any(rule.needs_body for rule in rules)
         octets = text.size if body else len(text.head) if any(rule.settings.header for rule in rules) else 0
         if octets <= AT_ONCE and not any(rule.heavy for rule in rules):
-            message = Message(mail, text.head, await _body_of(text) if body else b"", mail.dmarc, score)
+            message = Message(mail, await _body_of(text) if body else b"", score)
             found, wrong = _evaluate(rules, message)
         else:
             found, wrong = await self._on_thread(rules, mail, score, body)
@@ -287,7 +275,7 @@ class RuleSet:
         """One after the other. Cancelled, the thread goes on, and has its place until it is done."""
         await self._large.acquire()
         try:
-            message = Message(mail, mail.text.head, await _body_of(mail.text) if body else b"", mail.dmarc, score)
+            message = Message(mail, await _body_of(mail.text) if body else b"", score)
             evaluating = asyncio.get_running_loop().run_in_executor(None, _evaluate, rules, message)
         except BaseException:
             self._large.release()
@@ -325,7 +313,7 @@ class Rules:
         """`counters(name)`: of a rule; `before`: those in use now: what a rule has matched last stays with its name; `told(mail,
         match)`: a rule has matched."""
         known = {} if before is None else {rule.name: rule.last for rule in before.rules}
-        self.rules: list[Rule] = [Rule(one, counters(one.name), known.get(one.name) or deque(maxlen=LAST)) for one in settings]
+        self.rules: list[Rule] = [Rule(one, counters(one.name), known.get(one.name, deque(maxlen=LAST))) for one in settings]
         self._told = told
         self._warn_now = warn
         self._large = asyncio.Semaphore(1)
@@ -340,5 +328,5 @@ class Rules:
 
     def of(self, sender: "Sender") -> RuleSet | None:
         """Those about mail of a client; None: there are none."""
-        rules = [rule for rule in self.rules if rule.applies(sender)]
+        rules = [rule for rule in self.rules if sender.is_meant_by(rule.settings)]
         return RuleSet(rules, self._told, self._warn, self._large) if rules else None

@@ -189,21 +189,20 @@ def totals(store: Store, segments: Segments, clock: ShardClock) -> Totals:
         oldest = next(waiting, None)  # ids are in the order of arrival
         if oldest is None and first is not None:  # so much is held: deadlines are nearly in the same order
             oldest = store.envelope(txn, first[1])
+        unseen = _unseen(store, txn)
     age = max(0.0, (wall_ms() - oldest.arrived) / 1000) if oldest is not None else 0.0
     overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
     files, live, _ = segments.usage()
-    return Totals(messages, octets, deferred, held, overdue, files, live, age, *_unseen(store))
+    return Totals(messages, octets, deferred, held, overdue, files, live, age, *unseen)
 
 
-def _unseen(store: Store) -> tuple[int, float]:
+def _unseen(store: Store, txn: Any) -> tuple[int, float]:
     """How many messages filters have not looked at, and the age of the oldest, seconds."""
-    count, arrived = 0, list[int]()
-    with store.reading() as txn:
-        count = int(txn.stat(db=store.tables["unseen"])["entries"])
-        for priority in CLASSES.values() if count else ():
-            (found, ident), _ = next(store.unseen(txn, (priority, 0)), ((-1, 0), []))
-            envelope = store.envelope(txn, ident) if found == priority else None
-            arrived += [envelope.arrived] if envelope is not None else []
+    count, arrived = int(txn.stat(db=store.tables["unseen"])["entries"]), list[int]()
+    for priority in CLASSES.values() if count else ():
+        (found, ident), _ = next(store.unseen(txn, (priority, 0)), ((-1, 0), []))
+        envelope = store.envelope(txn, ident) if found == priority else None
+        arrived += [envelope.arrived] if envelope is not None else []
     return count, max(0.0, (wall_ms() - min(arrived)) / 1000) if arrived else 0.0
 
 

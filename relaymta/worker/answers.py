@@ -15,6 +15,7 @@ from relaymta.queue import parse_id
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
 
 if TYPE_CHECKING:
+    from relaymta.filter.chain import Chains
     from relaymta.worker import Shard, Worker
     from relaymta.worker.mail import Mail
 
@@ -126,8 +127,7 @@ class Answers:
 
     def _waits_for(self, names: list[str]) -> str:
         """What filters do that have not looked at a message in the queue."""
-        acceptor = self._worker.acceptor
-        chains = acceptor.endpoint.chains if acceptor is not None else None
+        chains = self._chains()
         told = [f"filter {name}, which is not configured any more" for name in names] if chains is None else chains.told(names)
         return "; ".join(told)
 
@@ -160,16 +160,19 @@ class Answers:
             raise RelayError("disconnect: which user?")
         return await self._mail().disconnect(args.user)
 
+    def _chains(self) -> "Chains | None":
+        """The filters and the rules about mail; None: this worker has none."""
+        acceptor = self._worker.acceptor
+        return acceptor.endpoint.chains if acceptor is not None else None
+
     async def filters(self, args: Nothing) -> list[Any]:
         """As `Chains.rows`."""
-        acceptor = self._worker.acceptor
-        chains = acceptor.endpoint.chains if acceptor is not None else None
+        chains = self._chains()
         return chains.rows() if chains is not None else []
 
     async def rules(self, args: Nothing) -> list[Any]:
         """As `Chains.ruled`."""
-        acceptor = self._worker.acceptor
-        chains = acceptor.endpoint.chains if acceptor is not None else None
+        chains = self._chains()
         return chains.ruled() if chains is not None else []
 
     async def usage(self, args: Nothing) -> list[Any]:
