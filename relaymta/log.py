@@ -47,6 +47,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "orig_helo",
         "orig_id",
         "unseen",
+        "held",
     ),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "quota_warning": ("user", "filled"),
@@ -69,6 +70,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     ),
     "rule": ("id", "client", "sender", "recipients", "rule", "verdict", "enforced", "match"),
     "scanned": ("id", "sender", "recipients", "result", "reason"),
+    "quarantine": ("id", "sender", "recipients", "result", "by", "reason"),
     "filter": ("filter", "state", "reason"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt", "users"),
@@ -88,7 +90,7 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 ADDED = {"message_id", "users", "retrieved", "commands", "program"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen"}
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held"}
 
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:

@@ -41,6 +41,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Messages that greylisting has judged, by what is known of their sender (passed: it has waited; early: not long enough)",
         "result", ("known", "passed", "early", "new"),
     ),
+    "relaymta_quarantine_total": (
+        "Messages that have left the quarantine (displaced: there was no room)", "result",
+        ("released", "deleted", "expired", "displaced"),
+    ),
     "relaymta_quota_exceeded_total": (
         "Times a quota was exceeded: an account's (rejected or held), or a client's rate", "result",
         ("rejected", "held", "client"),
@@ -118,6 +122,9 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_queue_held": ("Held messages", False),
     "relaymta_unseen": ("Messages in the queue that filters have not looked at yet", False),
     "relaymta_unseen_oldest_seconds": ("Age of the oldest of these", True),
+    "relaymta_quarantine_messages": ("Messages in the quarantine", False),
+    "relaymta_quarantine_octets": ("Octets of the messages in the quarantine that are deleted by themselves", False),
+    "relaymta_quarantine_limit_octets": ("What these may have (quarantine.octets)", True),
     "relaymta_oldest_overdue_seconds": ("How long the longest expired message in the queue has been expired", True),
     "relaymta_oldest_message_seconds": ("Age of the oldest message in the queue that is not held", True),
     "relaymta_connections": ("Open incoming connections", False),
@@ -241,6 +248,10 @@ class Counters:
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge; the fraction is dropped."""
         self.cells.set(_gauge[name], int(value))
+
+    def reading(self, name: str) -> int:
+        """The value of a gauge."""
+        return self.cells.get(_gauge[name])
 
     def clear_gauges(self) -> None:
         """Set all gauges to 0, of a worker that has died. Its counters stay."""

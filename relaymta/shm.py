@@ -17,7 +17,7 @@ from relaymta import triplets
 from relaymta._speedups.cells import Cells
 from relaymta._speedups.pairs import Pairs
 
-__all__ = ["NAMED", "NAMED_CELLS", "InFlight", "Limits", "Named", "Rates", "Shared"]
+__all__ = ["NAMED", "NAMED_CELLS", "SLOTS", "InFlight", "Limits", "Named", "Rates", "Shared"]
 
 SLOTS = 64  # worker slots
 COUNTERS = 256  # cells of one worker

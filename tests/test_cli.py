@@ -99,6 +99,8 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
     ("policy", "hold"): ["--app", "a"], ("policy", "bounce"): ["--app", "a"], ("policy", "remove"): ["hold", "application=a"],
+    **{("quarantine", verb): ["--all"] for verb in ("release", "delete")}, ("quarantine", "show"): [UNKNOWN],
+    ("quarantine", "learn"): ["spam", "--all"],
     ("queue", "show"): ["q"], ("queue", "reroute"): ["--all", "--to", "r"],
     **{("queue", verb): ["--all"] for verb in ("flush", "hold", "release", "delete", "bounce")},
     ("route", "test"): ["--to", "a@b.example"], ("rule", "test"): ["/dev/null"], ("rule", "why"): [UNKNOWN],
@@ -627,6 +629,7 @@ SLOW = {
     ("filter", "check"),
     ("filter", "learn"),
     ("filter", "test"),
+    ("quarantine", "learn"),
     ("rule", "test"),
 }  # serve for ever, or do all there is
 

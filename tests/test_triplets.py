@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from relaymta import node
 from relaymta._speedups.cells import Cells
 from relaymta._speedups.pairs import Pairs
-from relaymta.node import keep_triplets, kept_triplets
+from relaymta.node import keep_table, kept_table
 from relaymta.shm import Shared
 from relaymta.triplets import PROBES, ROWS, Triplets
 from tests.conftest import PROVE
@@ -502,70 +502,70 @@ def test_octets_of_another_secret_or_half_of_them_restore_nothing():
 
 
 def test_triplets_are_kept_across_a_start(tmp_path):
-    assert kept_triplets(tmp_path) == b""
+    assert kept_table(tmp_path, "triplets") == b""
     before = filled(50)
     for _ in range(2):
-        keep_triplets(tmp_path, before.dump())
+        keep_table(tmp_path, "triplets", before.dump())
     after = table(256)
-    after.restore(kept_triplets(tmp_path))
+    after.restore(kept_table(tmp_path, "triplets"))
     assert content(after, 50) == content(before, 50)
-    keep_triplets(tmp_path, table().dump())
-    assert kept_triplets(tmp_path) == table().dump()
+    keep_table(tmp_path, "triplets", table().dump())
+    assert kept_table(tmp_path, "triplets") == table().dump()
     assert [path.name for path in tmp_path.iterdir()] == ["triplets"] and (tmp_path / "triplets").stat().st_mode & 0o777 == 0o600
 
 
 def test_half_of_a_file_is_as_none(tmp_path):
     octets, file = filled(20).dump(), tmp_path / "triplets"
-    keep_triplets(tmp_path, octets)
+    keep_table(tmp_path, "triplets", octets)
     whole = file.read_bytes()
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
-        assert kept_triplets(tmp_path) == b""
+        assert kept_table(tmp_path, "triplets") == b""
         file.write_bytes(whole[:size] + bytes(len(whole) - size))  # a file system that had its size before its octets
-        assert kept_triplets(tmp_path) in (b"", octets)
+        assert kept_table(tmp_path, "triplets") in (b"", octets)
     file.write_bytes(whole + b"x")
-    assert kept_triplets(tmp_path) == b""
+    assert kept_table(tmp_path, "triplets") == b""
     file.write_bytes(whole)
-    assert kept_triplets(tmp_path) == octets
+    assert kept_table(tmp_path, "triplets") == octets
 
 
 @given(st.data())
 def test_a_file_with_one_wrong_bit_is_as_none(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "flipped"
     path.mkdir(exist_ok=True)
-    keep_triplets(path, filled(5).dump())
+    keep_table(path, "triplets", filled(5).dump())
     wrong = bytearray((path / "triplets").read_bytes())
     at = data.draw(st.integers(0, 8 * len(wrong) - 1))
     wrong[at // 8] ^= 1 << at % 8
     (path / "triplets").write_bytes(wrong)
-    assert kept_triplets(path) == b""
+    assert kept_table(path, "triplets") == b""
 
 
 @pytest.mark.parametrize("foreign", [b"", b"triplets", b"x" * 1000, b"triplets\1\0\0\0" + b"\xff" * 100, bytes(4096)])
 def test_a_foreign_file_is_as_none(tmp_path, foreign):
     (tmp_path / "triplets").write_bytes(foreign)
-    assert kept_triplets(tmp_path) == b""
+    assert kept_table(tmp_path, "triplets") == b""
 
 
 def test_a_folder_in_its_place_is_as_none(tmp_path):
     (tmp_path / "triplets").mkdir()
-    assert kept_triplets(tmp_path) == b""
+    assert kept_table(tmp_path, "triplets") == b""
     with pytest.raises(OSError, match="directory"):
-        keep_triplets(tmp_path, b"x")
+        keep_table(tmp_path, "triplets", b"x")
 
 
 def test_its_octets_are_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done: list[tuple[int, bool]] = []
     monkeypatch.setattr(node.os, "fsync", lambda fd: done.append((os.fstat(fd).st_size, (tmp_path / "triplets").exists())))
-    keep_triplets(tmp_path, b"x" * 100)
+    keep_table(tmp_path, "triplets", b"x" * 100)
     assert done == [((tmp_path / "triplets").stat().st_size, False)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_a_full_disk_leaves_what_was_kept_before(small_disk):
     before = filled(20).dump()
-    keep_triplets(small_disk, before)
+    keep_table(small_disk, "triplets", before)
     used = os.statvfs(small_disk).f_bfree
     with pytest.raises(OSError, match="No space left"):
-        keep_triplets(small_disk, b"x" * (1 << 20))
-    assert kept_triplets(small_disk) == before and os.statvfs(small_disk).f_bfree == used
+        keep_table(small_disk, "triplets", b"x" * (1 << 20))
+    assert kept_table(small_disk, "triplets") == before and os.statvfs(small_disk).f_bfree == used

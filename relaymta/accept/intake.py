@@ -384,6 +384,7 @@ class Intake:
             listener=origin.listener,
             forwarded=transaction.forwarded,
             unseen=transaction.unseen,
+            quarantine=transaction.quarantine,
         )
         queue.submit(ident, envelope, data, done)
 
@@ -397,6 +398,11 @@ class Intake:
         """As `expanded`, of recipients that filters have given a message in the queue."""
         postmaster = self._config.relay.postmaster
         return self.expanded(list(dict.fromkeys(a if "@" in a else postmaster for a in recipients)))
+
+    @property
+    def postmaster(self) -> str:
+        """Who sends what an operator sends."""
+        return self._config.relay.postmaster or f"postmaster@{self.hostname}"
 
     def rewritten(self, envelope: Envelope, header: bytes) -> None:
         """As `changed`, of a message in the queue."""

@@ -318,7 +318,12 @@ class IncomingTransaction(Transaction):
         if refusal is not None:
             self._reject(refusal)
             return None
-        self.held, self._verdict = self.held or verdict.held, verdict
+        self._verdict = verdict
+        if verdict.held:
+            from relaymta.filter.quarantine import of_dmarc
+
+            self.held = self.held or f"DMARC: {verdict.held}"
+            self.quarantine = of_dmarc(verdict.held, look.header, intake.queue.clock.now())
         return verdict.field
 
     def _write_rest(self) -> None:
@@ -436,6 +441,10 @@ class IncomingTransaction(Transaction):
             self._not_taken(outcome, revision)
             return None
         self.held, self._left = self.held or outcome.held, outcome.left
+        if outcome.held and outcome.by is not None:
+            from relaymta.filter.quarantine import of_finding
+
+            self.quarantine = of_finding(outcome.by, revision.header, self._admission.intake.queue.clock.now())
         self._revised(revision, results, given)
         return revision
 

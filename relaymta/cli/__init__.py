@@ -36,6 +36,7 @@ VERBS = {
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
     "message": Verb("message", "Inspect one message."),
     "policy": Verb("policy", "Hold or bounce mail for a time, both queued and new mail."),
+    "quarantine": Verb("quarantine", "Mail that filters, rules about mail or DMARC hold."),
     "queue": Verb("queue", "List the messages in the queue, and change them."),
     "reload": Verb("queue", "Make the daemon read its configuration again."),
     "route": Verb("route", "Test the routes."),

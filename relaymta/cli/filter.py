@@ -4,13 +4,15 @@ import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from relaymta.auth.identity import plain_address
 from relaymta.cli.console import say, say_json, table
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
+from relaymta.cli.lessons import again as also_again
+from relaymta.cli.lessons import learning, taught
+from relaymta.cli.options import Configuration, config_with, configured, fail, group
 from relaymta.cli.peer import (
     GivenPath,
     absent,
@@ -25,8 +27,8 @@ from relaymta.cli.peer import (
     no_such,
     read_file,
     read_pieces,
+    running,
 )
-from relaymta.errors import ConfigError
 from relaymta.ident import parse_id
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from relaymta.config import Filter as Settings
     from relaymta.filter.judgement import Filter
 
-__all__ = ["config_with", "filter", "message_text", "show_rows", "silent"]
+__all__ = ["filter", "message_text", "show_rows", "silent"]
 
 T = TypeVar("T")
 
@@ -42,7 +44,6 @@ _HEAD = ["filter", "type", "state", "waiting", "asked", "p50", "p99", "failed", 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 MOST = 64 << 20  # octets of a message to test
 FAILED = 75
-LEARN = ("rspamd", "spamd")
 _SAYS = {"milter": "is", "policy": "is", "dnsbl": "has", "greylist": "is"}  # of others: "finds"
 
 
@@ -220,43 +221,19 @@ def test(
 @click.argument("what", type=click.Choice(["spam", "ham"]))
 @click.argument("messages", nargs=-1, required=True, callback=given, metavar="FILE|ID...")
 @click.option("--only", default="", callback=given, metavar="FILTER", help="Teach this filter alone.")
+@also_again
 @as_json
 @configured
-def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, as_json: bool) -> None:
+def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, again: bool, as_json: bool) -> None:
     """Teach filters by messages that are spam, or that are none (ham): files ("-": standard input), or ids of messages in the
     queue, such as held ones.
 
-    rspamd learns by its controller (filter.controller), spamd if it was started with --allow-tell. Exit status 75 when a message
-    was not learned."""
-    import asyncio
-
-    config = config_with(read, "filter")
-    learners = [one for one in config.filter if one.type in LEARN and only in ("", one.name)]
-    if not learners:
-        fail(64 if only else 78, f"--only: {only} does not learn" if only else "no [[filter]] learns: rspamd and spamd do")
-    failed = False
-    for message in messages:
-        text = message_text(read, message)
-        for settings, (done, error) in zip(learners, asyncio.run(_taught(config, learners, text, what == "spam")), strict=True):
-            row = {"message": message, "filter": settings.name, "done": done or "", "error": error}
-            failed = failed or bool(error)
-            if as_json:
-                say_json(row)
-            else:
-                say(f"{message}: {settings.name}: {error or done}")
-    if failed:
+    rspamd learns by its controller (filter.controller), spamd if it was started with --allow-tell. Five texts a second are
+    learned, and each once: while the relay runs, it remembers which. Exit status 75 when a message was not learned."""
+    of = learning(read, only)
+    texts = ((message, message_text(read, message)) for message in messages)
+    if not taught(running(read), of, texts, what == "spam", as_json, again):
         sys.exit(FAILED)
-
-
-async def _taught(config: "Config", learners: "list[Settings]", text: bytes, spam: bool) -> list[tuple[str | None, str]]:
-    import asyncio
-
-    from relaymta.filter.judgement import Text
-
-    async def one(settings: "Settings") -> tuple[str | None, str]:
-        return await _asked(config, settings, settings.address[0], lambda made: made.learn(Text(text), spam))  # type: ignore[attr-defined]
-
-    return list(await asyncio.gather(*map(one, learners)))
 
 
 def message_text(read: Configuration, message: str) -> bytes:
@@ -271,17 +248,6 @@ def message_text(read: Configuration, message: str) -> bytes:
     if not octets:
         absent(no_such("message", message))
     return octets
-
-
-def config_with(read: Configuration, key: Literal["filter", "mail_rule"]) -> "Config":
-    """The configuration, which must have such a table. It need not be one that a relay could run with here."""
-    try:
-        config = read()
-    except ConfigError:
-        config = loaded(read, ANY_LISTENER)
-    if not getattr(config, key):
-        fail(78, f"there is no [[{key}]] in the configuration")
-    return config
 
 
 def _with_only(config: "Config", name: str) -> "Config":

@@ -152,12 +152,13 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
         filtered = _SAID.get(event["event"], _forwarded)(event)
-        record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{filtered}{reply}")
+        record(f"{when(event['ts']):>10}  {event['event']:<10}  <{who[0]}>{more}{where}{peer}{filtered}{reply}")
 
 
 def _forwarded(event: dict[str, Any]) -> str:
     """What XFORWARD has said: ` of 192.0.2.1 (mail.example), there 0ABCDEFGHJKMN`; "" where nothing."""
     unseen = f", not looked at yet by filter {', '.join(event['unseen'])}" if event.get("unseen") else ""
+    unseen += f": held ({event['held']})" if event.get("held") else ""
     if "orig_client" not in event:
         return unseen
     there = f", there {event['orig_id']}" if event["orig_id"] else ""
@@ -177,4 +178,15 @@ def _scanned(event: dict[str, Any]) -> str:
     return f": {event['result']}" + (f" ({event['reason']})" if event["reason"] else "")
 
 
-_SAID = {"filtered": _filtered, "scanned": _scanned}
+def _ruled(event: dict[str, Any]) -> str:
+    """What a rule about mail has done, or would have: ` no programs: reject (setup.exe)`."""
+    match = f" ({event['match']})" if event["match"] else ""
+    return f" by rule {event['rule']}: {event['verdict']}{match}" + ("" if event["enforced"] else ", not enforced")
+
+
+def _left_quarantine(event: dict[str, Any]) -> str:
+    """How a message has left the quarantine: `: released (filter virus: Eicar-Test-Signature)`."""
+    return f": {event['result']} ({event['by']}: {event['reason']})"
+
+
+_SAID = {"filtered": _filtered, "scanned": _scanned, "rule": _ruled, "quarantine": _left_quarantine}

@@ -10,7 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "ANY_LISTENER", "Configuration", "absolute", "config_path", "configured", "fail", "for_all_verbs", "group", "incomplete",
-    "loaded", "missing", "note_given", "note_missing",
+    "ANY_LISTENER", "Configuration", "absolute", "config_path", "config_with", "configured", "fail", "for_all_verbs", "group",
+    "incomplete", "loaded", "missing", "note_given", "note_missing",
 ]  # fmt: skip
 
 _FILE, _MISSING, _INCOMPLETE, _GIVEN = (
@@ -213,6 +213,17 @@ def config_path() -> Path | None:
     """The configuration file of the current command; None when it has none."""
     found: Path | None = click.get_current_context().meta[_FILE]
     return found
+
+
+def config_with(read: Configuration, key: Literal["filter", "mail_rule"]) -> "Config":
+    """The configuration, which must have such a table. It need not be one that a relay could run with here."""
+    try:
+        config = read()
+    except ConfigError:
+        config = loaded(read, ANY_LISTENER)
+    if not getattr(config, key):
+        fail(78, f"there is no [[{key}]] in the configuration")
+    return config
 
 
 def loaded(read: Configuration, extra: dict[str, Any] | None = None, found: list[str] | None = None) -> "Config":

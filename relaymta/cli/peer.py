@@ -117,6 +117,18 @@ def daemon(read: Configuration) -> Daemon:
     return peer
 
 
+def running(read: Configuration) -> Daemon | None:
+    """The daemon of this configuration, if it runs and we may ask it."""
+    path = read.control_path() or loaded(read, ANY_LISTENER).control_path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect(str(path))
+    except OSError:
+        return None
+    return Daemon(path)
+
+
 def spool_of(read: Configuration) -> tuple[Daemon | None, Path]:
     """The daemon of this configuration, if it runs, and its spool; ends the program when there is neither."""
     peer = connect(read)

@@ -40,7 +40,7 @@ from relaymta.errors import NoSuch
 from relaymta.ident import format_id
 from relaymta.proto.address import same_host
 
-__all__ = ["KINDS", "SITES", "change", "is_named", "names_of_sites", "pages", "queue", "reload", "status"]
+__all__ = ["KINDS", "SITES", "change", "in_order", "is_named", "names_of_sites", "pages", "queue", "reload", "status"]
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
 QUEUES = "`relaymta queue summary` names those that have mail"
@@ -153,7 +153,7 @@ def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Ite
             return
 
 
-def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[bytes]]:
+def in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[bytes]]:
     """The messages of all shards that match a filter, the oldest first, as lines of JSON, many at a time."""
     sources = [_pages_of(peer, shard, chosen) for shard in asked(peer, "shards")]
     waiting: list[list[tuple[int, bytes]]] = [[] for _ in sources]  # of each shard: (id, line) not yet returned
@@ -180,7 +180,7 @@ def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
     """List the messages, the oldest first: id, state, size, arrival, next attempt, sender and recipients, why it is held, and
     the result of the last attempt."""
     empty, peer = True, connect(read)
-    for lines in _in_order(peer, chosen):
+    for lines in in_order(peer, chosen):
         empty = empty and not lines
         if as_json:
             say_json_lines(b"\n".join([*lines, b""]))

@@ -7,8 +7,8 @@ import click
 
 from relaymta.auth.identity import plain_address
 from relaymta.cli.console import record, say, say_json, table
-from relaymta.cli.filter import config_with, message_text, show_rows
-from relaymta.cli.options import Configuration, configured, fail, group, missing
+from relaymta.cli.filter import message_text, show_rows
+from relaymta.cli.options import Configuration, config_with, configured, fail, group, missing
 from relaymta.cli.peer import (
     absent,
     as_json,

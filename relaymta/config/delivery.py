@@ -4,7 +4,7 @@ from pydantic import Field
 
 from relaymta.config.values import Duration, Nameserver, Reload, Size, Table
 
-__all__ = ["Delivery", "QueueTable"]
+__all__ = ["Delivery", "QuarantineTable", "QueueTable"]
 
 
 class QueueTable(Table):
@@ -13,6 +13,13 @@ class QueueTable(Table):
     max_age: Reload[Duration] = Field(5 * 86400, gt=0, description="age at which a message expires; set when it is accepted")
     window: Reload[int] = Field(10_000, ge=100, description="messages kept in memory for delivery, for each worker")
     window_bytes: Reload[Size] = Field(32 << 20, description="message data kept in memory for delivery, for each worker")
+
+
+class QuarantineTable(Table):
+    """What filters, rules about mail and DMARC hold. `[quarantine]`"""
+
+    keep: Reload[Duration] = Field(30 * 86400, ge=60, description="for how long; then it is deleted, without a DSN")
+    octets: Reload[Size] = Field(1 << 30, gt=0, description="what all of it may take; beyond that the oldest is deleted")
 
 
 class Delivery(Table):

@@ -7,7 +7,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 from relaymta.config.accounts import AccountsTable
 from relaymta.config.checks import contradictions
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
-from relaymta.config.delivery import Delivery, QueueTable
+from relaymta.config.delivery import Delivery, QuarantineTable, QueueTable
 from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
 from relaymta.config.mail_rules import MailRule
@@ -54,6 +54,7 @@ class Config(Table):
     relay: Relay = Relay()
     intake: Intake = Intake()
     queue: QueueTable = QueueTable()
+    quarantine: QuarantineTable = QuarantineTable()
     delivery: Delivery = Delivery()
     limits: LimitsTable = LimitsTable()
     metrics: Metrics = Metrics()

@@ -18,7 +18,8 @@ Number = Annotated[int, msgspec.Meta(ge=0)]
 class Filter:
     """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
     accepts; `sender`: an address, or "<>" for the null sender; `recipient_domain`: without @; `until`: the highest id (0:
-    any)."""
+    any); `recipient`: an address; `older`, `newer`: it arrived before or after this (ms since 1970 UTC; 0: any); `held_by`: the
+    filter or rule that has put it into the quarantine, or "DMARC"."""
 
     ident: Number = 0
     queue: Text = ""
@@ -31,6 +32,11 @@ class Filter:
     held: bool = False
     unseen: bool = False
     until: Number = 0
+    recipient: Text = ""
+    older: Number = 0
+    newer: Number = 0
+    quarantined: bool = False
+    held_by: Text = ""
 
     @classmethod
     def of(cls, chosen: Any) -> Self:
@@ -40,7 +46,10 @@ class Filter:
     @property
     def whole_queues(self) -> bool:
         """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
-        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held or self.unseen)
+        return not (
+            self.ident or self.sender or self.user or self.recipient_domain or self.held or self.unseen or self.recipient
+            or self.older or self.newer or self.quarantined or self.held_by
+        )  # fmt: skip
 
     @property
     def by_queue(self) -> bool:
@@ -63,7 +72,15 @@ class Filter:
             return False
         if self.unseen and not envelope.flags & UNSEEN:
             return False
+        if (self.older and envelope.arrived >= self.older) or (self.newer and envelope.arrived < self.newer):
+            return False
+        if (self.quarantined or self.held_by) and not self._is_quarantined(envelope):
+            return False
         return self.is_to(envelope.recipients)
+
+    def _is_quarantined(self, envelope: Envelope) -> bool:
+        why, name = envelope.quarantine, self.held_by
+        return why is not None and name in ("", why.by, why.by.partition(" ")[2])
 
     def is_from(self, sender: str) -> bool:
         """Whether an envelope's sender matches."""
@@ -71,6 +88,8 @@ class Filter:
 
     def is_to(self, recipients: list[str]) -> bool:
         """Whether one of an envelope's recipients matches."""
+        if self.recipient and comparable(self.recipient) not in map(compared, recipients):
+            return False
         if not self.recipient_domain:
             return True
         wanted = compared(self.recipient_domain.rstrip("."))

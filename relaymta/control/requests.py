@@ -56,12 +56,18 @@ class Page(_Arguments, frozen=True):
 
 
 class Change(_Arguments, frozen=True):
-    """`word`: the reason (bounce), the route (reroute) or the name of the hold policy (policy; "": not known)."""
+    """`word`: the reason (bounce), the route (reroute) or the name of the hold policy (policy; "": not known). Of messages that
+    are released from the quarantine: `recipients`, in place of their own, and whether also those are that other filters have not
+    looked at (`unscanned`)."""
 
     shard: Number
-    verb: Literal["flush", "hold", "release", "delete", "bounce", "reroute", "policy"]
+    verb: Literal[
+        "flush", "hold", "release", "delete", "bounce", "reroute", "policy", "release quarantined", "delete quarantined"
+    ]
     idents: list[Number]
     word: Text = ""
+    recipients: list[Text] = []
+    unscanned: bool = False
 
 
 class Move(_Arguments, frozen=True):
@@ -82,6 +88,20 @@ class OfMessage(_Arguments, frozen=True):
     """A message's id as it is printed."""
 
     ident: str
+
+
+class Known(_Arguments, frozen=True):
+    """Texts (filter/lessons.py), and whether they are spam."""
+
+    keys: list[bytes]
+    spam: bool
+
+
+class Learned(_Arguments, frozen=True):
+    """A text that a filter has learned, as spam or as none."""
+
+    key: bytes
+    spam: bool
 
 
 class Suspension(_Arguments, frozen=True):
@@ -345,6 +365,8 @@ REQUESTS: dict[str, Request] = {
         Request("disconnect", OfUser, Where.ALL, 30, _sum, changes=True),
         Request("filters", Nothing, Where.ALL, 10, _filters),
         Request("rules", Nothing, Where.ALL, 10, _rules),
+        Request("lessons", Known, Where.SUPERVISOR),
+        Request("learned", Learned, Where.SUPERVISOR, changes=True),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

@@ -22,13 +22,15 @@ from relaymta.errors import StoreError, redacted
 from relaymta.filter.chain import Chain, Chains, Outcome, reason_held
 from relaymta.filter.guard import Finding
 from relaymta.filter.judgement import Mail, Text, Verdict
+from relaymta.filter.quarantine import of_finding
 from relaymta.filter.revision import Revision
 from relaymta.filter.rewritten import Rewritten
 from relaymta.filter.signing import Draft, Signer, Unsignable
 from relaymta.log import Log
-from relaymta.proto.envelope import EIGHT_BIT, HELD, UNSEEN, Body, Envelope, Unseen, held_because
+from relaymta.proto.envelope import EIGHT_BIT, HELD, UNSEEN, Body, Envelope, Quarantine, Unseen, held_because
 from relaymta.proto.header import header_end
 from relaymta.queue import BigBody, Queue, format_id
+from relaymta.queue.quarantine import not_judged
 from relaymta.queue.unseen import FIRST, Taken
 from relaymta.reservation import Reservation
 from relaymta.shm import InFlight
@@ -283,11 +285,18 @@ class Scanner:
         elif verdict is Verdict.TEMPFAIL:
             self._rest(taken.ident)
         else:
-            await self._store(taken, revision, why if verdict is Verdict.HOLD else "", [*outcome.left], head, header)
+            held = (
+                of_finding(by, revision.header, self._queue.clock.now()) if verdict is Verdict.HOLD and by is not None else None
+            )
+            await self._store(taken, revision, why, held, [*outcome.left], head, header)
         return ""
 
-    async def _store(self, taken: Taken, revision: Revision, held: str, left: list[str], head: bytes, header: bytes) -> None:
-        """It stays in the queue: due, held, or waiting for the filters that are `left`."""
+    async def _store(
+        self, taken: Taken, revision: Revision, why: str, quarantine: Quarantine | None, left: list[str], head: bytes,
+        header: bytes,
+    ) -> None:  # fmt: skip
+        """It stays in the queue: due, held in the `quarantine` (`why`: as of Envelope.held_for), or waiting for the filters that
+        are `left`."""
         unseen, ident, queue = _of(taken.envelope), taken.ident, self._queue.unseen
         results, fields = head[: unseen.above], head[unseen.above : unseen.above + unseen.front]
         new = revision.body is not None or revision.sender is not None or revision.recipients is not None
@@ -299,12 +308,12 @@ class Scanner:
             except Unsignable as error:
                 await self._unsignable(taken, error)
                 return
-        held = held_because(held)
+        held = held_because(why) if quarantine is not None else ""
         if new or draft is not None:
             behind = unseen.above + unseen.front + len(header)
-            await self._replace(taken, revision, held, left, fields, behind, draft)
-        elif held:
-            await queue.held(taken, held, left)
+            await self._replace(taken, revision, held, quarantine, left, fields, behind, draft)
+        elif quarantine is not None:
+            await queue.held(taken, held, quarantine, left)
         elif not left:
             await queue.passed(taken)
         elif left == unseen.filters:
@@ -320,8 +329,9 @@ class Scanner:
         """It stays as it came, and is looked at again: once it can be signed, or an operator has released it. It is not sent
         unsigned, whoever releases it."""
         if error.reply.startswith(b"5"):
-            held = held_because(f"it cannot be signed: {str(error)[4:]}")
-            await self._queue.unseen.held(taken, held, _of(taken.envelope).filters)
+            why, names = f"it cannot be signed: {str(error)[4:]}", _of(taken.envelope).filters
+            held = held_because(why)
+            await self._queue.unseen.held(taken, held, not_judged(taken.envelope, self._queue.clock.now(), held), names)
             self._rests.pop(taken.ident, None)
             self._tell(taken, "held", held)
             return
@@ -329,8 +339,9 @@ class Scanner:
         self._warn_seldom(f"message {format_id(taken.ident)} waits in the queue, since it could not be signed: {str(error)[4:]}")
 
     async def _replace(
-        self, taken: Taken, revision: Revision, held: str, left: list[str], fields: bytes, behind: int, draft: Draft | None
-    ) -> None:
+        self, taken: Taken, revision: Revision, held: str, quarantine: Quarantine | None, left: list[str], fields: bytes,
+        behind: int, draft: Draft | None,
+    ) -> None:  # fmt: skip
         """It has another header, body or envelope from now on; its body was `behind` so many octets."""
         before, unseen, body = taken.envelope, _of(taken.envelope), cast(Rewritten | None, revision.body)
         front = [revision.above, fields, revision.header]
@@ -348,7 +359,7 @@ class Scanner:
         envelope = msgspec.structs.replace(
             before, size=data.length if isinstance(data, Body) else sum(map(len, data)), placements=[], held_for=held,
             sender=before.sender if revision.sender is None else revision.sender,
-            flags=before.flags & ~UNSEEN | (HELD if held else UNSEEN if left else 0),
+            flags=before.flags & ~UNSEEN | (HELD if held else UNSEEN if left else 0), quarantine=quarantine,
             unseen=msgspec.structs.replace(unseen, filters=left, above=len(revision.above)) if left else None,
         )  # fmt: skip
         if revision.recipients is not None:

@@ -74,9 +74,9 @@ class Verdict(NamedTuple):
 
     @property
     def held(self) -> str:
-        """Why the message is held until an operator releases it; "": it is not."""
+        """Why the message is held until an operator releases it, by DMARC; "": it is not."""
         wanted = self.enforced and self.dmarc.policy == "quarantine"
-        return f"DMARC: it fails, and {self.dmarc.domain} asks for quarantine" if wanted else ""
+        return f"it fails, and {self.dmarc.domain} asks for quarantine" if wanted else ""
 
 
 class Verifier:

@@ -38,21 +38,21 @@ __all__ = [
     "keep_profiles",
     "keep_rates",
     "keep_secret",
-    "keep_triplets",
+    "keep_table",
     "kept_rates",
-    "kept_triplets",
+    "kept_table",
     "site_state_row",
 ]  # fmt: skip
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
 HOLD, BOUNCE = "hold", "bounce"  # policies
 TOKEN = "token"  # a refresh token that an OAuth endpoint has replaced ours by: a secret, never shown
-RATES, TRIPLETS = "rates", "triplets"
+RATES = "rates"
 PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # in use, and in use before the last change
 MOST = 50_000  # states; beyond that, those that end first are dropped
 _MAP_SIZE = 1 << 30
-_TRIPLETS = struct.Struct("<8sLQQ")  # what it is, version, octets that follow, their hash (XXH3)
-_TRIPLETS_ARE, _TRIPLETS_MOST = (b"triplets", 1), 1 << 26
+_TABLE = struct.Struct("<8sLQQ")  # what it is, version, octets that follow, their hash (XXH3)
+_VERSION, _TABLE_MOST = 1, 1 << 26
 
 
 class SiteState(msgspec.Struct, frozen=True):
@@ -195,23 +195,24 @@ def keep_rates(path: Path, rows: list[tuple[int, int]]) -> None:
     _put(path / RATES, _encode((_wall(), rows)))
 
 
-def keep_triplets(path: Path, octets: bytes) -> None:
-    """Store the triplets (triplets.Triplets.dump) in `path`, durably. Blocks; OSError, after which those stored
-    before are still there."""
-    head = _TRIPLETS.pack(*_TRIPLETS_ARE, len(octets), xxhash.xxh3_64_intdigest(octets))
+def keep_table(path: Path, name: str, octets: bytes) -> None:
+    """Store a table, such as the triplets of greylisting ("triplets"), in `path`, durably. `name`: 8 characters at most. Blocks;
+    OSError, after which what was stored before is still there."""
+    head = _TABLE.pack(name.encode(), _VERSION, len(octets), xxhash.xxh3_64_intdigest(octets))
     try:
-        _put(path / TRIPLETS, head, octets, sync=True)
+        _put(path / name, head, octets, sync=True)
     except OSError:
-        (path / TRIPLETS).with_suffix(".new").unlink(missing_ok=True)  # many octets, and the disk may be full
+        (path / name).with_suffix(".new").unlink(missing_ok=True)  # many octets, and the disk may be full
         raise
 
 
-def kept_triplets(path: Path) -> bytes:
-    """The octets stored by `keep_triplets`; none if there is no such file, or it is not as it was stored. Blocks."""
+def kept_table(path: Path, name: str) -> bytes:
+    """The octets stored by `keep_table`; none if there is no such file, or it is not as it was stored. Blocks."""
     try:
-        with (path / TRIPLETS).open("rb") as file:
-            *kind, size, checksum = _TRIPLETS.unpack(file.read(_TRIPLETS.size))
-            octets = file.read(size + 1) if tuple(kind) == _TRIPLETS_ARE and size <= _TRIPLETS_MOST else b""
+        with (path / name).open("rb") as file:
+            kind, version, size, checksum = _TABLE.unpack(file.read(_TABLE.size))
+            is_one = kind.rstrip(b"\0") == name.encode() and version == _VERSION and size <= _TABLE_MOST
+            octets = file.read(size + 1) if is_one else b""
     except (OSError, struct.error):
         return b""
     return octets if len(octets) == size and xxhash.xxh3_64_intdigest(octets) == checksum else b""

@@ -11,7 +11,7 @@ import msgspec
 from relaymta.proto.printable import printable
 
 __all__ = [
-    "Attempt", "Body", "Envelope", "Onward", "Placement", "QueueName", "RecipientState", "Unseen", "category_of",
+    "Attempt", "Body", "Envelope", "Onward", "Placement", "Quarantine", "QueueName", "RecipientState", "Unseen", "category_of",
     "decode_envelope", "encode", "held_because", "reply_text",
 ]  # fmt: skip
 
@@ -111,6 +111,20 @@ class Unseen(msgspec.Struct, frozen=True, array_like=True, gc=False):
     protocol: str = "ESMTP"
 
 
+class Quarantine(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Why a held message is in the quarantine. `since`: ms of the queue's clock; `by`: "filter NAME", "rule NAME", "DMARC" or
+    CRASHED; `reason`: one line; `score`: of the filter, None: it gives none; `subject`: as it is shown, one line, cut. `judged`:
+    by a verdict, so that it ends with the time that the quarantine keeps mail; else nobody could look at it, and it stays until
+    an operator decides."""
+
+    since: int
+    by: str
+    reason: str
+    score: float | None
+    subject: str
+    judged: bool
+
+
 class Envelope(msgspec.Struct, array_like=True, gc=False):
     """Everything about a message but its message data and its recipients' histories. `size`: octets of message data."""
 
@@ -134,6 +148,7 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     listener: str = ""  # the address that it came in on, as in the configuration; "": our own, or an older version took it
     forwarded: dict[str, str] = {}  # what its client has said by XFORWARD of the client that it had it from, by attribute
     unseen: Unseen | None = None  # None: all filters have looked at it
+    quarantine: Quarantine | None = None  # None: it is not in the quarantine
 
 
 class Onward(NamedTuple):
@@ -153,6 +168,8 @@ BY_POLICY: Final = "hold policy"  # and which
 BY_CRASHES: Final = "a worker died twice while delivering it"
 BY_EXPIRY: Final = "it expired before filters had looked at it; its sender may be forged, so there is no DSN"
 BY_CRASHES_UNSEEN: Final = "a worker died twice while filters looked at it"
+
+CRASHED: Final = "worker deaths"  # `Quarantine.by` of these
 
 
 def held_because(reason: str) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from relaymta.proto import reply
-from relaymta.proto.envelope import Unseen
+from relaymta.proto.envelope import Quarantine, Unseen
 
 __all__ = ["Limits", "Transaction"]
 
@@ -32,8 +32,8 @@ class Transaction:
 
     __slots__ = (
         "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "last_chunk",
-        "limits", "message_id", "parameters", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "unseen",
-        "utf8_header",
+        "limits", "message_id", "parameters", "quarantine", "recipients", "refusal", "sender", "size", "smtputf8", "tail",
+        "unseen", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -55,6 +55,7 @@ class Transaction:
         self.tail = b""  # the last two octets of message data
         self.refusal = b""  # the reply to its message data, which is discarded; b"": it is kept
         self.held = ""  # why it is to be held in the queue until it is released; "": it is not
+        self.quarantine: Quarantine | None = None  # why it is held in the quarantine; None: it is not
         self.unseen: Unseen | None = None  # which filters look at it in the queue; None: none does
         self.message_id = ""
         self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8

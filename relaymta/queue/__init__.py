@@ -39,6 +39,7 @@ from relaymta.queue.group import Assign, Committed
 from relaymta.queue.inspect import Totals
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
+from relaymta.queue.quarantine import Keeper
 from relaymta.queue.readers import Readers
 from relaymta.queue.replies import Replies
 from relaymta.queue.schedule import Schedule
@@ -127,7 +128,14 @@ class Queue:
 
     def _show(self, assign: Assign, settings: QueueSettings) -> None:
         """What operators read and change, and what delivery reads of messages: methods of their own objects."""
-        view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries)
+        self.quarantine = Keeper(
+            self.store,
+            self.clock,
+            self._readers,
+            lambda verb, idents, then: self._changes.begin(verb, idents, then),
+            settings.quarantine_ms,
+        )
+        view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries, self.quarantine)
         self.summary, self.page, self.shape, self.names = view.summary, view.page, view.shape, view.names
         self.message, self.places, self.raw, self.watch_totals = view.message, view.places, view.raw, view.watch_totals
         self._changes = Changes(
@@ -142,6 +150,7 @@ class Queue:
             assign,
             settings.max_age_ms,
             lambda: self.unseen.noticed(),
+            self._replies.left_quarantine,
         )
         self.change_messages, self.move_queues = self._changes.change_messages, self._changes.move_queues
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
@@ -180,6 +189,7 @@ class Queue:
         attempts that end from now on. A smaller window takes effect as entries leave it."""
         self._settings = self.ends.settings = settings
         self._changes.max_age_ms = self.writer.dsns.max_age_ms = settings.max_age_ms
+        self.quarantine.keep_ms = settings.quarantine_ms
         self.entries.resize(settings.window, settings.window_bytes)
         self.schedule.wake()
 
@@ -362,6 +372,7 @@ class Queue:
             self._readers.start(self.store.forget_dead_readers, lambda result: None)
         if self._ticks % CHECK_TICKS == 0:
             self._readers.read_rows(self._housekeep, self._expiry.expire)
+            self.quarantine.tick()
             late = self.clock.now() - MATERIALIZE_MS
             if 0 < self.store.fresh.oldest() <= late:
                 self._materialize(self.store.fresh.came_by(late))

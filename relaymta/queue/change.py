@@ -14,6 +14,7 @@ from relaymta.proto.envelope import (
     UNSEEN,
     Envelope,
     Placement,
+    Quarantine,
     QueueName,
     RecipientState,
     decode_envelope,
@@ -26,6 +27,8 @@ from relaymta.queue.store import (
     HELD_KEY,
     ID,
     NUMBER,
+    QUARANTINE_KEY,
+    QUARANTINE_ROW,
     RECIPIENT,
     SCHEMA_UNSEEN,
     UNSEEN_KEY,
@@ -128,6 +131,8 @@ class Change(Transaction):
             delete(EXPIRY.pack(envelope.deadline, ident), db=tables["expiry"])
         if envelope.flags & UNSEEN:
             self._await_no_more(ident, envelope)
+        if envelope.quarantine is not None:
+            self.forget_quarantined(ident, envelope.quarantine.judged)
         if histories:
             cursor = self.txn.cursor(db=tables["recipient"])
             prefix = ID.pack(ident)
@@ -174,8 +179,8 @@ class Change(Transaction):
         self.txn.put(RECIPIENT.pack(ident, index), encode(state), db=self._tables["recipient"])
 
     def hold(self, ident: int, envelope: Envelope, why: str, flags: int = HELD) -> None:
-        """Hold a message: it is neither due nor expires. `why`: as of `Envelope.held_for`; `flags`: HELD, and QUARANTINED or
-        POLICY_HELD. One that is held already is left alone."""
+        """Hold a message: it is neither due nor expires; and it is in the quarantine, where its envelope says why. `why`: as of
+        `Envelope.held_for`; `flags`: HELD, and QUARANTINED or POLICY_HELD. One that is held already is left alone."""
         if not envelope.flags & HELD:
             placements = envelope.placements
             for placement in placements:
@@ -188,7 +193,22 @@ class Change(Transaction):
             envelope.held_for = why
             for placement in placements:
                 self.place(ident, envelope, placement)
+            if envelope.quarantine is not None:
+                self._quarantine(ident, envelope, envelope.quarantine)
             self.replace(ident, envelope)
+
+    def _quarantine(self, ident: int, envelope: Envelope, why: Quarantine) -> None:
+        key = QUARANTINE_KEY.pack(why.judged, ident)
+        self.txn.put(key, QUARANTINE_ROW.pack(why.since, envelope.size), db=self._tables["quarantine"])
+        if why.judged:
+            self.set_meta(b"quarantine", self._store.meta_in(self.txn, b"quarantine") + envelope.size)
+
+    def forget_quarantined(self, ident: int, judged: bool) -> None:
+        """Remove a message's row from the quarantine, whatever else there is of it: an older version may have ended it."""
+        raw = self.txn.pop(QUARANTINE_KEY.pack(judged, ident), db=self._tables["quarantine"])
+        if raw is not None and judged:
+            octets = self._store.meta_in(self.txn, b"quarantine") - QUARANTINE_ROW.unpack(raw)[1]
+            self.set_meta(b"quarantine", max(octets, 0))
 
     def release(self, ident: int, envelope: Envelope, now: int, deadline: int) -> None:
         """Release a held message: it is due now, or first seen by the filters that have not looked at it, and has a new deadline
@@ -200,6 +220,9 @@ class Change(Transaction):
             if envelope.unseen is not None:
                 envelope.flags |= UNSEEN
                 self._await(ident, envelope)
+            if envelope.quarantine is not None:
+                self.forget_quarantined(ident, envelope.quarantine.judged)
+                envelope.quarantine = None
             envelope.held_for = ""
             envelope.deadline = deadline
             for placement in envelope.placements:

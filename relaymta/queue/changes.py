@@ -19,6 +19,7 @@ from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry
 from relaymta.queue.group import Assign
 from relaymta.queue.lifecycle import Lifecycle
+from relaymta.queue.quarantine import Left, Release, released
 from relaymta.queue.readers import Readers
 from relaymta.queue.schedule import Schedule
 from relaymta.queue.store import QueueRow, Store
@@ -33,7 +34,7 @@ T = TypeVar("T")
 AtSite = Callable[[QueueName, str], bool]
 Rename = Callable[[QueueName], QueueName]
 Idents = list[int] | Callable[[], list[int]]
-Word = str | Mapping[int, str]  # what a verb is about, or for each message
+Word = str | Mapping[int, str] | Release  # what a verb is about, or for each message
 
 
 class Changes:
@@ -52,9 +53,12 @@ class Changes:
         assign: Assign,
         max_age_ms: int,
         noticed: Callable[[], None],
+        left: Left,
     ) -> None:
-        """`noticed()`: there may be unseen messages that were none before."""
+        """`noticed()`: there may be unseen messages that were none before; `left`: told, on the loop, of what has left the
+        quarantine."""
         self._noticed = noticed
+        self._left = left
         self._loop = loop
         self._store = store
         self._clock = clock
@@ -95,15 +99,20 @@ class Changes:
 
     async def change_messages(self, verb: str, idents: Idents, word: Word = "") -> tuple[int, int]:
         """Change messages, at most 1,000: flush, hold, policy (hold until no hold policy applies; `word`: the policy's name, or
-        that of each message), release, release policy (only what a policy holds), delete, bounce (`word`: the reason) or reroute
-        (`word`: the route). (changed, skipped because in flight, ending or being changed.) `idents` may be a function, which
-        names them when those before have been made, and may fill `word` then. A cancelled caller does not stop the change.
-        StoreError when a commit failed."""
+        that of each message), release, release policy (only what a policy holds), delete, bounce (`word`: the reason), reroute
+        (`word`: the route), release quarantined (`word`: a Release), delete quarantined. (changed, skipped because in flight,
+        ending or being changed.) `idents` may be a function, which names them when those before have been made, and may fill
+        `word` then. A cancelled caller does not stop the change. StoreError when a commit failed."""
         return await self._in_turn(lambda: self._change(verb, idents() if callable(idents) else idents, word))
 
-    def begin(self, verb: str, idents: list[int]) -> None:
-        """As `change_messages`, of which nobody awaits the end. Where the disk refuses it, it is to be begun again."""
-        self._begin(lambda: self._change(verb, idents, "")).add_done_callback(lambda task: task.cancelled() or task.exception())
+    def begin(self, verb: str, idents: list[int], then: Callable[[int], None] = lambda changed: None) -> None:
+        """As `change_messages`, of which nobody awaits the end; `then` is called with the number of messages that it has changed.
+        Where the disk refuses it, it is to be begun again."""
+
+        def ended(task: "asyncio.Task[tuple[int, int]]") -> None:
+            then(0 if task.cancelled() or task.exception() is not None else task.result()[0])
+
+        self._begin(lambda: self._change(verb, idents, "")).add_done_callback(ended)
 
     async def _change(self, verb: str, idents: list[int], word: Word) -> tuple[int, int]:
         claimed = self._entries.claim(idents)
@@ -114,7 +123,7 @@ class Changes:
             if verb == "bounce":
                 changed = sum([await self._bounce(part, str(word)) for part in parts])
             else:
-                changed = sum([await self._writer.task(partial(self._apply, verb, part, word)) for part in parts])
+                changed = sum([await self._apply(verb, part, word) for part in parts])
                 if verb.startswith("release"):
                     self._noticed()
         except StoreError:
@@ -132,10 +141,23 @@ class Changes:
         self._entries.wake(idents)
         self._schedule.wake()
 
-    def _apply(self, verb: str, idents: list[int], word: Word, change: Change) -> int:
-        if verb == "reroute":
-            return inspect.reroute(change, self._store, self._clock, self._assign, idents, str(word))
-        return inspect.apply(verb, change, self._store, self._writer, self._clock, self.max_age_ms, idents, word)
+    async def _apply(self, verb: str, idents: list[int], word: Word) -> int:
+        """One group commit; how many messages it has changed."""
+        left: list[tuple[int, Envelope, str]] = []
+
+        def run(change: Change) -> int:
+            left.clear()  # of a group that was undone
+            if verb == "reroute":
+                return inspect.reroute(change, self._store, self._clock, self._assign, idents, str(word))
+            if isinstance(word, Release):
+                return released(change, self._clock, self._assign, self.max_age_ms, idents, word, lambda *one: left.append(one))
+            store, writer, clock = self._store, self._writer, self._clock
+            return inspect.apply(verb, change, store, writer, clock, self.max_age_ms, idents, word, lambda *one: left.append(one))
+
+        changed = await self._writer.task(run)
+        for one in left:
+            self._left(*one)
+        return changed
 
     async def _bounce(self, idents: list[int], reason: str) -> int:
         """Fail the pending recipients of messages that this change has claimed, with a DSN to each sender; how many messages."""

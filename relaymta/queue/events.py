@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from relaymta.proto.envelope import Envelope
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.group import Committed
 
@@ -17,6 +18,7 @@ class QueueSettings:
     first_retry_ms: int = 60_000
     window: int = 10_000
     window_bytes: int = 32 << 20
+    quarantine_ms: int = 30 * 86_400_000
 
 
 class Events:
@@ -30,6 +32,10 @@ class Events:
 
     def committed(self, group: Committed) -> None:
         """A group was committed."""
+
+    def left_quarantine(self, ident: int, envelope: Envelope, how: str) -> None:
+        """A message is in the quarantine no more: it was released or deleted, expired, or there was no room for it ("displaced").
+        `envelope`: as it was in it."""
 
     def refused(self, entry: Entry, why: str) -> None:
         """An outcome of `entry` was not recorded, because it contradicts the store: a defect. `why`: for the log."""

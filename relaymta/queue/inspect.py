@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+import msgspec
+
 from relaymta.control.filters import Filter
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.segments import Segments
@@ -28,6 +30,7 @@ from relaymta.proto.envelope import (
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
 from relaymta.queue.group import Assign
+from relaymta.queue.quarantine import Left, not_judged
 from relaymta.queue.store import QueueRow, Store
 from relaymta.queue.writer import Writer
 
@@ -47,8 +50,17 @@ __all__ = [
 ]  # fmt: skip
 
 POLICY_HELD_TOGETHER = 1000
+# What has come of a message in the quarantine, by the verb; and which verbs delete.
+LEAVES = {
+    "release": "released", "delete": "deleted", "delete quarantined": "deleted", "quarantine expired": "expired",
+    "quarantine displaced": "displaced",
+}  # fmt: skip
+DELETES = ("delete", "delete quarantined", "quarantine expired", "quarantine displaced")
+QUARANTINE_ENDS = ("quarantine expired", "quarantine displaced")
 HELD_SEEN = 200  # messages among which the oldest one that is not held is looked for
-VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "policy")  # policy: hold, for a hold policy
+VERBS = (  # policy: hold, for a hold policy
+    "flush", "hold", "release", "delete", "bounce", "reroute", "policy", "release quarantined", "delete quarantined",
+)  # fmt: skip
 
 
 def summary(store: Store, clock: ShardClock) -> list[dict[str, Any]]:
@@ -248,17 +260,25 @@ def apply(
     max_age_ms: int,
     idents: list[int],
     policies: str | Mapping[int, str] = "",
+    left: Left = lambda ident, envelope, how: None,
 ) -> int:
     """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed.
-    `policies`: the name of the hold policy that holds them ("": not known), or that of each message."""
+    `policies`: the name of the hold policy that holds them ("": not known), or that of each message; `left`: told of those that
+    leave the quarantine."""
     changed = 0
     now = clock.now()
     for ident in idents:
         change.materialize(ident)
         envelope = change.envelope(ident)
-        if envelope is None:
+        kept = envelope.quarantine if envelope is not None else None
+        if verb in QUARANTINE_ENDS and (kept is None or not kept.judged):
+            change.forget_quarantined(ident, True)  # of a message that an older version has ended or released
             continue
-        if verb == "delete":
+        if envelope is None or (verb == "delete quarantined" and kept is None):
+            continue
+        if kept is not None and verb in LEAVES:
+            left(ident, msgspec.structs.replace(envelope), LEAVES[verb])
+        if verb in DELETES:
             change.finish_message(ident, envelope, histories=True)
             writer.free_body(ident, envelope.body)
         elif verb == "policy" and not envelope.flags & HELD:
@@ -273,6 +293,7 @@ def apply(
         elif (verb == "release" and envelope.flags & HELD) or (verb == "release policy" and envelope.flags & POLICY_HELD):
             change.release(ident, envelope, now, now + max_age_ms)
         elif verb == "unseen expired" and envelope.flags & UNSEEN and envelope.deadline <= now:  # it may have been released since
+            envelope.quarantine = not_judged(envelope, now, BY_EXPIRY)
             change.hold(ident, envelope, BY_EXPIRY)
         elif verb == "flush" and not envelope.flags & (HELD | UNSEEN):
             for placement in envelope.placements:
@@ -287,13 +308,14 @@ def apply(
     return changed
 
 
-def quarantine(change: Change, store: Store, ident: int) -> bool:
+def quarantine(change: Change, store: Store, ident: int, now: int) -> bool:
     """Writer thread, inside a group commit: hold a message whose delivery, or for which filters, ended a worker; False when it is
-    not in this shard."""
+    not in this shard. `now`: ms of the queue's clock."""
     change.materialize(ident)
     envelope = change.envelope(ident)
     if envelope is None:
         return False
     why = BY_CRASHES_UNSEEN if envelope.flags & UNSEEN else BY_CRASHES
+    envelope.quarantine = not_judged(envelope, now, why)
     change.hold(ident, envelope, why, HELD | QUARANTINED)
     return True

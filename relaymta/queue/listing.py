@@ -4,6 +4,8 @@ A million messages are listed in seconds, so each row is encoded once, as a line
 """
 
 import time
+from collections.abc import Iterator
+from heapq import merge
 from typing import Any
 
 import msgspec
@@ -11,7 +13,7 @@ import msgspec
 from relaymta.control.filters import Filter
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.ident import format_id
-from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, UNSEEN, Attempt, Envelope, RecipientState
+from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, UNSEEN, Attempt, Envelope, Quarantine, RecipientState
 from relaymta.queue.lifecycle import ENDING, IN_FLIGHT, Lifecycle
 from relaymta.queue.store import QueueRow, Store
 
@@ -33,11 +35,23 @@ class Recipient(msgspec.Struct):
     last: str = ""
 
 
+class Quarantined(msgspec.Struct):
+    """As of envelope.Quarantine; times are seconds since 1970 UTC; `until`: when it is deleted, 0: not by itself."""
+
+    by: str
+    reason: str
+    score: float | None
+    subject: str
+    since: float
+    until: float
+
+
 class Row(msgspec.Struct):
     """One message as `queue list --json` prints it. Times are seconds since 1970 UTC, 0: never. `state`: "queued" (not yet
     tried), "in flight", "deferred" (tried, and to be tried again), "unseen" (filters have not looked at it), "held" or
     "quarantined"; `next`: when it is due and its queue does not sleep any more; `held_for`: why it is held ("": it is not, or an
-    older version has held it); `unseen`: the filters that have not looked at it."""
+    older version has held it); `unseen`: the filters that have not looked at it; `quarantine`: why it is there, None: it is
+    not."""
 
     id: str
     state: str
@@ -53,12 +67,15 @@ class Row(msgspec.Struct):
     expires: float
     held_for: str
     unseen: list[str]
+    quarantine: Quarantined | None
 
 
 class _Reader:
     """Makes rows within one transaction."""
 
-    def __init__(self, store: Store, txn: Any, clock: ShardClock, entries: Lifecycle | None) -> None:
+    def __init__(self, store: Store, txn: Any, clock: ShardClock, entries: Lifecycle | None, keep_ms: int) -> None:
+        """`keep_ms`: for how long mail is in the quarantine, 0: not known."""
+        self._keep_ms = keep_ms
         self._store = store
         self._txn = txn
         self._now = clock.now()
@@ -104,7 +121,13 @@ class _Reader:
             (envelope.deadline + behind) / 1000 if scheduled else 0,
             envelope.held_for,
             [] if envelope.unseen is None else envelope.unseen.filters,
+            None if envelope.quarantine is None else self._quarantined(envelope.quarantine),
         )
+
+    def _quarantined(self, why: Quarantine) -> Quarantined:
+        since = why.since + self._behind
+        until = (since + self._keep_ms) / 1000 if why.judged and self._keep_ms else 0
+        return Quarantined(why.by, why.reason, why.score, why.subject, since / 1000, until)
 
     def _recipients(self, envelope: Envelope, states: dict[int, RecipientState]) -> list[Recipient]:
         if not states:
@@ -129,10 +152,11 @@ def _state(flags: int, attempts: int) -> str:
 
 
 def page(
-    store: Store, clock: ShardClock, entries: Lifecycle | None, chosen: Filter, after: int, queues: list[QueueRow] | None
-) -> dict[str, Any]:
+    store: Store, clock: ShardClock, entries: Lifecycle | None, chosen: Filter, after: int, queues: list[QueueRow] | None,
+    keep_ms: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """The next messages above id `after`: `{"lines", "ids", "after", "until"}`, a line of JSON for each (see `Row`), `after` 0
-    when there are no more. `queues`: only messages in these (None: in any)."""
+    when there are no more. `queues`: only messages in these (None: in any); `keep_ms`: as of `_Reader`."""
     lines: list[bytes] = []
     idents: list[int] = []
     octets = 0
@@ -142,9 +166,10 @@ def page(
     everything = chosen == Filter(until=chosen.until)
     last = chosen.until or 1 << 64
     with store.reading() as txn:
-        reader = _Reader(store, txn, clock, entries)
+        reader = _Reader(store, txn, clock, entries, keep_ms)
         start = chosen.ident - 1 if chosen.ident else after
-        for seen, (ident, envelope) in enumerate(store.idents(txn, start, fresh), 1):
+        found = _quarantine(store, txn, start) if chosen.quarantined else store.idents(txn, start, fresh)
+        for seen, (ident, envelope) in enumerate(found, 1):
             if ident > last or (chosen.ident and ident != chosen.ident):
                 break
             after = ident
@@ -159,17 +184,26 @@ def page(
     return {"lines": _joined(lines), "ids": idents, "after": 0, "until": chosen.until}
 
 
+def _quarantine(store: Store, txn: Any, after: int) -> Iterator[tuple[int, Envelope]]:
+    """As Store.idents, of what is in the quarantine."""
+    for ident, *_ in merge(store.quarantined(txn, True, after), store.quarantined(txn, False, after)):
+        envelope = store.envelope(txn, ident)
+        if envelope is not None:
+            yield ident, envelope
+
+
 def _joined(lines: list[bytes]) -> bytes:
     return b"\n".join([*lines, b""])
 
 
-def message(store: Store, clock: ShardClock, entries: Lifecycle | None, ident: int) -> dict[str, Any] | None:
-    """Everything about one message, as `Row` and its recipients' attempts; None when it is not in this shard."""
+def message(store: Store, clock: ShardClock, entries: Lifecycle | None, ident: int, keep_ms: int = 0) -> dict[str, Any] | None:
+    """Everything about one message, as `Row` and its recipients' attempts; None when it is not in this shard. `keep_ms`: as of
+    `_Reader`."""
     with store.reading() as txn:
         envelope = store.envelope(txn, ident)
         if envelope is None:
             return None
-        found: dict[str, Any] = msgspec.to_builtins(_Reader(store, txn, clock, entries).row(ident, envelope))
+        found: dict[str, Any] = msgspec.to_builtins(_Reader(store, txn, clock, entries, keep_ms).row(ident, envelope))
         for index, state in store.recipient_states(txn, ident).items():
             found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
         found["helo"], found["user"] = envelope.helo, envelope.user

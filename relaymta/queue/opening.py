@@ -39,7 +39,7 @@ class Opening:
 
     async def quarantine(self, culprit: int) -> bool:
         """Hold a message whose delivery ended a worker; False when it is not in this shard."""
-        return await self._writer.task(lambda change: inspect.quarantine(change, self._store, culprit))
+        return await self._writer.task(lambda change: inspect.quarantine(change, self._store, culprit, self._clock.now()))
 
     async def put_in_order(self) -> list[Entry]:
         """Write the schema, remove and rehouse what is astray. The entries of the messages that were still inlined when the

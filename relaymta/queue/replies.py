@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterable
 
-from relaymta.proto.envelope import HELD, UNSEEN
+from relaymta.proto.envelope import HELD, UNSEEN, Envelope
 from relaymta.queue.big import BigBodies
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.events import Events
@@ -107,6 +107,10 @@ class Replies:
             callback(*args)
         except Exception as raised:
             self.raised(raised)
+
+    def left_quarantine(self, ident: int, envelope: Envelope, how: str) -> None:
+        """Report it."""
+        self._call(self._events.left_quarantine, ident, envelope, how)
 
     def raised(self, error: Exception) -> None:
         """Report an exception of a callback: a defect, which must not take the replies of others."""

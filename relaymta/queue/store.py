@@ -7,10 +7,12 @@
     expiry     deadline, id           every message that is not held
     held       queue, id              every held or quarantined message
     unseen     class, id              every message that is not due, nor held, since filters have not looked at it: which
+    quarantine judged, id             every held message that is in the quarantine: since when, and its octets
     fresh, ended                      inlined messages, which have none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
-    meta       word                   schema, last committed time ("seen"), highest id, highest queue number ("queues")
+    meta       word                   schema, last committed time ("seen"), highest id, highest queue number ("queues"), octets
+                                      of judged mail in the quarantine ("quarantine")
 
 Keys are big-endian, so that every query is a prefix scan. What a group commit changes: change.py.
 """
@@ -52,9 +54,13 @@ WAKE = struct.Struct(">QI")
 EXPIRY = struct.Struct(">QQ")
 HELD_KEY = struct.Struct(">IQ")
 UNSEEN_KEY = struct.Struct(">BQ")
+QUARANTINE_KEY = struct.Struct(">BQ")
+QUARANTINE_ROW = struct.Struct(">QQ")
 NUMBER = struct.Struct(">I")
 
-_TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended", "unseen")
+_TABLES = (
+    "message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended", "unseen", "quarantine",
+)  # fmt: skip
 
 
 class QueueRow(msgspec.Struct, array_like=True):
@@ -182,6 +188,18 @@ class Store(Environment):
         if cursor.set_range(UNSEEN_KEY.pack(after[0], after[1] + 1)):
             for key, value in cursor:
                 yield UNSEEN_KEY.unpack(key), _decode_awaited(value)
+
+    def quarantined(self, txn: Any, judged: bool, after: int = 0) -> Iterator[tuple[int, int, int]]:
+        """(id, since when, octets) of the messages in the quarantine that were judged, or of the others, above the id `after`."""
+        if "quarantine" not in self.tables:  # read only, and an older version wrote it
+            return
+        cursor = txn.cursor(db=self.tables["quarantine"])
+        if cursor.set_range(QUARANTINE_KEY.pack(judged, after + 1)):
+            for key, value in cursor:
+                found, ident = QUARANTINE_KEY.unpack(key)
+                if found != judged:
+                    return
+                yield ident, *QUARANTINE_ROW.unpack(value)
 
     def expiries(self, txn: Any, after: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, int]]:
         """(deadline, id) of all messages that are not held, the earliest first, above `after`."""

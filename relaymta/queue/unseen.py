@@ -20,7 +20,7 @@ from relaymta.disk.clock import ShardClock
 from relaymta.disk.operations import Task
 from relaymta.disk.segments import FRAME, Segments
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import UNSEEN, Body, Envelope
+from relaymta.proto.envelope import UNSEEN, Body, Envelope, Quarantine
 from relaymta.queue.big import BigBodies
 from relaymta.queue.change import Change
 from relaymta.queue.entry import Entry, Put
@@ -187,11 +187,12 @@ class UnseenMail:
         if not self._entries.add_fresh(found):
             self._schedule.wake()
 
-    async def held(self, taken: Taken, why: str, left: list[str]) -> None:
+    async def held(self, taken: Taken, why: str, quarantine: Quarantine, left: list[str]) -> None:
         """Filters hold it as it is; `left`: those that have not looked at it yet; `why`: as of `Envelope.held_for`."""
 
         def hold(change: Change, envelope: Envelope) -> None:
             _leave(envelope, left)
+            envelope.quarantine = quarantine
             change.hold(taken.ident, envelope, why)
 
         await self._changed(taken, hold)

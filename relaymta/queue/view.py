@@ -12,6 +12,7 @@ from relaymta.disk.segments import Segments
 from relaymta.proto.envelope import Placement, QueueName
 from relaymta.queue import inspect, listing, raw
 from relaymta.queue.lifecycle import Lifecycle
+from relaymta.queue.quarantine import Keeper
 from relaymta.queue.readers import Readers
 from relaymta.queue.store import Store
 
@@ -22,8 +23,10 @@ class View:
     """Queries of one shard; all methods are called on the loop."""
 
     def __init__(
-        self, store: Store, segments: Segments, clock: ShardClock, ids: IdSource, readers: Readers, entries: Lifecycle
-    ) -> None:
+        self, store: Store, segments: Segments, clock: ShardClock, ids: IdSource, readers: Readers, entries: Lifecycle,
+        quarantine: Keeper,
+    ) -> None:  # fmt: skip
+        self._quarantine = quarantine
         self._store = store
         self._segments = segments
         self._clock = clock
@@ -41,7 +44,8 @@ class View:
         while the pages are read: pass the answer's "until" with each further page."""
         chosen = chosen if chosen.until else replace(chosen, until=self._ids.next())
         rows = await self._readers.run(inspect.chosen_queues, self._store, chosen, at_site) if chosen.by_queue else None
-        return await self._readers.run(listing.page, self._store, self._clock, self._entries, chosen, after, rows)
+        keep = self._quarantine.keep_ms
+        return await self._readers.run(listing.page, self._store, self._clock, self._entries, chosen, after, rows, keep)
 
     async def shape(self) -> list[dict[str, Any]]:
         """How old the mail in each queue is, as `inspect.shape` makes it."""
@@ -53,7 +57,8 @@ class View:
 
     async def message(self, ident: int) -> dict[str, Any] | None:
         """Everything about one message, as `listing.message` makes it; None when it is not in this shard."""
-        return await self._readers.run(listing.message, self._store, self._clock, self._entries, ident)
+        keep = self._quarantine.keep_ms
+        return await self._readers.run(listing.message, self._store, self._clock, self._entries, ident, keep)
 
     async def places(self, ident: int) -> list[tuple[QueueName, Placement]]:
         """The queues in which a message waits, each with its placement."""

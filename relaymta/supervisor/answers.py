@@ -20,6 +20,8 @@ from relaymta.control import Answer, Late, converse, sentence
 from relaymta.control.requests import (
     REQUESTS,
     Clearing,
+    Known,
+    Learned,
     MailboxAddress,
     MailboxAlias,
     MailboxChange,
@@ -39,6 +41,7 @@ from relaymta.control.requests import (
     Where,
 )
 from relaymta.errors import RelayError
+from relaymta.filter.lessons import KEY
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.metrics import RESULTS
@@ -218,6 +221,16 @@ class Answers:
         """As `log.find_history`."""
         folder = Path(self._supervisor.config.spool) / "history"
         return await asyncio.to_thread(find_history, folder, format_id(_number(args.ident)))
+
+    async def lessons(self, args: Known) -> list[bool]:
+        """Of each text, whether it was last learned as this."""
+        return self._supervisor.machine.lessons.known(args.keys, args.spam)
+
+    async def learned(self, args: Learned) -> None:
+        """A filter has learned a text."""
+        if len(args.key) != KEY:
+            raise RelayError(f"learned: a key has {KEY} octets")
+        self._supervisor.machine.lessons.learned(args.key, args.spam)
 
     async def site_states(self, args: Nothing) -> list[dict[str, Any]]:
         """All site states but secrets, as `node.site_state_row` shows them."""

@@ -29,18 +29,20 @@ from relaymta.node import (
     check_storable,
     keep_profiles,
     keep_rates,
-    keep_triplets,
+    keep_table,
     kept_rates,
-    kept_triplets,
+    kept_table,
 )
 from relaymta.route.shaping import shipped_text
 from relaymta.send.oauth import Exchanges
 from relaymta.shm import Shared
+from relaymta.supervisor.lessons import Lessons
 from relaymta.supervisor.outages import Outages
 from relaymta.supervisor.slots import Slots
 
 __all__ = ["Machine"]
 
+TRIPLETS, LESSONS = "triplets", "lessons"  # tables of node/
 TICKETS_SECONDS = 12 * 3600.0  # lifetime of the keys of TLS session tickets
 WRITE_AGAIN_SECONDS = 10.0  # after the disk has failed
 TOKEN_KEPT_MS = 400 * 86_400_000  # no provider accepts a refresh token that was unused for so long
@@ -67,7 +69,8 @@ class Machine:
         self._storing = threading.Lock()  # a thread of the last period may still store them while `stop` does
         self._client_rates.restore(kept_rates(path))
         self._triplets = shared.triplets(secret, lambda *times: False)
-        self._triplets.restore(kept_triplets(path))
+        self._triplets.restore(kept_table(path, TRIPLETS))
+        self.lessons = Lessons(kept_table(path, LESSONS))
         self._triplets_stored = 0  # the hash of what was stored last
         self._record_profiles()
         self._periodic: list[asyncio.Task[None]] = []
@@ -111,6 +114,7 @@ class Machine:
         with self._storing:
             self._store_rates()
             self._store_triplets()
+            self._store_lessons()
 
     def _store_triplets(self) -> None:
         """Store what greylisting knows, where there is any: a crash loses what it has learned since."""
@@ -121,10 +125,19 @@ class Machine:
         if hashed == self._triplets_stored:
             return
         try:
-            keep_triplets(self._path, octets)
+            keep_table(self._path, TRIPLETS, octets)
             self._triplets_stored = hashed
         except OSError as error:
             self._log.event("warning", text=f"node: {error.strerror}: what greylisting knows is not stored")
+
+    def _store_lessons(self) -> None:
+        if not self.lessons.changed:
+            return
+        try:
+            keep_table(self._path, LESSONS, self.lessons.dump())
+        except OSError as error:
+            self.lessons.changed = True
+            self._log.event("warning", text=f"node: {error.strerror}: which texts filters have learned is not stored")
 
     def _store_rates(self) -> None:
         """Store the use of quotas and the counts of failed login attempts, which continue after a restart. Blocks."""

@@ -6,6 +6,7 @@ the configuration and the other descriptors.
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -36,10 +37,10 @@ from relaymta.queue import Outcome, Queue, Totals, format_id
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import TokenError, Tokens
-from relaymta.shm import Shared
+from relaymta.shm import SLOTS, Shared
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
-from relaymta.worker.gauges import Gauges, busy
+from relaymta.worker.gauges import QUARANTINE, Gauges, busy
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
 
@@ -80,6 +81,7 @@ class Shard:
             Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try),
             worker.sign_dsn,
         )
+        self.queue.quarantine.over = worker.quarantine_over
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
         self.count_at = 0.0
@@ -158,6 +160,7 @@ class Worker:
         self.workers = workers
         shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
+        self._neighbours = [Counters(shared.counters(one)) for one in range(SLOTS) if one != slot]
         self.limits = shared.limits(slot, workers)
         self.rates = shared.rates(workers, slot)
         self.client_rates = shared.client_rates(workers, slot)
@@ -233,6 +236,14 @@ class Worker:
             lambda: endpoint.chains, endpoint.signer, intake.readdressed, intake.rewritten,
             lambda: self.config.limits.message_size,
         )  # fmt: skip
+
+    def quarantine_over(self, octets: int) -> int:
+        """Of so many octets of a shard in the quarantine, how many are too many: each shard of the machine gives up the same
+        share. Called by reader threads."""
+        others = sum(one.reading(QUARANTINE) for one in self._neighbours)
+        mine = sum(shard.queue.quarantine.octets for shard in self.shards.values())
+        total = others + max(mine, octets)
+        return math.ceil(max(total - self.config.quarantine.octets, 0) * octets / total) if total else 0
 
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from relaymta.log import Log
-from relaymta.metrics import Counters, index
+from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope
 from relaymta.proto.said import Said
 from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id
@@ -22,6 +22,7 @@ OPERATIONS = index("relaymta_commit_operations_total")
 SYNCS = index("relaymta_syncs_total")
 DSNS = index("relaymta_dsns_total")
 DSNS_DROPPED = index("relaymta_dsns_dropped_total")
+QUARANTINE = {how: index("relaymta_quarantine_total", how) for how in COUNTERS["relaymta_quarantine_total"][2]}
 
 
 Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS version, cipher
@@ -38,8 +39,10 @@ def _shown(code: int, text: bytes) -> str:
 
 
 def _more(envelope: Envelope) -> dict[str, Any]:
-    """What XFORWARD has said, and which filters have not looked at it yet, as the log has it."""
+    """What XFORWARD has said, which filters have not looked at it yet, and why it is held, as the log has it."""
     found: dict[str, Any] = {} if envelope.unseen is None else {"unseen": envelope.unseen.filters}
+    if envelope.held_for:
+        found["held"] = envelope.held_for
     if envelope.forwarded:
         for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT")):
             found[f"orig_{field}"] = envelope.forwarded.get(name, "")
@@ -74,10 +77,11 @@ class Witness(Events):
 
     def queued(self, put: Put) -> None:
         envelope = put.envelope
+        more = envelope.forwarded or envelope.unseen or envelope.held_for
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
-            message_id=envelope.message_id, **(_more(envelope) if envelope.forwarded or envelope.unseen else {}),
+            message_id=envelope.message_id, **(_more(envelope) if more else {}),
         )  # fmt: skip
 
     def ended(self, outcome: Outcome) -> None:
@@ -127,6 +131,15 @@ class Witness(Events):
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
             self._log.event("bounced", recipient=address, phase=attempt.phase, cause=attempt.because, dsn=dsn, **common)
+
+    def left_quarantine(self, ident: int, envelope: Envelope, how: str) -> None:
+        why = envelope.quarantine
+        assert why is not None
+        self._add(QUARANTINE[how], 1)
+        self._log.event(
+            "quarantine", id=format_id(ident), sender=envelope.sender, recipients=envelope.recipients, result=how, by=why.by,
+            reason=why.reason,
+        )  # fmt: skip
 
     def refused(self, entry: Entry, why: str) -> None:
         self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")

@@ -12,6 +12,7 @@ from relaymta.control.requests import REQUESTS, Change, Move, Nothing, OfMessage
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
 from relaymta.queue import parse_id
+from relaymta.queue.quarantine import Release
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
 
 if TYPE_CHECKING:
@@ -68,8 +69,11 @@ class Answers:
         one = self._shard(args.shard)
         if args.verb == "reroute" and args.word not in self._worker.routes.labels:
             raise self._no_route(args.word)
+        word: str | Release = args.word
+        if args.verb == "release quarantined":
+            word = self._released(args)
         try:
-            result = await one.queue.change_messages(args.verb, args.idents, args.word)
+            result = await one.queue.change_messages(args.verb, args.idents, word)
         finally:
             if args.verb == "policy":  # some may be held even after an error
                 one.dispatcher.policies.held(args.word)
@@ -77,6 +81,13 @@ class Answers:
             one.dispatcher.flush()
             await one.queue.wake_queues()
         return result
+
+    def _released(self, args: Change) -> Release:
+        """Who releases a message to others sends it to them, and gets its DSNs."""
+        intake = self._worker.intake
+        assert intake is not None
+        recipients = intake.readdressed(args.recipients) if args.recipients else []
+        return Release(recipients, intake.postmaster, args.unscanned)
 
     async def move(self, args: Move) -> Any:
         """Move all messages of whole queues to a route: (messages matched, those in flight). None when the filter does not match

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from relaymta.worker import Shard, Worker
     from relaymta.worker.mail import Mail
 
-__all__ = ["Gauges", "busy"]
+__all__ = ["QUARANTINE", "Gauges", "busy"]
 
+QUARANTINE = "relaymta_quarantine_octets"
 LOG_DROPPED = index("relaymta_log_dropped_total")
 
 _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], float]]] = [
@@ -95,6 +96,10 @@ class Gauges:
         gauge("relaymta_listeners_paused", worker.acceptor is not None and worker.acceptor.paused)
         gauge("relaymta_stressed", worker.acceptor is not None and worker.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
+        keepers = [shard.queue.quarantine for shard in worker.shards.values()]
+        gauge("relaymta_quarantine_messages", sum(keeper.messages for keeper in keepers))
+        gauge(QUARANTINE, sum(keeper.octets for keeper in keepers))
+        gauge("relaymta_quarantine_limit_octets", worker.config.quarantine.octets)
         self._watch_memory()
         if worker.mail is not None:
             worker.mail.set_gauges(gauge)

@@ -98,6 +98,7 @@ def queue_settings(config: Config) -> QueueSettings:
         hostname=config.hostname,
         max_age_ms=int(config.queue.max_age * 1000),
         first_retry_ms=int(config.delivery.first_retry * 1000),
+        quarantine_ms=int(config.quarantine.keep * 1000),
         window=config.queue.window,
         window_bytes=config.queue.window_bytes,
     )

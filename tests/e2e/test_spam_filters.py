@@ -83,4 +83,5 @@ def _teach(folder: Path, relay: Relay, address: str) -> None:
     assert taught("ham", "nothing")[0] == 74 and taught("ham", "1ZZZZZZZZZZZZ")[0] == 1
     assert taught("spam", str(file), "--only", "virus") == (64, "--only: virus does not learn\n")
     config.write_text(config.read_text().replace(address, "127.0.0.1:1"))
-    assert taught("spam", str(file)) == (75, f"{file}: sa: Connection refused\n")
+    assert taught("spam", str(file)) == (0, f"{file}: sa: known already\n"), "it is not asked"
+    assert taught("spam", str(file), "--again") == (75, f"{file}: sa: 127.0.0.1:1: Connection refused\n")

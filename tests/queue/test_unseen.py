@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import BY_EXPIRY, HELD, UNSEEN, Body, Envelope, Unseen, decode_envelope, encode
+from relaymta.proto.envelope import BY_EXPIRY, HELD, UNSEEN, Body, Envelope, Quarantine, Unseen, decode_envelope, encode
 from relaymta.queue import inspect, offline, wall_ms
 from relaymta.queue.store import ID, Store
 from relaymta.queue.unseen import FIRST, Taken
@@ -18,6 +18,7 @@ from tests.conftest import PROVE
 from tests.queue.test_queue import Bench, until
 
 SMALL, LARGE = 100, 1_300_000
+WHY = Quarantine(1, "filter av", "why", None, "", True)
 NOBODY = (frozenset[str](), frozenset[str]())
 
 
@@ -137,7 +138,7 @@ async def _step(bench: Unlooked, rng: random.Random, model: dict[int, tuple[str,
             await bench.queue.unseen.passed(taken)
             model[ident] = "due", model[ident][1]
         elif what == "held":
-            await bench.queue.unseen.held(taken, "why", left)
+            await bench.queue.unseen.held(taken, "why", WHY, left)
             model[ident] = "held", model[ident][1]
         elif what == "waits":
             await bench.queue.unseen.waits(taken, ["two"])

@@ -31,6 +31,7 @@ from relaymta.proto.envelope import (
     UNSEEN,
     Body,
     Envelope,
+    Quarantine,
     QueueName,
     Unseen,
     decode_envelope,
@@ -45,6 +46,7 @@ from tests.conftest import PROVE
 from tests.queue.test_one_end import Watched, Witness
 from tests.queue.test_queue import answer, until
 
+WHY = Quarantine(1, "filter av", "why", None, "", True)
 BIG = 2000  # octets above which a body is a file of its own here
 SMALL_DATA, LARGE_DATA, LARGER_DATA = b"Subject: s\r\n\r\nx\r\n", b"l" * 3000, b"L" * 5000
 NONE_DOWN = (frozenset[str](), frozenset[str]())
@@ -432,7 +434,7 @@ async def test_a_refused_replacement_changes_nothing(tmp_path, monkeypatch, befo
 @pytest.mark.parametrize("fault", ["map", "lmdb"])
 @pytest.mark.parametrize("what", ["passed", "held", "waits", "dropped"])
 async def test_a_refused_result_changes_nothing(tmp_path, monkeypatch, what, fault):
-    rest = {"passed": (), "held": ("why", ["av"]), "waits": (["b"],), "dropped": ()}[what]
+    rest = {"passed": (), "held": ("why", WHY, ["av"]), "waits": (["b"],), "dropped": ()}[what]
     async with Scanned(tmp_path) as bench:
         ident = await bench.store(LARGE_DATA, recipients=["a@x", "b@y"])
         was = bench.dump(), bench.files
@@ -547,7 +549,7 @@ async def test_whoever_is_cancelled_has_the_message_until_the_commit(tmp_path, m
                 if what == "replaced":
                     await bench.replace(taken, LARGER_DATA, UNSEEN)
                 else:
-                    rest = {"held": ("why", []), "waits": (["b"],)}.get(what, ())
+                    rest = {"held": ("why", WHY, []), "waits": (["b"],)}.get(what, ())
                     await getattr(queue.unseen, what)(taken, *rest)
             finally:
                 taken.release()
@@ -672,7 +674,7 @@ async def test_recipients_that_have_ended_before_are_not_mailed(tmp_path, what, 
         if what == "replaced":
             await bench.replace(taken, after)
         else:
-            await getattr(bench.queue.unseen, what)(taken, *(("why", ["av"]) if what == "held" else ()))
+            await getattr(bench.queue.unseen, what)(taken, *(("why", WHY, ["av"]) if what == "held" else ()))
         taken.release()
         if what == "held":
             assert await bench.queue.change_messages("release", [ident]) == (1, 0)
@@ -992,7 +994,7 @@ class Model:
             await unseen.passed(taken)
             mail.state, mail.unseen = "due", None
         elif kind == "held":
-            await unseen.held(taken, "why", filters)
+            await unseen.held(taken, "why", WHY, filters)
             mail.state, mail.unseen = "held", msgspec.structs.replace(mail.unseen, filters=filters) if filters else None
         elif kind == "waits":
             filters = filters or ["last"]
@@ -1012,7 +1014,7 @@ class Model:
             patched.setattr(*FAULTS[self.random.choice(["map", "lmdb"])])
             for result in (
                 unseen.passed(taken),
-                unseen.held(taken, "w", []),
+                unseen.held(taken, "w", WHY, []),
                 unseen.dropped(taken),
                 self.bench.replace(taken, data),
             ):
@@ -1409,7 +1411,7 @@ class Storm:
                 self.released.add(ident)
                 await unseen.passed(taken)
             elif what == "held":
-                await unseen.held(taken, "why", self.random.choice([[], ["av"]]))
+                await unseen.held(taken, "why", WHY, self.random.choice([[], ["av"]]))
             elif what == "waits":
                 await unseen.waits(taken, ["other"])
             elif what == "dropped":

@@ -102,6 +102,9 @@ class Worker:
     def sign_dsn(self, data: bytes) -> bytes:
         return b""
 
+    def quarantine_over(self, octets: int) -> int:
+        return 0
+
     def send_site_state(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
         if not self.process.dead:
             self.world.published(state, key)
