@@ -71,6 +71,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "rule": ("id", "client", "sender", "recipients", "rule", "verdict", "enforced", "match"),
     "scanned": ("id", "sender", "recipients", "result", "reason"),
     "quarantine": ("id", "sender", "recipients", "result", "by", "reason"),
+    "abuse": ("account", "check", "watch", "value", "limit", "verdict", "enforced", "reason", "ends"),
     "filter": ("filter", "state", "reason"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt", "users"),

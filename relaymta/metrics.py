@@ -186,6 +186,7 @@ FILTER_METRICS = {
 DNSBL_RESULTS = ("listed", "clean", "refused", "failed", "paused")
 DNSBL_TOTAL = "relaymta_dnsbl_total"
 RULE_TOTAL = "relaymta_rule_matches_total"
+ABUSE_TOTAL, ABUSE_GAUGE = "relaymta_abuse_total", "relaymta_abuse_accounts"
 _FAILURES_AT = len(FILTER_VERDICTS)
 _BUCKETS_AT = _FAILURES_AT + len(FILTER_FAILURES)
 _SUM_AT = _BUCKETS_AT + len(FILTER_BOUNDS) + 1  # microseconds
@@ -203,7 +204,7 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
-_ROWS = (QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL)
+_ROWS = (QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE)
 NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
 
 
@@ -361,6 +362,19 @@ def rule_families(totals: dict[str, RuleTotals]) -> list[object]:
         found.add_metric([name, "true"], total.enforced)
         found.add_metric([name, "false"], total.dry)
     return [found]
+
+
+def abuse_families(counts: dict[str, tuple[int, int, int]]) -> list[object]:
+    """Metrics of looks at abuse, by their names (`Accounts.counts`), as prometheus_client metric families."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    found = CounterMetricFamily(ABUSE_TOTAL, "Times an account was not as usual", labels=["check", "enforced"])
+    now = GaugeMetricFamily(ABUSE_GAUGE, "Accounts that are not as usual now, enforced or not", labels=["check"])
+    for name, (enforced, dry, there) in counts.items():
+        found.add_metric([name, "true"], enforced)
+        found.add_metric([name, "false"], dry)
+        now.add_metric([name], there)
+    return [found, now]
 
 
 def list_name(zone: str) -> str:

@@ -59,6 +59,7 @@ def test_the_reference_configuration_is_fresh(tmp_path):
         "[[filter]]": 'name = "lists"\ntype = "dnsbl"',
         "[[filter.lists]]": 'zone = "bl.example"\ncodes = ["127.0.0.2"]',
         "[[filter.score]]": 'at = 6.0\nverdict = "tag"',
+        "[[abuse]]": 'name = "volume"\nwatch = "volume"',
         "[[mail_rule]]": 'name = "large"',
         "[[network]]": 'networks = ["192.0.2.0/24"]',
         "[[source]]": 'name = "one"\naddress = "192.0.2.1"',

@@ -85,6 +85,7 @@ def test_options_stand_before_the_verb_or_behind_it_and_those_behind_it_win(tmp_
 # Exit statuses
 
 ARGUMENTS = {  # what a verb needs to get as far as its configuration
+    ("abuse", "why"): ["n"], ("abuse", "clear"): ["n"],
     ("app", "create"): ["n"], ("app", "expire"): ["n"], ("app", "rotate"): ["n"], ("app", "remove"): ["n"],
     ("user", "add"): ["n", "--password", "x"], ("user", "password"): ["n", "--password", "x"], ("user", "remove"): ["n"],
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],

@@ -5,7 +5,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
@@ -36,6 +36,9 @@ from relaymta.proto.transaction import Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
+
+if TYPE_CHECKING:
+    from relaymta.filter.conduct import Conduct
 
 __all__ = ["Intake"]
 
@@ -93,6 +96,7 @@ class Intake:
         self.draining = False
         self.out_of_memory = False
         self.local: LocalRecipients | None = None  # None: no mailboxes are kept here
+        self.conduct: Conduct | None = None  # None: nobody looks for abuse
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
@@ -354,6 +358,8 @@ class Intake:
     ) -> None:
         """Submit a complete message to the queue, for these recipients. `size`: octets, our fields included; `done(None)` is
         called once it is synced, `done(error)` if it could not be stored."""
+        if self.conduct is not None and not origin.filtered:
+            self._watch(self.conduct, transaction, recipients, origin)
         flags = HELD if transaction.held else UNSEEN if transaction.unseen is not None else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
@@ -387,6 +393,16 @@ class Intake:
             quarantine=transaction.quarantine,
         )
         queue.submit(ident, envelope, data, done)
+
+    def _watch(self, conduct: "Conduct", transaction: Transaction, recipients: list[str], origin: Origin) -> None:
+        """Count what an account sends, and hold it where that is not as usual."""
+        user = origin.identity.name if origin.identity is not None else ""
+        state = conduct.took(user, origin.application, origin.client.address, recipients)
+        if state is not None:
+            from relaymta.filter.quarantine import of_abuse
+
+            transaction.held = transaction.held or f"abuse {state.about}: {state.reason}"
+            transaction.quarantine = transaction.quarantine or of_abuse(state, self.queue.clock.now())
 
     def expanded(self, recipients: list[str]) -> list[str]:
         """Those for whom a message for these is queued: aliases, and redirection while it is tried out, are followed."""

@@ -134,7 +134,7 @@ class IncomingTransaction(Transaction):
             mechanism=mechanism, listener=origin.listener, parameters=tuple(self.parameters.split()),
             announced=self.announced,
             protocol="LMTP" if origin.lmtp else "ESMTP" if session.extended else "SMTP",
-            dmarc="" if self._verdict is None else self._verdict.dmarc.result,
+            dmarc="" if self._verdict is None else self._verdict.dmarc.result, application=origin.application,
             rewritten=partial(self._rewritten, len(text.head)),
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from relaymta.metrics import (
     Cells,
     FilterTotals,
     RuleTotals,
+    abuse_families,
     down_families,
     families,
     filter_families,
@@ -51,12 +52,14 @@ class _Collector:
         filters: Callable[[], dict[str, FilterTotals]],
         zones: Callable[[], dict[str, list[list[int]]]],
         rules: Callable[[], dict[str, RuleTotals]],
+        abuse: Callable[[], dict[str, tuple[int, int, int]]],
     ) -> None:
         self._blocks = blocks
         self._down = down
         self._filters = filters
         self._zones = zones
         self._rules = rules
+        self._abuse = abuse
         self.sites: Rows = []
         self.quotas: Rows = []
         self.until = 0.0
@@ -69,6 +72,7 @@ class _Collector:
         yield from filter_families(self._filters())
         yield from list_families(self._zones())
         yield from rule_families(self._rules())
+        yield from abuse_families(self._abuse())
 
 
 async def serve_http(
@@ -82,13 +86,15 @@ async def serve_http(
     filters: Callable[[], dict[str, FilterTotals]] = dict,
     zones: Callable[[], dict[str, list[list[int]]]] = dict,
     rules: Callable[[], dict[str, RuleTotals]] = dict,
+    abuse: Callable[[], dict[str, tuple[int, int, int]]] = dict,
 ) -> web.AppRunner:
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `down()`: the sites that are
     down, as `supervisor.outages` counts them; `filters()`: of each configured filter; `zones()`: the counters of each list
-    in the DNS; `rules()`: of each rule about mail. OSError when the address is in use."""
+    in the DNS; `rules()`: of each rule about mail; `abuse()`: as of
+    `Accounts.counts`. OSError when the address is in use."""
     registry = CollectorRegistry(auto_describe=False)
-    collector = _Collector(blocks, down, filters, zones, rules)
+    collector = _Collector(blocks, down, filters, zones, rules, abuse)
     registry.register(collector)  # type: ignore[arg-type]
 
     async def metrics(request: web.Request) -> web.Response:

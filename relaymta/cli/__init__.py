@@ -28,6 +28,7 @@ class Verb(NamedTuple):
 
 # Only the module of the verb that is called is imported, and none for `relaymta --help`.
 VERBS = {
+    "abuse": Verb("abuse", "Accounts whose mail is not like their own any more."),
     "app": Verb("account", "Manage applications that log in with a key to send mail."),
     "config": Verb("config", "Check, show or describe the configuration."),
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),

@@ -52,6 +52,7 @@ def _seconds(duration: str, clock: str) -> float:
 def _add(kind: str, sentence: str, reason: str) -> None:
     @policy.command(name=kind, help=sentence)
     @click.option("--app", "application", default="", callback=given, metavar="APP", help="Mail of this application.")
+    @click.option("--user", default="", callback=given, metavar="NAME", help="Mail of who logged in as this user.")
     @click.option("--route", default="", callback=given, metavar="NAME", help="Mail with this route.")
     @click.option("--queue", default="", callback=given, metavar="NAME", help="Mail in this queue, as `queue summary` names it.")
     @click.option("--from", "sender", default="", callback=given_sender, metavar="ADDRESS", help="Mail from this sender.")
@@ -68,7 +69,7 @@ def _add(kind: str, sentence: str, reason: str) -> None:
     ) -> None:  # fmt: skip
         given = {key: value for key, value in chosen.items() if value}
         if not given:
-            fail(64, f"which mail? Give --app, --route, --queue, --from or --domain: relaymta policy {kind} --help")
+            fail(64, f"which mail? Give --app, --user, --route, --queue, --from or --domain: relaymta policy {kind} --help")
         if any(" " in value for value in given.values()):
             fail(64, "the conditions of a policy must not have spaces in them")
         seconds = _seconds(duration, clock)

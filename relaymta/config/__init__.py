@@ -8,6 +8,7 @@ filters.py, machine.py the tables; whole.py all of them, checks.py what they req
 where each key is, sentences.py what is wrong with it); reloading.py what changes at a reload; describing.py the reference.
 """
 
+from relaymta.config.abuse import Abuse
 from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, TokensTable
 from relaymta.config.checks import notes
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
@@ -26,9 +27,9 @@ from relaymta.config.values import check_each, near, parse_duration, parse_hostp
 from relaymta.config.whole import Config
 
 __all__ = [
-    "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Filter",
-    "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth", "PeerNetwork",
-    "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each",
-    "describe", "everywhere", "given_values", "header_condition", "load", "load_accounts", "merge", "near", "notes",
-    "parse_duration", "parse_hostport", "parse_quota",
+    "Abuse", "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim",
+    "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
+    "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify",
+    "check_each", "describe", "everywhere", "given_values", "header_condition", "load", "load_accounts", "merge", "near",
+    "notes", "parse_duration", "parse_hostport", "parse_quota",
 ]  # fmt: skip

@@ -43,6 +43,10 @@ def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
         for name in route.sources:
             if name not in known:
                 yield f"route.{number}.sources", f"there is no [[source]] {name!r}{near(name, known)}"
+    rules = [rule.name for rule in config.mail_rule]
+    for number, check in enumerate(config.abuse):
+        if check.rule and check.rule not in rules:
+            yield f"abuse.{number}.rule", f"there is no [[mail_rule]] {check.rule!r}{near(check.rule, rules)}"
     yield from _twice(config)
     yield from _overlapping(config)
 
@@ -57,6 +61,12 @@ def _twice(config: "Config") -> Iterator[tuple[str, str]]:
         ("certificate", "chain", [one.chain for one in config.certificate], "two certificates are in {!r}"),
         ("filter", "name", [one.name for one in config.filter], "two filters are called {!r}: give one of them another name"),
         ("mail_rule", "name", [one.name for one in config.mail_rule], "two rules are called {!r}: give one of them another name"),
+        (
+            "abuse",
+            "name",
+            [one.name for one in config.abuse],
+            "two [[abuse]] are called {!r}: give one of them another name",
+        ),
         ("dkim", "selector", keys, "the same key is given twice: it would sign twice"),
     ]
     for table, key, values, what in tables:

@@ -20,6 +20,7 @@ _FIELD = re.compile(r"([!-9;-~]+):[ \t]?+(.+)\Z", re.S)
 _REPLY = re.compile(r"[45]\d\d [45]\.\d{1,3}\.\d{1,3} \S")
 LONGEST = 500  # characters of an expression
 
+Secrets = Literal["private key", "cloud key", "card number"]  # proto/secrets.py
 Dmarc = Literal["pass", "none", "fail", "permerror", "temperror"]
 
 
@@ -67,6 +68,11 @@ class MailRule(Table):
         [], description='a field as "Name: expression" (RE2, on the decoded value), such as "Subject: (?i)invoice"'
     )
     body: Reload[list[str]] = Field([], description="expressions (RE2) on the decoded text, of which the first 256 KB are read")
+    secrets: Reload[list[Secrets]] = Field(
+        [],
+        description="in the decoded text, or a file that is text, is such a secret (of a cloud, or another service); "
+        "docs/rules.md",
+    )
     clients: Reload[Literal["all", "unauthenticated", "trusted"]] = Field(
         "all", description="whose mail; trusted: of clients that may relay"
     )
@@ -141,7 +147,7 @@ class MailRule(Table):
     def conditions(self) -> list[str]:
         """The keys by which it is about some mail only."""
         keys = (
-            "attachment", "header", "body", "application", "networks", "sender", "sender_domain", "recipient",
+            "attachment", "header", "body", "secrets", "application", "networks", "sender", "sender_domain", "recipient",
             "recipient_domain", "recipients_min", "min_size", "dmarc",
         )  # fmt: skip
         found = [key for key in keys if getattr(self, key)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
+from relaymta.config.abuse import Abuse
 from relaymta.config.accounts import AccountsTable
 from relaymta.config.checks import contradictions
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
@@ -45,6 +46,7 @@ class Config(Table):
     dkim: list[Dkim] = Field([], description="DKIM keys")
     filter: list[Filter] = Field([], description="programs that judge mail")
     mail_rule: list[MailRule] = Field([], description="rules about mail")
+    abuse: list[Abuse] = Field([], description="when mail of an account is not like its own any more")
     verify: Verify = Verify()
     filters: FiltersTable = FiltersTable()
     accounts: AccountsTable = AccountsTable()

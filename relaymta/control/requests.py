@@ -97,6 +97,13 @@ class Known(_Arguments, frozen=True):
     spam: bool
 
 
+class OfAccount(_Arguments, frozen=True):
+    """An account, with its kind or without ("user=ann", "ann"), and, to end a finding, the check ("": all)."""
+
+    account: Text
+    check: Text = ""
+
+
 class Learned(_Arguments, frozen=True):
     """A text that a filter has learned, as spam or as none."""
 
@@ -365,6 +372,9 @@ REQUESTS: dict[str, Request] = {
         Request("disconnect", OfUser, Where.ALL, 30, _sum, changes=True),
         Request("filters", Nothing, Where.ALL, 10, _filters),
         Request("rules", Nothing, Where.ALL, 10, _rules),
+        Request("abuse", Nothing, Where.SUPERVISOR),
+        Request("abuse_why", OfAccount, Where.SUPERVISOR),
+        Request("abuse_clear", OfAccount, Where.SUPERVISOR, changes=True),
         Request("lessons", Known, Where.SUPERVISOR),
         Request("learned", Learned, Where.SUPERVISOR, changes=True),
         Request("usage", Nothing, Where.ANY, 5),

@@ -292,6 +292,7 @@ class Chains:
         """`before`: what is in use now: filters that are configured as before go on as they are."""
         means = (means or Means())._replace(hostname=config.hostname, named=named)
         self._table = config.filters
+        self._means = means
         self._named = named
         self._log = log
         self._loop = loop
@@ -320,6 +321,7 @@ class Chains:
 
     def _matched(self, mail: Mail, match: "Match") -> None:
         rule = match.rule
+        self._means.matched(mail, rule.name)
         self._log.event(
             "rule", id=mail.ident, client=mail.client, sender=mail.sender, recipients=mail.recipients, rule=rule.name,
             verdict=match.verdict.word, enforced=rule.enforce, match=match.what,

@@ -10,7 +10,6 @@ last. Between two calls another worker may have changed the same row: then what 
 """
 
 import asyncio
-import ipaddress
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol
 from relaymta.dns import Resolver
 from relaymta.filter import spf
 from relaymta.filter.judgement import Answer, FilterSession, Mail
+from relaymta.filter.networks import network_of
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_of
 
@@ -27,7 +27,6 @@ __all__ = ["Greylist", "Times", "stale"]
 SPF_SECONDS = 5.0  # without an answer, the network is the group
 COUNTS = 1 << 20  # a row whose first number is less has no time there, but a count
 REFRESH = 3600  # seconds after which a triplet that is known is noted anew
-NETWORKS = {4: 24, 6: 64}  # bits, by family
 _DIGITS = re.compile(r"\d+")
 _BATV = re.compile(r"prvs=[0-9a-f]{6,20}=", re.I)  # a tag that is another one each day
 _EXEMPT = ("postmaster", "abuse")  # have to be reachable (RFC 5321 4.5.1, RFC 2142)
@@ -87,11 +86,11 @@ class Greylist:
 
     def session(self, client: str) -> FilterSession:
         """As in judgement.Follower."""
-        return _Session(self, _network(client))
+        return _Session(self, network_of(client))
 
     async def judge(self, mail: Mail) -> Answer:
         """As in judgement.Filter: the envelope."""
-        return await self.of(mail, _network(mail.client))
+        return await self.of(mail, network_of(mail.client))
 
     async def of(self, mail: Mail, network: str) -> Answer:
         """As `judge`, of a client in this network."""
@@ -239,13 +238,3 @@ class _Session:
 def _without_numbers(sender: str) -> str:
     """What all messages of a list, or of a program that numbers its senders (VERP), have in common."""
     return _DIGITS.sub("#", _BATV.sub("", sender.lower(), 1))
-
-
-def _network(client: str) -> str:
-    try:
-        address = ipaddress.ip_address(client)
-    except ValueError:  # a client whose address its proxy does not know
-        return client
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    return str(ipaddress.ip_network((address, NETWORKS[address.version]), strict=False))

@@ -109,8 +109,9 @@ class NewBody(Protocol):
 class Mail:
     """A message that is judged. `client`: the client's address; `user`: who logged in, or "", and `mechanism`: how; `tls`:
     version and cipher, or ""; `listener`: its address; `parameters`: of MAIL, and `announced`: its SIZE, octets, 0: none;
-    `protocol`: SMTP, ESMTP or LMTP; `dmarc`: the result, "": none; `rewritten`: makes what takes a new body, None:
-    there can be none; `most`: octets of the text that it gets (max_size where `oversize` is "head"), None: all."""
+    `protocol`: SMTP, ESMTP or LMTP; `dmarc`: the result, "": none; `application`: whose it is, or ""; `rewritten`: makes what
+    takes a new body, None: there can be none; `most`: octets of the text that it gets (max_size where `oversize` is "head"),
+    None: all."""
 
     ident: str
     sender: str
@@ -127,6 +128,7 @@ class Mail:
     announced: int = 0
     protocol: str = "ESMTP"
     dmarc: str = ""
+    application: str = ""
     rewritten: Callable[[], NewBody] | None = None
 
     @property

@@ -1,12 +1,13 @@
 """Why a message is put into the quarantine, as it is stored with the message (queue/quarantine.py keeps it)."""
 
 from relaymta.filter.guard import Finding
+from relaymta.node import SiteState
 from relaymta.proto.dkim import by_name, split_fields
 from relaymta.proto.envelope import Quarantine, held_because
 from relaymta.proto.mime_text import header_text
 from relaymta.proto.printable import printable
 
-__all__ = ["of_dmarc", "of_finding"]
+__all__ = ["of_abuse", "of_dmarc", "of_finding"]
 
 SUBJECT_SHOWN = 120  # characters
 SUBJECT_READ = 4000  # octets of a field
@@ -20,6 +21,11 @@ def of_finding(one: Finding, header: bytes, now: int) -> Quarantine:
 def of_dmarc(why: str, header: bytes, now: int) -> Quarantine:
     """As `of_finding`, of DMARC."""
     return Quarantine(now, "DMARC", held_because(why), None, _subject(header), True)
+
+
+def of_abuse(state: SiteState, now: int) -> Quarantine:
+    """Because an account does what it usually does not. It stays until an operator decides: good mail may be among it."""
+    return Quarantine(now, f"abuse {state.about}", held_because(state.reason), None, "", False)
 
 
 def _subject(header: bytes) -> str:

@@ -42,6 +42,7 @@ PROGRAM_MOST = 200  # instructions of an expression that is evaluated there: RE2
 MOST = 64 << 20  # octets of a text that are looked at
 WARN_EVERY = 10.0  # seconds between two warnings about what is wrong here
 BODY = 262144  # characters of decoded text
+FILE = 65536  # octets of a file that is no text by its type
 
 
 class Match(NamedTuple):
@@ -90,6 +91,17 @@ class Message:
         """The first BODY characters of the decoded text of all parts."""
         return "\n".join(self.parts.texts(BODY))
 
+    @cached_property
+    def files(self) -> str:
+        """The beginnings of parts that are no text, but have text in them, as files of keys have: BODY characters together."""
+        found, left = list[str](), BODY
+        for part in self.parts.parts:
+            if not part.is_text and left > 0 and not (part.kinds or b"\0" in part.first):
+                octets = part.beginning(min(FILE, left))
+                found.append(octets.decode("latin-1"))
+                left -= len(octets)
+        return "\n".join(found)
+
     def field(self, name: str) -> list[str]:
         """The decoded values of all fields of a name, which is in lower case."""
         found = self._decoded.get(name)
@@ -122,7 +134,7 @@ class Rule:
         self.counters = counters
         self.last = last
         self.late = settings.score_min is not None
-        self.needs_body = bool(settings.attachment or settings.body)
+        self.needs_body = bool(settings.attachment or settings.body or settings.secrets)
         expressions = [*settings.body, *(field_pattern(text)[1] for text in settings.header)]
         self.heavy = any(_compiled(one).programsize > PROGRAM_MOST for one in expressions)
         self._conditions = _conditions(settings)
@@ -173,6 +185,8 @@ def _conditions(settings: MailRule) -> list[Condition]:
         found.append(_attachment([attachment_pattern(text) for text in settings.attachment]))
     if settings.body:
         found.append(_body(settings.body))
+    if settings.secrets:
+        found.append(_secrets(settings.secrets))
     return found
 
 
@@ -196,6 +210,18 @@ def _body(expressions: Sequence[str]) -> Condition:
         for expression in wanted:
             if (found := _found(expression, message.text)) is not None:
                 return str(found.group())
+        return None
+
+    return holds
+
+
+def _secrets(kinds: Sequence[str]) -> Condition:
+    from relaymta.proto.secrets import secrets  # as RE2
+
+    def holds(message: Message) -> str | None:
+        for text in (message.text, message.files):
+            for one in secrets(text, kinds):
+                return one.what
         return None
 
     return holds

@@ -22,6 +22,7 @@ import xxhash
 from relaymta.errors import RelayError, StoreError, store_error
 
 __all__ = [
+    "ABUSE",
     "BOUNCE",
     "DEAD",
     "HOLD",
@@ -46,6 +47,7 @@ __all__ = [
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
 HOLD, BOUNCE = "hold", "bounce"  # policies
+ABUSE = "abuse"  # an account whose mail is not as usual
 TOKEN = "token"  # a refresh token that an OAuth endpoint has replaced ours by: a secret, never shown
 RATES = "rates"
 PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # in use, and in use before the last change
@@ -57,10 +59,11 @@ _VERSION, _TABLE_MOST = 1, 1 << 26
 
 class SiteState(msgspec.Struct, frozen=True):
     """One decision. `site`: the name that the site's limits are counted by; or (dead) the name of its pool; (hold, bounce) the
-    mail that the policy matches, as `field=value` words; (token) the hash of the settings that the token belongs to. `about`: the
-    application that it is limited to ("": all mail), or (learned) the name of the limit. `since`, `until`: ms of the wall clock.
-    `by`: "operator", "rule ..." or "automatic". `reply`: the reply that caused it (token: the token). `value`: failures (dead),
-    factor (slow) or limit (learned). `cause`: the cause for programs (dead; `proto.envelope.CATEGORIES`)."""
+    mail that the policy matches, as `field=value` words, (abuse) the account, likewise; (token) the hash of the settings that the
+    token belongs to. `about`: the application that it is limited to ("": all mail), (learned) the name of the limit, or (abuse)
+    of the check. `since`, `until`: ms of the wall clock. `by`: "operator", "rule ...", "abuse ..." or "automatic". `reply`: the
+    reply that caused it (token: the token; abuse: what is done, "": nothing). `value`: failures (dead), factor (slow), limit
+    (learned), or what was found (abuse). `cause`: the cause for programs (dead; `proto.envelope.CATEGORIES`)."""
 
     kind: str
     site: str

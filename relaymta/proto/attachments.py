@@ -144,6 +144,18 @@ class Part:
         return self._readings[0].whole() if self._readings else b""
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is of type text."""
+        return any(one.startswith("text/") or not one for one in self.types)
+
+    def beginning(self, most: int) -> bytes:
+        """The first octets, decoded, as most readers see them: `most` of them."""
+        if not self._readings:
+            return b""
+        one = self._readings[0]
+        return one.undo(one.octets[one.start : min(one.end, one.start + 3 * most)])[:most]
+
+    @property
     def kinds(self) -> frozenset[str]:
         """Of PROGRAM, ARCHIVE, DOCUMENT, IMAGE those that it is by its first octets, in any reading. An OOXML file is both an
         archive and a document."""
@@ -188,7 +200,7 @@ class Part:
     def texts(self, most: int = TEXT_MOST) -> Iterator[str]:
         """The text of a part of type text, up to `most` octets, in each charset that it names, in each reading; of HTML also
         without its tags and with its character references undone. Of another type: nothing."""
-        if not any(one.startswith("text/") or not one for one in self.types):
+        if not self.is_text:
             return
         for one in self._readings:
             octets = one.undo(one.octets[one.start : min(one.end, one.start + 3 * most)])[:most]

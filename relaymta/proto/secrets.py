@@ -234,11 +234,11 @@ _ENOUGH: Final = 256  # characters of base64 that are judged
 _OPENSSH, _OPENSSH_CLEAR = "b3BlbnNzaC1rZXktdjE", "b3BlbnNzaC1rZXktdjEAAAAABG5vbmU"  # the cipher is "none"
 
 
-def _material(text: str, at: int) -> tuple[str, bool]:
+def _material(text: str, at: int, until: str = "-----") -> tuple[str, bool]:
     """The base64 that follows a place, as far as it is judged, and whether a field says that it is encrypted. Lines end as they
-    do, or as in JSON and HTML, or are joined by spaces; they may be quoted, as mail and as strings are. It ends at five dashes,
-    so that what begins many times is not read many times."""
-    end = text.find("-----", at, at + KEY_READ)
+    do, or as in JSON and HTML, or are joined by spaces; they may be quoted, as mail and as strings are. It ends at `until`, so
+    that what begins many times is not read many times."""
+    end = text.find(until, at, at + KEY_READ)
     piece = text[at : at + KEY_READ if end < 0 else end].replace("\\/", "/")
     found, encrypted = "", False
     for line in _LINE_END.split(_SPACE.sub(" ", piece)):
@@ -283,7 +283,7 @@ def _putty(text: str) -> Iterator[tuple[int, str]]:
         clear = _places(re.compile("Encryption: {0,4}none"), text)
         for match in _PUTTY_PRIVATE.finditer(text):
             start = match.start() - PUTTY_READ
-            if _within(files, start, match.start()) and _random(_material(text, match.end())[0], PUTTY_LEAST):
+            if _within(files, start, match.start()) and _random(_material(text, match.end(), "Private-")[0], PUTTY_LEAST):
                 is_clear = _within(clear, start, match.start())
                 yield match.start(), ("" if is_clear else "encrypted ") + "PuTTY private key"
 

@@ -227,15 +227,17 @@ class Dispatcher:
 
     # What operators read
 
-    def view(self, name: QueueName, entry: Entry | None = None, sender: str = "", recipients: Sequence[str] = ()) -> View:
+    def view(
+        self, name: QueueName, entry: Entry | None = None, sender: str = "", recipients: Sequence[str] = (), user: str = ""
+    ) -> View:
         """What delivery knows now about a queue, and about one of its messages: its entry, where it is in memory, its sender and
-        all its recipients."""
+        all its recipients, and who has logged in."""
         now, states = time.time(), self.decisions.states
         site = self.sites.last(name)
         pools = self.connections.of(site) if site is not None else []
         suspended = states.suspension(self.shaping.shape(site).key, name.application) if site is not None else None
         failed, until = self.lookups.unresolved(name)
-        policy = self.policies.find(name, sender, list(recipients)) if recipients else None
+        policy = self.policies.find(name, sender, list(recipients), user) if recipients else None
         if policy is not None and policy.kind != HOLD:
             policy = None
         delivering, place = position(pools, entry) if entry is not None else (None, -1)

@@ -67,7 +67,7 @@ async def explain(dispatcher: Dispatcher, ident: int, filters: Callable[[list[st
         indexes = range(len(found["recipients"])) if placement.indexes is None else placement.indexes
         pending = [found["recipients"][i] for i in indexes if found["recipients"][i]["state"] == "pending"]
         entry = queue.entries.get(ident, placement.queue)
-        view = dispatcher.view(name, entry, found["sender"], everyone)
+        view = dispatcher.view(name, entry, found["sender"], everyone, found["user"])
         due = queue.clock.wall(placement.due) / 1000 if placement.due > queue.clock.now() else 0.0
         attempts = pending[0].get("attempts", []) if pending else []
         held = found["state"] in ("held", "quarantined")

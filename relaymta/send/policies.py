@@ -15,8 +15,8 @@ TOGETHER = 1000
 LONGEST_PAUSE = 30  # seconds until messages that could not be held are tried again, at most
 
 
-# What a policy can be about: it is matched against a queue's name, the sender and the recipients.
-FIELDS = ("queue", "route", "application", "sender", "recipient_domain")
+# What a policy can be about: it is matched against a queue's name, the sender, the recipients and the login.
+FIELDS = ("queue", "route", "application", "sender", "recipient_domain", "user")
 
 
 def filter_of(text: str) -> Filter:
@@ -83,22 +83,22 @@ class Policies:
     def __bool__(self) -> bool:
         return bool(self._policies)
 
-    def find(self, name: QueueName, sender: str, recipients: list[str]) -> SiteState | None:
+    def find(self, name: QueueName, sender: str, recipients: list[str], user: str = "") -> SiteState | None:
         """The policy that matches mail in a queue, hold before bounce; None when none does."""
-        found = [state for state, chosen in self._policies if _matches(chosen, name, sender, recipients)]
+        found = [state for state, chosen in self._policies if _matches(chosen, name, sender, recipients, user)]
         return min(found, key=lambda state: state.kind != HOLD, default=None)
 
     def apply(self, entry: Entry) -> bool:
         """Hold or bounce an entry that a policy matches; whether it was taken out of delivery."""
-        name, sender, recipients = entry.name, entry.envelope.sender, entry.recipients
-        policy = self.find(name, sender, [address for _, address in recipients])
+        name, sender, recipients, user = entry.name, entry.envelope.sender, entry.recipients, entry.envelope.user
+        policy = self.find(name, sender, [address for _, address in recipients], user)
         if policy is None:
             return False
         if policy.kind == BOUNCE and entry.envelope.flags & DSN:
             return False  # or a policy would bounce the DSNs that it causes, and no sender would be notified
         if policy.kind == BOUNCE:  # only the recipients that it matches
             chosen = filter_of(policy.site)
-            meant = [index for index, address in recipients if _matches(chosen, name, sender, [address])]
+            meant = [index for index, address in recipients if _matches(chosen, name, sender, [address], user)]
             self._bounce(entry, meant, policy.reason)
             return True
         self._to_hold.append(entry)
@@ -149,13 +149,13 @@ class Policies:
             if holds - self._holding_policies():  # one ended during this change, and `tick` checked before
                 self._to_check = True
 
-    def _holds(self, name: QueueName, sender: str, recipients: list[str]) -> SiteState | None:
+    def _holds(self, name: QueueName, sender: str, recipients: list[str], user: str) -> SiteState | None:
         """The hold policy that matches mail in a queue now, if one does."""
-        policy = self.find(name, sender, recipients)
+        policy = self.find(name, sender, recipients, user)
         return policy if policy is not None and policy.kind == HOLD else None
 
     def _holding_policy(self, entry: Entry) -> SiteState | None:
-        return self._holds(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
+        return self._holds(entry.name, entry.envelope.sender, [address for _, address in entry.recipients], entry.envelope.user)
 
     def held(self, about: str) -> None:
         """Called when an operator's change has held mail for the hold policy with this name ("": not known): if it has ended
@@ -205,8 +205,8 @@ class Policies:
                 self._to_check = True  # the next tick tries again
 
     def _held_still(self, envelope: Envelope, names: list[QueueName]) -> bool:
-        return any(self._holds(name, envelope.sender, envelope.recipients) is not None for name in names)
+        return any(self._holds(name, envelope.sender, envelope.recipients, envelope.user) is not None for name in names)
 
 
-def _matches(chosen: Filter, name: QueueName, sender: str, recipients: list[str]) -> bool:
-    return chosen.waits_in(name) and chosen.is_from(sender) and chosen.is_to(recipients)
+def _matches(chosen: Filter, name: QueueName, sender: str, recipients: list[str], user: str) -> bool:
+    return chosen.user in ("", user) and chosen.waits_in(name) and chosen.is_from(sender) and chosen.is_to(recipients)

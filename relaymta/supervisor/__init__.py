@@ -28,6 +28,7 @@ from relaymta.metrics import SITES_SHOWN, FilterTotals, RuleTotals, list_name, r
 from relaymta.node import keep_secret
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
+from relaymta.supervisor.abuse import Accounts
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from relaymta.supervisor.mailboxes import MachineMailboxes
 
 __all__ = ["Supervisor", "serve"]
+
+ACCOUNTS = "accounts"  # the table of node/ of what they usually send
 
 
 class Supervisor:
@@ -72,6 +75,7 @@ class Supervisor:
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
         secret = (spool / "secret").read_bytes()
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots, secret)
+        self.abuse = self._accounts(self.machine)
         self.mail = None
         if config.keeps_mail:
             from relaymta.supervisor.mailboxes import MachineMailboxes  # where it is needed: others do without
@@ -133,10 +137,18 @@ class Supervisor:
 
     async def _from_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
         """Answer a worker's request."""
-        answers: dict[str, Callable[..., Awaitable[Any]]] = {"site_state": self.machine.site_state, "token": self.machine.token}
+        answers: dict[str, Callable[..., Awaitable[Any]]] = {
+            "site_state": self.machine.site_state, "token": self.machine.token, "conduct": self.abuse.conduct,
+        }  # fmt: skip
         if op not in answers:
             raise RelayError(f"no such request of a worker: {op}")
         return await answers[op](**args)
+
+    def _accounts(self, machine: Machine) -> Accounts:
+        """What accounts send, and usually send."""
+        found = Accounts(lambda: self.config.abuse, machine.states, machine.set_site_state, self.log, machine.kept(ACCOUNTS))
+        machine.keep(ACCOUNTS, found)
+        return found
 
     def _warn(self, text: str) -> None:
         self.log.event("warning", text=text)
@@ -197,6 +209,7 @@ class Supervisor:
                 lambda: {one.name: FilterTotals(self.shared.named().of(one.name)) for one in self.config.filter},
                 lambda: {zone: self.shared.named().of(list_name(zone)) for zone in _zones(self.config)},
                 lambda: {one.name: RuleTotals.of(self.shared.named().of(rule_name(one.name))) for one in self.config.mail_rule},
+                lambda: self.abuse.counts(),
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None

@@ -33,6 +33,7 @@ from relaymta.control.requests import (
     MailboxRestore,
     MailboxRestored,
     Nothing,
+    OfAccount,
     OfMessage,
     Policy,
     Request,
@@ -221,6 +222,18 @@ class Answers:
         """As `log.find_history`."""
         folder = Path(self._supervisor.config.spool) / "history"
         return await asyncio.to_thread(find_history, folder, format_id(_number(args.ident)))
+
+    async def abuse(self, args: Nothing) -> list[dict[str, Any]]:
+        """As `Accounts.rows`."""
+        return self._supervisor.abuse.rows()
+
+    async def abuse_why(self, args: OfAccount) -> dict[str, Any]:
+        """As `Accounts.why`."""
+        return self._supervisor.abuse.why(args.account)
+
+    async def abuse_clear(self, args: OfAccount) -> list[dict[str, Any]]:
+        """As `Accounts.clear`."""
+        return self._supervisor.abuse.clear(args.account, args.check)
 
     async def lessons(self, args: Known) -> list[bool]:
         """Of each text, whether it was last learned as this."""

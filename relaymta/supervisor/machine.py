@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import xxhash
@@ -49,6 +49,15 @@ TOKEN_KEPT_MS = 400 * 86_400_000  # no provider accepts a refresh token that was
 RATES_SECONDS = 60.0  # interval of storing rates and quotas: a crash loses at most that much of their use
 
 
+class Table(Protocol):
+    """What is stored as a whole. `changed`: since the last `dump`."""
+
+    changed: bool
+
+    def dump(self) -> bytes:
+        """All of it."""
+
+
 class Machine:
     """`path`: the folder of what is kept across restarts; `secret`: the spool's. StoreError when it cannot be opened."""
 
@@ -70,7 +79,9 @@ class Machine:
         self._client_rates.restore(kept_rates(path))
         self._triplets = shared.triplets(secret, lambda *times: False)
         self._triplets.restore(kept_table(path, TRIPLETS))
+        self._tables: dict[str, Table] = {}
         self.lessons = Lessons(kept_table(path, LESSONS))
+        self.keep(LESSONS, self.lessons)
         self._triplets_stored = 0  # the hash of what was stored last
         self._record_profiles()
         self._periodic: list[asyncio.Task[None]] = []
@@ -83,7 +94,7 @@ class Machine:
     async def stop(self) -> None:
         for task in self._periodic:
             task.cancel()
-        self._store_counted()
+        self._store_counted(self._changed())
         await self._exchanges.close()
         self._stopping.set()
         if self._writing is not None:
@@ -100,7 +111,7 @@ class Machine:
     async def _store_rates_periodically(self) -> None:
         while True:
             await asyncio.sleep(RATES_SECONDS)
-            await asyncio.to_thread(self._store_counted)
+            await asyncio.to_thread(self._store_counted, self._changed())
 
     async def _renew_tickets_periodically(self) -> None:
         while True:
@@ -109,12 +120,25 @@ class Machine:
             for _, channel in self._slots.ready():
                 channel.notify("tickets", keys=self.tickets)
 
-    def _store_counted(self) -> None:
-        """Store what workers count and note in shared memory. Blocks."""
+    def keep(self, name: str, table: Table) -> None:
+        """Store a table each minute, and at the end."""
+        self._tables[name] = table
+
+    def kept(self, name: str) -> bytes:
+        """What was stored of a table before. Blocks."""
+        return kept_table(self._path, name)
+
+    def _changed(self) -> list[tuple[str, bytes]]:
+        """The tables that have changed, as they are now."""
+        return [(name, table.dump()) for name, table in self._tables.items() if table.changed]
+
+    def _store_counted(self, tables: list[tuple[str, bytes]]) -> None:
+        """Store what workers count and note in shared memory, and these tables. Blocks."""
         with self._storing:
             self._store_rates()
             self._store_triplets()
-            self._store_lessons()
+            for name, octets in tables:
+                self._store_table(name, octets)
 
     def _store_triplets(self) -> None:
         """Store what greylisting knows, where there is any: a crash loses what it has learned since."""
@@ -130,14 +154,12 @@ class Machine:
         except OSError as error:
             self._log.event("warning", text=f"node: {error.strerror}: what greylisting knows is not stored")
 
-    def _store_lessons(self) -> None:
-        if not self.lessons.changed:
-            return
+    def _store_table(self, name: str, octets: bytes) -> None:
         try:
-            keep_table(self._path, LESSONS, self.lessons.dump())
+            keep_table(self._path, name, octets)
         except OSError as error:
-            self.lessons.changed = True
-            self._log.event("warning", text=f"node: {error.strerror}: which texts filters have learned is not stored")
+            self._tables[name].changed = True  # it is tried again
+            self._log.event("warning", text=f"node: {error.strerror}: what is known of {name} is not stored")
 
     def _store_rates(self) -> None:
         """Store the use of quotas and the counts of failed login attempts, which continue after a restart. Blocks."""

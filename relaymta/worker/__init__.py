@@ -32,7 +32,7 @@ from relaymta.errors import RelayError
 from relaymta.filter.means import Means
 from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
-from relaymta.node import SiteState, SiteStates
+from relaymta.node import ABUSE, SiteState, SiteStates
 from relaymta.queue import Outcome, Queue, Totals, format_id
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
@@ -45,6 +45,8 @@ from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
 
 if TYPE_CHECKING:
+    from relaymta.filter.conduct import Conduct
+    from relaymta.filter.judgement import Mail as Judged
     from relaymta.filter.scanner import Needs, Scanner
     from relaymta.worker.mail import Mail
 
@@ -55,6 +57,7 @@ DATA_SECONDS = 30.0
 FILING_SECONDS = 3.0  # behind these, for messages of LMTP clients that have gone
 ORPHAN_SECONDS = DRAIN_SECONDS + DATA_SECONDS + 10.0  # after the supervisor's end, the worker's: whatever it is doing
 USERS_SHARE = 4  # the history of users has one in so many octets of that of messages, in addition
+ACCOUNTS_TOGETHER = 100  # in one report of what they have sent: each may take 32 KB and more
 TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same refresh token
 
 DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
@@ -72,13 +75,14 @@ class Shard:
         )  # fmt: skip
         if worker.mail is not None:
             self.dispatcher.keep_mail(worker.mail.store())
+        self.witness = Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try)
         self.queue = Queue(
             Path(config.spool),
             number,
             queue_settings(config),
             worker.assign,
             self.dispatcher,
-            Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try),
+            self.witness,
             worker.sign_dsn,
         )
         self.queue.quarantine.over = worker.quarantine_over
@@ -124,6 +128,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self.shards: dict[int, Shard] = {}
         self.intake: Intake | None = None
+        self.conduct: Conduct | None = None  # None: nobody looks for abuse
         self.mail: Mail | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
@@ -210,10 +215,11 @@ class Worker:
         login = self.mail.recipients.login if self.mail is not None else None
         endpoint = Endpoint(
             self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login,
-            Means("", self.resolver, self.counters, self.named, triplets=self.triplets),
+            Means("", self.resolver, self.counters, self.named, matched=self._matched, triplets=self.triplets),
         )  # fmt: skip
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
+        self.watch_conduct()
         others: dict[str, Make] = {}
         if self.mail is not None:
             self.intake.local = self.mail.local()
@@ -236,6 +242,29 @@ class Worker:
             lambda: endpoint.chains, endpoint.signer, intake.readdressed, intake.rewritten,
             lambda: self.config.limits.message_size,
         )  # fmt: skip
+
+    def watch_conduct(self) -> None:
+        """Look at what accounts send from now on, or not any more, as is configured."""
+        if not self.config.abuse:
+            self.conduct = None
+        elif self.conduct is None:
+            from relaymta.filter.conduct import Conduct
+
+            self.conduct = Conduct(self.states)
+        assert self.intake is not None
+        self.intake.conduct = self.conduct
+        for shard in self.shards.values():
+            shard.witness.conduct = self.conduct
+
+    def report_conduct(self) -> None:
+        """Tell the supervisor what accounts have sent."""
+        rows = self.conduct.report() if self.conduct is not None else []
+        for start in range(0, len(rows), ACCOUNTS_TOGETHER):
+            self.channel.notify("conduct", rows=rows[start : start + ACCOUNTS_TOGETHER])
+
+    def _matched(self, mail: "Judged", rule: str) -> None:
+        if self.conduct is not None:
+            self.conduct.matched(mail, rule)
 
     def quarantine_over(self, octets: int) -> int:
         """Of so many octets of a shard in the quarantine, how many are too many: each shard of the machine gives up the same
@@ -271,6 +300,8 @@ class Worker:
             self.states.forget(kind, site, about)
         else:
             self.states.learn(learned)
+        if kind == ABUSE and self.conduct is not None:
+            self.conduct.refresh()
         for shard in self.shards.values():
             shard.dispatcher.site_state_changed(learned, (kind, site, about))
 

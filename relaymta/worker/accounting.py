@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from relaymta.filter.conduct import Conduct
 from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope
@@ -73,6 +74,7 @@ class Witness(Events):
         self._next_try = next_try
         self._add = counters.add
         self._delay = counters.histogram("relaymta_delivery_delay_seconds")
+        self.conduct: Conduct | None = None  # None: nobody looks for abuse
         self._log = log
 
     def queued(self, put: Put) -> None:
@@ -96,6 +98,8 @@ class Witness(Events):
             self._add(DELIVERED, len(recipients))
             self._add(DELIVERED_OCTETS, envelope.size)
             self._delay(delay)
+            if self.conduct is not None:
+                self.conduct.ended(envelope, len(recipients), 0)
             self._log.event(
                 "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=_shown(*answer),
@@ -116,6 +120,8 @@ class Witness(Events):
             "reply": attempt.cause,
         }  # fmt: skip
         address = entry.envelope.recipients[position]
+        if self.conduct is not None and attempt.kind != TRANSIENT:
+            self.conduct.ended(entry.envelope, attempt.kind == SUCCESS, attempt.kind != SUCCESS)
         if attempt.kind == SUCCESS:
             self._add(DELIVERED, 1)
             delay = time.time() - entry.envelope.arrived / 1000

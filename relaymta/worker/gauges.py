@@ -96,6 +96,7 @@ class Gauges:
         gauge("relaymta_listeners_paused", worker.acceptor is not None and worker.acceptor.paused)
         gauge("relaymta_stressed", worker.acceptor is not None and worker.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
+        worker.report_conduct()
         keepers = [shard.queue.quarantine for shard in worker.shards.values()]
         gauge("relaymta_quarantine_messages", sum(keeper.messages for keeper in keepers))
         gauge(QUARANTINE, sum(keeper.octets for keeper in keepers))

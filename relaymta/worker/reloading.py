@@ -83,6 +83,7 @@ class Reloading:
         other_answers = worker.resolver.reconfigure(config.delivery.nameservers)
         worker.config, worker.routes = config, routes
         worker.intake.configure(config, routes)
+        worker.watch_conduct()
         worker.acceptor.config = config
         worker.acceptor.endpoint.configure(prepared.parts)
         for shard in worker.shards.values():

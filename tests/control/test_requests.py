@@ -61,7 +61,7 @@ WRONG = [
     ("suspend", {"site": "x", "about": "", "seconds": 1e12, "reason": ""}, "suspend: Expected `float` <= 3153600000.0"),
     ("suspend", {"site": "x\0", "about": "", "seconds": 1, "reason": ""}, "suspend: Expected `str` matching regex"),
     ("suspend", {"site": "", "about": "", "seconds": 1, "reason": ""}, "suspend: which site"),
-    ("policy", {"kind": "hold", "about": "user=boss", "seconds": 1, "reason": ""}, "a policy cannot be about 'user'"),
+    ("policy", {"kind": "hold", "about": "helo=boss", "seconds": 1, "reason": ""}, "a policy cannot be about 'helo'"),
     ("message", {"ident": "zz"}, "not a message id: 'zz'"),
     ("message", {"ident": 5}, "message: Expected `str`, got `int` - at `$.ident`"),
     ("raw", {"ident": "zz"}, "not a message id"),
@@ -186,7 +186,7 @@ async def test_a_bug_in_a_workers_handler_is_a_warning_and_an_answer():
 @pytest.mark.parametrize(
     ("about", "sentence"),
     [
-        ("user=boss", "cannot be about 'user'"), ("site=x", "cannot be about 'site'"), ("ident=5", "cannot be about 'ident'"),
+        ("held=1", "cannot be about 'held'"), ("site=x", "cannot be about 'site'"), ("ident=5", "cannot be about 'ident'"),
         ("held=1", "cannot be about 'held'"), ("until=5", "cannot be about 'until'"), ("flags=5", "cannot be about 'flags'"),
         ("", "cannot be about ''"), ("sender", "needs a value"), ("sender=", "needs a value"),
         ("sender=a b", "cannot be about 'b'"), ("sender=a sender=b", "one sender only"),
@@ -200,7 +200,7 @@ def test_what_a_policy_cannot_be_about_is_refused(about, sentence):
 
 def test_a_stored_policy_that_cannot_be_matched_is_about_no_mail():
     now = time.time_ns() // 1_000_000
-    states = SiteStates([SiteState(kind, "user=boss", "", now, now + 100_000, "operator", "") for kind in (HOLD, BOUNCE)])
+    states = SiteStates([SiteState(kind, "helo=boss", "", now, now + 100_000, "operator", "") for kind in (HOLD, BOUNCE)])
     nothing = [lambda: None, *[lambda *ignored: None] * 4]
     policies = Policies(states, *nothing)
     assert policies.find(QueueName("mx", "d.example", "", "normal"), "a@b", ["c@d.example"]) is None

@@ -159,7 +159,7 @@ def test_a_filter_means_what_it_says_or_is_refused(tmp_path):
         done = relay.cli("queue", "hold", unknown, known, check=False)
         assert done.returncode == 1 and "1 of 1 messages changed" in done.stdout and unknown in done.stderr
         socket = relay.spool / "control.sock"
-        for about in ("user=boss", "site=x", "ident=5", "held=1"):
+        for about in ("helo=boss", "site=x", "ident=5", "held=1"):
             with pytest.raises(Refused, match="a policy cannot be about"):
                 control.ask(socket, "policy", kind="bounce", about=about, seconds=60, reason="x")
         chosen = {"queue": "smarthost", "until": 1}  # older than all

@@ -47,6 +47,7 @@ from relaymta.proto.imap_view import Changes, Mailbox, View
 from relaymta.proto.imap_words import Words
 from relaymta.proto.managesieve_grammar import Broken, Reader
 from relaymta.proto.pop3_maildrop import Wanted
+from relaymta.proto.secrets import secrets
 from relaymta.proto.sieve_message import Message as SieveMessage
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
@@ -1050,6 +1051,15 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.mime.Section.parse", _section, _SECTIONS, "64 kB of a command")
     bound = "20 deep, 1000 parts; 1000 names of an archive; 2000 parameters that are not valid; 256 kB of text"
     yield Parser("proto.attachments.parts", _attachments, _ATTACHMENTS, bound)
+    pieces = {
+        "begin": b"-----BEGIN PRIVATE KEY-----", "base64": b"MIIEowIBAAKCAQEA7bq1Zt9sX0",
+        "ids": b" AKIAQ3EGRT5VX2LMB7WN",
+        "pairs": b" AKIAQ3EGRT5VX2LMB7WN wJalrXUtnFEMI/K7MDENG/bPxRfiCYzK8mPq2RvT", "cards": b"4111 1111 1111 1111 12 ",
+        "digits": b"4111111111111112", "quoted": b"> -----BEGIN RSA PRIVATE KEY-----\r\n> ", "tokens": b"-ghs_eyJhbGci.",
+        "jwk": b'"kty":"EC","d":"', "putty": b"PuTTY-User-Key-File-3 Private-Lines: 9 ", "urls": b"http://4111111111111111/",
+    }  # fmt: skip
+    worst = {name: times(piece) for name, piece in pieces.items()}
+    yield Parser("proto.secrets.secrets", lambda data: secrets(data.decode("latin-1")), worst, "256 kB of text")
     yield Parser("_speedups.text.base64", text.base64, _ENCODED, "-")
     yield Parser("_speedups.text.quoted_printable", text.quoted_printable, _ENCODED, "-")
     yield Parser("proto.mime_text.in_header", _search, _SHOWN, "1 MB of a header")
