@@ -5,9 +5,9 @@ counts is the CPU of the worker a message. "clamd": every message is shown to a 
 likewise, but behind the 250; "others": a filter for unauthenticated clients is configured, and the mail is that of clients that
 may relay; "milter": every message is shown to a milter (null_milter.c, on libmilter) that answers each of the 25 events,
 "milter, quiet": to one that answers the last alone; both are asked behind the final dot ("message"), or as the dialogue goes
-("mail"). "policy": a policy service is asked about each recipient (one, or ten). "greylist": the sender is known; "dnsbl": ten
-lists, whose answers the resolver has: both, and the relay beside them, with mail of clients that may not relay. The filter's
-own CPU is told beside it.
+("mail"). "http": every message is shown to a hook that accepts it, without its data and unsigned, or with both. "policy": a
+policy service is asked about each recipient (one, or ten). "greylist": the sender is known; "dnsbl": ten lists, whose answers the
+resolver has: both, and the relay beside them, with mail of clients that may not relay. The filter's own CPU is told beside it.
 """
 
 import argparse
@@ -100,6 +100,41 @@ def _policy() -> Iterator[Running]:
         process.wait()
 
 
+HOOK = """
+import socket, sys, threading
+ANSWER = b'HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: 21\\r\\n\\r\\n{"verdict": "accept"}'
+def serve(sock):
+    said = b""
+    while data := sock.recv(65536):
+        said += data
+        head, end, body = said.partition(b"\\r\\n\\r\\n")
+        if end and len(body) >= int(head.lower().partition(b"content-length:")[2].partition(b"\\r")[0]):
+            sock.sendall(ANSWER)
+            said = b""
+listening = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=100)
+while True:
+    threading.Thread(target=serve, args=listening.accept()[:1], daemon=True).start()
+"""
+
+
+@contextmanager
+def _hook(signed: bool = False) -> Iterator[Running]:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", HOOK, str(port)])
+    with tempfile.NamedTemporaryFile("w") as secret:
+        secret.write("correct horse")
+        secret.flush()
+        Path(secret.name).chmod(0o644)
+        try:
+            wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), what="the hook")
+            address = f"http://127.0.0.1:{port}/hook"
+            keys = f'type="http",address=["{address}"]' + (f',body=true,secret_file="{secret.name}"' if signed else "")
+            yield Running(process.pid, keys, address)
+        finally:
+            process.kill()
+            process.wait()
+
+
 @contextmanager
 def _greylist() -> Iterator[Running]:
     """Who is new is let pass, so that it is known soon."""
@@ -175,6 +210,8 @@ CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "others": (_clamd, ',clients="unauthenticated"'),
     "policy": (_policy, ""),
     "policy, ten recipients": (_policy, ""),
+    "http": (_hook, ""),
+    "http, signed, with the data": (partial(_hook, True), ""),
     "greylist": (_greylist, ""),
     "dnsbl": (_dnsbl, ""),
     "rules": (contextmanager(_rules), f"mail_rule=[{RULES}]"),

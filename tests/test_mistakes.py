@@ -21,6 +21,7 @@ DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.exampl
 MAIL_RULE = L + '[[mail_rule]]\nname = "r"\n'
 RULE = MAIL_RULE.removeprefix(L)
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
+HOOK = FILTER.replace("clamd", "http").replace("unix:/x", "http://127.0.0.1:8080/hook")
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
 ALLOWED = "is not allowed in a host name: letters, digits and hyphens are (RFC 5321 4.1.2)"
@@ -232,17 +233,48 @@ TABLES = [
      '7: filter.0.verdicts: a table: write verdicts = { NAME = "VALUE" }'),
     (FILTER.replace("clamd", "clam"),
      '5: filter.0.type: there is no type \'clam\' (did you mean "clamd"?); there are "clamd", "rspamd", "spamd", "milter", '
-     '"policy", "dnsbl", "greylist"'),
+     '"policy", "http", "dnsbl", "greylist"'),
     (FILTER.replace("clamd", "python"),
-     '5: filter.0.type: "python" is not there yet: there are "clamd", "rspamd", "spamd", "milter", "policy", "dnsbl", '
-     '"greylist"'),
+     '5: filter.0.type: "python" is not there yet: there are "clamd", "rspamd", "spamd", "milter", "policy", "http", '
+     '"dnsbl", "greylist"'),
     (FILTER + 'stage = "mail"\n', '7: filter.0.stage: clamd is asked at stage "message", "queued"'),
     (FILTER.replace("clamd", "policy") + 'stage = "mail"\n',
      '7: filter.0.stage: policy is asked at stage "rcpt", "data", "message", "queued"'),
     (FILTER + 'stage = "connect"\n',
      '7: filter.0.stage: "connect" is not there yet: there are "mail", "rcpt", "data", "message" and "queued"'),
     (FILTER + 'may = ["sender"]\n',
-     "7: filter.0.may: clamd changes nothing but the header: it is for a milter or a policy service"),
+     "7: filter.0.may: clamd changes nothing but the header: it is for a milter, a policy service or an HTTP hook"),
+    (HOOK.replace("http://", ""),
+     '6: filter.0.address.0: \'127.0.0.1:8080/hook\' is no URL: write it as "http://127.0.0.1:8080/hook"'),
+    (HOOK.replace("http:", "ftp:"),
+     '6: filter.0.address.0: \'ftp://127.0.0.1:8080/hook\' is no URL: write it as "http://127.0.0.1:8080/hook"'),
+    (HOOK.replace("http://127.0.0.1:8080/hook", "unix:/x"),
+     '6: filter.0.address.0: \'unix:/x\' is no URL: write it as "http://127.0.0.1:8080/hook"'),
+    (HOOK.replace("8080", "80800"), "6: filter.0.address.0: 'http://127.0.0.1:80800/hook' is no URL"),
+    (HOOK.replace("8080", "0"), "6: filter.0.address.0: 'http://127.0.0.1:0/hook': a port from 1 to 65535"),
+    (HOOK.replace("//127.0.0.1", "//127.0.0.300"),
+     "6: filter.0.address.0: '127.0.0.300': '127.0.0.300' is not an IP address (it is 'http://127.0.0.300:8080/hook')"),
+    (HOOK.replace("//127", "//me:pass@127"),
+     "6: filter.0.address.0: a URL without user and password: secret_file shows the hook who asks (it is "
+     "'http://me:pass@127.0.0.1:8080/hook')"),
+    (HOOK.replace("/hook", "/hook#x"), "6: filter.0.address.0: 'http://127.0.0.1:8080/hook#x': what is behind # is not sent"),
+    (HOOK.replace("/hook", "/a hook"), "6: filter.0.address.0: 'http://127.0.0.1:8080/a hook': write what is no letter, digit or "
+     "mark of a URL as %XX, and the host in A-labels"),
+    (HOOK.replace('["http://127.0.0.1:8080/hook"]', "[]"),
+     '6: filter.0.address: is empty: give "http://HOST:PORT/PATH" or "https://HOST/PATH"'),
+    (FILTER.replace("unix:/x", "http://127.0.0.1:3310"), "6: filter.0.address.0: 'http://127.0.0.1:3310': write host:port "
+     'without http:// (did you mean "127.0.0.1:3310"?)'),
+    (FILTER + "body = true\n", "7: filter.0.body: is for http, not for clamd"),
+    (FILTER + 'secret_file = "/x"\n', "7: filter.0.secret_file: is for http, not for clamd"),
+    (HOOK + 'must_work = ["X"]\n', "7: filter.0.must_work: http has no symbols"),
+    (HOOK + 'controller = "127.0.0.1:1"\n', "7: filter.0.controller: http has none"),
+    (HOOK + 'lists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n', "7: filter.0.lists: is for dnsbl, not for http"),
+    (HOOK + 'delay = "7m"\n', "7: filter.0.delay: is for greylist, not for http"),
+    (HOOK + 'stage = "rcpt"\n', '7: filter.0.stage: http is asked at stage "message", "queued"'),
+    (HOOK + 'oversize = "head"\n',
+     "7: filter.0.oversize: has no meaning without body = true: the hook is shown the header alone"),
+    (HOOK + 'verdicts = { OK = "tag" }\n', "7: filter.0.verdicts.OK: http does not say 'OK'; it says \"accept\", \"tag\", "
+     '"hold", "discard", "tempfail", "reject"'),
     (FILTER + 'delay = "7m"\n', "7: filter.0.delay: is for greylist, not for clamd"),
     (FILTER.replace("clamd", "greylist"), "6: filter.0.address: greylist has none: it is no program"),
     (GREYLIST + 'clients = "trusted"\n', "6: filter.0.clients: greylist looks at unauthenticated clients alone"),
@@ -465,6 +497,17 @@ NOTES = [
     (GOOD + '[[filter]]\nname = "m"\ntype = "milter"\naddress = ["unix:/run/opendmarc.sock"]\n'
      '[[filter]]\nname = "k"\ntype = "milter"\naddress = ["unix:/run/opendkim.sock"]\n',
      "5: filter.0: m comes before k, and finds no DKIM results of that: put it behind"),
+    (GOOD + HOOK.removeprefix(L) + 'body = true\nmax_size = "1MB"\nmay = ["sender"]\n[[filter.score]]\nat = 1\nverdict = "tag"\n',
+     None),
+    (GOOD + HOOK.removeprefix(L).replace("127.0.0.1", "localhost"), None),
+    (GOOD + HOOK.removeprefix(L).replace("127.0.0.1", "[::1]"), None),
+    (GOOD + HOOK.removeprefix(L).replace("127.0.0.1", "hook.example") + 'secret_file = "/x"\n',
+     "8: filter.0.address: http://hook.example:8080/hook: who is on the path can read mail and answer in place of the hook; "
+     "use https://"),
+    (GOOD + HOOK.removeprefix(L).replace("http://127.0.0.1:8080", "https://hook.example"),
+     "5: filter.0: v cannot tell requests of this relay from others: give secret_file"),
+    (GOOD + HOOK.removeprefix(L) + 'secret_file = "x"\n',
+     "9: filter.0.secret_file: 'x' is relative to the directory that the relay is started in: write the whole path"),
     (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\n',
      "9: filter.0.verdicts.FOUND: \"tag\" has no effect: filters.tag and filters.subject are empty"),
     (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\nsubject = "[x] {subject}"\n', None),
@@ -480,10 +523,10 @@ NOTES = [
      '7: mail_rule.0.recipient_domain: "a@b.example" can never match: it has an @; write the domain alone: "b.example"'),
     (f'{GOOD}{RULE}sender = ["", "a@b.example"]\nrecipient = ["postmaster"]\nsender_domain = [".example"]\n', None),
     (f'{GOOD}{RULE}score_min = 5\n', "7: mail_rule.0.score_min: no filter gives a score before the message is in the queue, so "
-     "this never holds: rspamd, spamd and dnsbl do"),
+     "this never holds: rspamd, spamd, http and dnsbl do"),
     (GOOD + FILTER.removeprefix(L).replace("clamd", "rspamd") + 'stage = "queued"\n' + RULE + "score_min = 5\n",
-     "12: mail_rule.0.score_min: no filter gives a score before the message is in the queue, so this never holds: rspamd, spamd "
-     "and dnsbl do"),
+     "12: mail_rule.0.score_min: no filter gives a score before the message is in the queue, so this never holds: rspamd, spamd, "
+     "http and dnsbl do"),
     (GOOD + FILTER.removeprefix(L).replace("clamd", "rspamd") + RULE + "score_min = 5\n", None),
     (f'{GOOD}{RULE}min_size = 1\nverdict = "tag"\n[filters]\ntag = []\n',
      '8: mail_rule.0.verdict: "tag" has no effect: filters.tag and filters.subject are empty'),

@@ -44,7 +44,7 @@ _HEAD = ["filter", "type", "state", "waiting", "asked", "p50", "p99", "failed", 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 MOST = 64 << 20  # octets of a message to test
 FAILED = 75
-_SAYS = {"milter": "is", "policy": "is", "dnsbl": "has", "greylist": "is"}  # of others: "finds"
+_SAYS = {"milter": "is", "policy": "is", "http": "is", "dnsbl": "has", "greylist": "is"}  # of others: "finds"
 
 
 @group

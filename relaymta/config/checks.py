@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from relaymta.config.filters import SCORED
 from relaymta.config.names import has_one_label, helo_name
@@ -211,6 +212,7 @@ def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
                 yield f"filter.{number}.listener", f"no filter looks at mail that comes in on {address} (filtered = true)"
         for _, address in repeated(row.address):
             yield f"filter.{number}.address", f"{address} is given twice"
+        yield from _of_hooks(number, row)
         behind = [one.name for one in config.filter[number + 1 :] if one.type == "milter" and "dkim" in _called(one)]
         if row.type == "milter" and "dmarc" in _called(row) and behind:
             what = f"{row.name} comes before {behind[0]}, and finds no DKIM results of that: put it behind"
@@ -219,6 +221,17 @@ def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
             if verdict == "tag" and not config.filters.tag and not config.filters.subject:
                 what = '"tag" has no effect: filters.tag and filters.subject are empty'
                 yield f"filter.{number}.verdicts.{word}", what
+
+
+def _of_hooks(number: int, row: "Filter") -> Iterator[tuple[str, str]]:
+    """What others on the way may do with a hook on another host."""
+    others = [address for address in row.address if row.type == "http" and not is_loopback(urlsplit(address).hostname or "")]
+    for address in others:
+        if in_clear(address):
+            what = f"{address}: who is on the path can read mail and answer in place of the hook; use https://"
+            yield f"filter.{number}.address", what
+    if not row.secret_file and any(urlsplit(address).hostname != "localhost" for address in others):
+        yield f"filter.{number}", f"{row.name} cannot tell requests of this relay from others: give secret_file"
 
 
 def _of_mail_rules(config: "Config") -> Iterator[tuple[str, str]]:

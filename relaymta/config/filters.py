@@ -2,11 +2,23 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from relaymta.config.values import Address, Duration, Network, Reload, Size, SocketAddress, Table, in_dns, near
+from relaymta.config.values import (
+    Address,
+    Duration,
+    Network,
+    Reload,
+    Size,
+    SocketAddress,
+    Table,
+    hook_url,
+    in_dns,
+    near,
+    socket_address,
+)
 from relaymta.proto.dnsbl import Codes
 
 __all__ = [
@@ -23,6 +35,7 @@ __all__ = [
     "listed",
 ]
 
+VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
 # The words of each type, and what they mean unless a table says otherwise.
 DEFAULTS: dict[str, dict[str, str]] = {
     "clamd": {"OK": "accept", "FOUND": "reject"},
@@ -35,18 +48,19 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "accept": "accept", "discard": "discard", "quarantine": "hold", "tempfail": "tempfail", "reject": "reject",
     },
     "policy": {"DUNNO": "accept", "DEFER": "tempfail", "REJECT": "reject", "HOLD": "hold", "DISCARD": "discard"},
+    "http": {word: word for word in VERDICTS},
     "dnsbl": {"clean": "accept", "listed": "reject"},
     "greylist": {"known": "accept", "new": "tempfail", "early": "tempfail"},
 }  # fmt: skip
-SCORED = ("rspamd", "spamd", "dnsbl")  # types that say how likely it is
+SCORED = ("rspamd", "spamd", "http", "dnsbl")  # types that say how likely it is
 BUILT_IN = ("dnsbl", "greylist")  # types that are no programs: they have no address, and look at unauthenticated clients alone
-WITHOUT_TEXT = (*BUILT_IN, "policy")  # types that are shown no text, or its header alone, whatever its size
-STAGES = {"milter": ("mail", "message", "queued"), "policy": ("rcpt", "data", "message", "queued")}  # the first is the default
-OF_MESSAGES = ("message", "queued")  # those of the others
-NOT_YET = ("smtp", "http", "python")
-VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
-
+WITHOUT_TEXT = (*BUILT_IN, "policy")  # types that are shown no text, whatever its size
+OF_MESSAGES = ("message", "queued")  # stages; the first is the default
+STAGES = {"milter": ("mail", *OF_MESSAGES), "policy": ("rcpt", "data", *OF_MESSAGES)}  # of the others OF_MESSAGES
+CHANGING = ("milter", "policy", "http")  # types that may change more than the header
+NOT_YET = ("smtp", "python")
 OF_TYPE = dict.fromkeys(("delay", "retry_window", "known_for", "known_after"), "greylist") | {"lists": "dnsbl"}
+OF_TYPE |= dict.fromkeys(("body", "secret_file"), "http")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")
 _FIELD = re.compile(r"([!-9;-~]+): ?(.*)\Z")
@@ -96,6 +110,13 @@ class DnsList(Table):
         return texts
 
 
+def _place(value: object, info: ValidationInfo) -> object:
+    """Where a filter is: a URL, or an address."""
+    if isinstance(value, str) and info.data.get("type") == "http":
+        return hook_url(value)
+    return socket_address(value)
+
+
 class Filter(Table):
     """What judges mail: a program, lists in the DNS, greylisting. `[[filter]]`, repeatable; those that apply to a client are
     asked side by side, but a milter alone, and in this order; the strictest verdict counts: reject, tempfail, hold, discard, tag,
@@ -104,18 +125,19 @@ class Filter(Table):
     name: Reload[str] = Field(description="its name in log, metrics, replies and on the command line")
     type: Reload[str] = Field(
         description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd", "milter", "policy" (as of '
-        'Postfix); or what the relay itself does: "dnsbl" (lists in the DNS), "greylist"',
+        'Postfix), "http" (a hook of your own); or what the relay itself does: "dnsbl" (lists in the DNS), "greylist"',
     )  # fmt: skip
-    address: Reload[list[SocketAddress]] = Field(
-        [], description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310"; of several the first that answers'
-    )
+    address: Reload[list[Annotated[str, BeforeValidator(_place)]]] = Field(
+        [], description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310", of http "http://127.0.0.1:8080/hook" or an https:// '
+        "URL; of several the first that answers",
+    )  # fmt: skip
     stage: Reload[Literal["", "mail", "rcpt", "data", "message", "queued"]] = Field(
         "", description='when it is asked. milter: "mail" (at MAIL, at each RCPT, and about the message: the default) or '
         '"message"; policy: "rcpt" (the default), "data" or "message"; programs that look at messages: "message" (the default), '
         'or "queued": after 250, and before it is delivered',
     )  # fmt: skip
     may: Reload[list[Literal["header", "body", "recipients", "sender"]]] = Field(
-        ["header", "body"], description="milter, policy: what it may change; other changes are left out"
+        ["header", "body"], description="milter, policy, http: what it may change; other changes are left out"
     )
     clients: Reload[Literal["all", "unauthenticated", "trusted"]] = Field(
         "all", description="whose mail; trusted: of clients that may relay, since they have logged in or by their network"
@@ -159,6 +181,10 @@ class Filter(Table):
     controller: Reload[SocketAddress | Literal[""]] = Field(
         "", description="rspamd: address of its controller, for `relaymta filter learn`"
     )
+    body: Reload[bool] = Field(False, description="http: it is shown the message data, and not the header alone")
+    secret_file: Reload[str] = Field(
+        "", description="http: file with the secret by which requests are signed; empty: they are not"
+    )
     score: Reload[list[Score]] = Field([], description="verdicts by score")
     lists: Reload[list[DnsList]] = Field([], description="dnsbl: what is asked")
     delay: Reload[Duration] = Field(300, ge=1, le=86400, description="greylist: how long a sender that is new has to wait")
@@ -200,7 +226,8 @@ class Filter(Table):
         if self.type in BUILT_IN:
             yield from self._not_of_ours()
         elif not self.address:
-            yield "address", 'is empty: give "unix:/PATH" or "HOST:PORT"'
+            where = '"http://HOST:PORT/PATH" or "https://HOST/PATH"' if self.type == "http" else '"unix:/PATH" or "HOST:PORT"'
+            yield "address", f"is empty: give {where}"
         known = DEFAULTS.get(self.type, {})
         for word in self.verdicts.keys() - known.keys():
             meant = near(word, known) or near(word.upper(), known)
@@ -221,6 +248,9 @@ class Filter(Table):
         for key in ("max_size", "oversize") if self.type in WITHOUT_TEXT else ():
             if self._is_given(key):
                 yield key, f"has no meaning for {self.type}, which is not shown the text: leave it out"
+        for key in ("max_size", "oversize") if self.type == "http" and not self.body else ():
+            if self._is_given(key):
+                yield key, "has no meaning without body = true: the hook is shown the header alone"
         for key, belongs in OF_TYPE.items():
             if self._is_given(key) and self.type != belongs:
                 yield key, f"is for {belongs}, not for {self.type}"
@@ -229,8 +259,8 @@ class Filter(Table):
         if self.stage and self.stage not in stages:
             there = f"is asked at stage {listed(stages)}" if stages else "has no choice of that: leave it out"
             yield "stage", f"{self.type} {there}"
-        if self.type not in STAGES and self.may != ["header", "body"]:
-            yield "may", f"{self.type} changes nothing but the header: it is for a milter or a policy service"
+        if self.type not in CHANGING and self.may != ["header", "body"]:
+            yield "may", f"{self.type} changes nothing but the header: it is for a milter, a policy service or an HTTP hook"
         yield from self._failing_wrongly()
         if self.type == "milter" and self.stage in ("", "mail") and self.recipient_domain:
             yield "recipient_domain", 'at MAIL no recipient is known: give stage = "message", too'
@@ -269,6 +299,11 @@ class Filter(Table):
     def sees_messages(self) -> bool:
         """Whether it can look at a message after it was accepted."""
         return self.type not in BUILT_IN and (self.type != "policy" or self.stage in ("message", "queued"))
+
+    @property
+    def sees_text(self) -> bool:
+        """Whether it is shown more of a message than its header."""
+        return self.type not in WITHOUT_TEXT and (self.type != "http" or self.body)
 
     def failing(self, trusted: bool) -> str:
         """What is done when it fails over a message of a client that may relay (`trusted`), or may not: one of OnFailure."""

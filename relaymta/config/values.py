@@ -17,8 +17,9 @@ from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
     "Address", "Domain", "Duration", "Host", "Mailbox", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate",
-    "Reload", "Restart", "Size", "SocketAddress", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http",
-    "is_loopback", "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
+    "Reload", "Restart", "Size", "SocketAddress", "Table", "When", "check_each", "dotted", "hook_url", "in_clear", "in_dns",
+    "is_http", "is_loopback", "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
+    "socket_address",
 ]  # fmt: skip
 
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
@@ -27,6 +28,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
 SOCKET_PATH = 107  # octets (unix(7))
 _PORT = re.compile(r"[0-9]{1,9}\Z")
+_BARE_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?(/[!-~]*)?\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
 
 
@@ -194,7 +196,8 @@ def _host(value: object) -> object:
     return value
 
 
-def _socket_address(value: object) -> object:
+def socket_address(value: object) -> object:
+    """What is of type SocketAddress. ValueError for another text."""
     if not isinstance(value, str):
         return value
     if value.startswith("/"):
@@ -280,6 +283,28 @@ def is_http(url: str) -> bool:
     return re.match(r"https?://[^/]", url) is not None
 
 
+def hook_url(text: str) -> str:
+    """The URL of an HTTP endpoint: http or https, a host, no user, no fragment. ValueError for another text."""
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise ValueError(f"{text!r} is no URL") from None
+    if parts.scheme not in ("http", "https") or not host:
+        meant = text if _BARE_HOST.match(text) else "127.0.0.1:8080/hook"
+        raise ValueError(f'{text!r} is no URL: write it as "http://{meant}"')
+    if not text.isprintable() or not text.isascii() or " " in text or "\\" in text:
+        raise ValueError(f"{text!r}: write what is no letter, digit or mark of a URL as %XX, and the host in A-labels")
+    if "@" in parts.netloc:
+        raise ValueError("a URL without user and password: secret_file shows the hook who asks")  # it is not repeated
+    if parts.fragment or text.endswith("#"):
+        raise ValueError(f"{text!r}: what is behind # is not sent")
+    _check_hostport(f"[{host}]" if ":" in host else host, port if port is not None else 80)
+    if port == 0:
+        raise ValueError(f"{text!r}: a port from 1 to 65535")
+    return text
+
+
 def in_clear(url: str) -> bool:
     """Whether a URL means plain http to another host: request and response could be read and changed on the path."""
     try:
@@ -294,7 +319,7 @@ Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
 Quota = Annotated[str, BeforeValidator(_quota)]
 Address = Annotated[str, BeforeValidator(_address)]
-SocketAddress = Annotated[str, BeforeValidator(_socket_address)]  # host:port or unix:/PATH
+SocketAddress = Annotated[str, BeforeValidator(socket_address)]  # host:port or unix:/PATH
 Host = Annotated[str, BeforeValidator(_host)]
 Nameserver = Annotated[str, AfterValidator(_nameserver)]
 Network = Annotated[str, BeforeValidator(_network)]

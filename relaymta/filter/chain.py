@@ -450,6 +450,15 @@ def _policy(settings: Settings, means: Means) -> Filter:
     return Policy(settings.address, settings.timeout, means.hostname, stage)
 
 
+def _http(settings: Settings, means: Means) -> Filter:
+    from relaymta.filter.http import Http
+
+    return Http(
+        settings.address, settings.timeout, settings.name, means.hostname, settings.stage or "message", settings.body,
+        settings.secret_file, means.warn,
+    )  # fmt: skip
+
+
 def _dnsbl(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.dnsbl import Dnsbl, DnsList
 
@@ -484,7 +493,7 @@ def _greylist(settings: Settings, means: Means) -> Filter:
 
 
 _TYPES: dict[str, Callable[[Settings, Means], Filter]] = {
-    "clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter, "policy": _policy, "dnsbl": _dnsbl,
+    "clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter, "policy": _policy, "http": _http, "dnsbl": _dnsbl,
     "greylist": _greylist,
 }  # fmt: skip
 

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
-from relaymta.config.filters import WITHOUT_TEXT
 from relaymta.errors import StoreError, redacted
 from relaymta.filter.judgement import (
     Answer,
@@ -201,7 +200,7 @@ class Guard:
         """Ask it about a message, until a loop time at most. `trusted`: the client may relay; `session`: by which it follows the
         client. OSError or StoreError: the message itself cannot be read or written; any other failure is in what is returned."""
         settings = self.settings
-        if mail.text.size > settings.max_size and settings.type not in WITHOUT_TEXT:
+        if mail.text.size > settings.max_size and settings.sees_text:
             if settings.oversize != "head":
                 return self._oversize()
             mail = mail.head(settings.max_size)

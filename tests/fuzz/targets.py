@@ -18,7 +18,7 @@ from relaymta.auth.identity import Identity
 from relaymta.filter.judgement import FilterFailure
 from relaymta.filter.rspamd import edits_of, object_of
 from relaymta.filter.signatures import arc, claims, verify
-from relaymta.proto import mailbox, mime_text, reply
+from relaymta.proto import hook, mailbox, mime_text, reply
 from relaymta.proto import policy as policy_replies
 from relaymta.proto.attachments import Limits as AttachmentLimits
 from relaymta.proto.attachments import parts as attachments_of
@@ -531,7 +531,7 @@ def _policy_run(parts: list[bytes]) -> tuple[list[policy_replies.Action], str]:
 
 
 def spamd(data: bytes) -> None:
-    """Answers of spamd and rspamd: a verdict or a failure; what they want changed makes no other header."""
+    """Answers of spamd, rspamd and HTTP hooks: a verdict or a failure; what they want changed makes no other header."""
     options, _, wire = taken_apart(data)
     with contextlib.suppress(SpamdError):
         found = judged(wire)
@@ -541,6 +541,12 @@ def spamd(data: bytes) -> None:
         assert len(wanted) <= 200
         header = edited(FILTERED_HEADER, wanted).header
         assert (b"\r\n" + header).endswith(b"\r\n\r\n") and header_end(header) == len(header)
+    for answer in (wire, b'{"verdict":"accept","changes":[{"do":"add","name":"X","value":"' + wire + b'"}]}'):
+        with contextlib.suppress(hook.HookError):
+            changes = hook.wanted(hook.said(answer), FILTERED_HEADER)
+            above, header, _ = edited(FILTERED_HEADER, changes.edits)
+            assert (b"\r\n" + header).endswith(b"\r\n\r\n") and header_end(header) == len(header) and not above
+            assert all(address.isascii() and address.isprintable() for address in (*changes.added, *changes.removed))
 
 
 def attachments(data: bytes) -> None:

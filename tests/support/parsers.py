@@ -23,6 +23,7 @@ from relaymta.proto import (
     dsn,
     edits,
     header,
+    hook,
     mailbox,
     mailbox_name,
     managesieve_server,
@@ -561,6 +562,11 @@ def _rspamd(wire: bytes) -> None:
         rspamd.edits_of(rspamd.object_of(wire), _HEADER_OF_FILTERED)
 
 
+def _hook(wire: bytes) -> None:
+    with contextlib.suppress(hook.HookError):
+        hook.wanted(hook.said(wire), _HEADER_OF_FILTERED)
+
+
 _HEADER_OF_FILTERED = b"X-Spam: x\r\n" * 1000 + b"\r\n"
 _SPAMD = {
     "rules": times(b"A,", b"SPAMD/1.1 0 EX_OK\r\nSpam: True ; 1 / 2\r\n\r\n"),
@@ -572,6 +578,16 @@ _RSPAMD = {
     "removals": times(b'"x-spam":0,', b'{"milter":{"remove_headers":{', b'"X-Spam":0}}}'),
     "names": lambda n: b'{"milter":{"remove_headers":{%b"X-Spam":0}}}' % b"".join(b'"x-%d":0,' % at for at in range(n // 9)),
     "additions": times(b'"x",', b'{"milter":{"add_headers":{"X-A":[', b'"x"]}}}'),
+}  # fmt: skip
+_CHANGES = b'{"verdict":"accept","changes":['
+_HOOK = {
+    "lists": times(b"[", b'{"verdict":'), "reason": times(b"\\u0007", b'{"verdict":"accept","reason":"', b'"}'),
+    "removals": times(b'{"do":"remove","name":"x-spam"},', _CHANGES, b'{"do":"remove","name":"X-Spam"}]}'),
+    "removed and back": times(
+        b'{"do":"remove","name":"x-spam"},{"do":"replace","name":"x-spam","value":"x","instance":7},', _CHANGES,
+        b'{"do":"remove","name":"X-Spam"}]}',
+    ),
+    "addresses": times(b"(a)", _CHANGES + b'{"do":"set_sender","address":"', b'"}]}'),
 }  # fmt: skip
 
 _shaping = Shaping(Config.model_validate({"listener": [{"address": "127.0.0.1:2525"}]}))
@@ -1035,6 +1051,8 @@ def _parsers() -> Iterable[Parser]:
     )
     yield Parser("proto.spamc.judged", _spamd, _SPAMD, "65,536 octets")
     yield Parser("filter.rspamd", _rspamd, _RSPAMD, "1 MB; 200 changes")
+    yield Parser("proto.hook", _hook, _HOOK, "1 MB; 200 changes")
+    yield Parser("proto.hook.fields", lambda header: hook.written({"header": hook.fields(header)}), _BLOCKS, "5,000 fields")
     keys: Callable[[bytes], object] = lambda text: sum(1 for _ in keys_of(text.decode()))  # noqa: E731
     worst = {
         "open lists": times(b"y=[\n"), "blanks": times(b" ", b"["), "quotes": times(b'\\"', b'y=[\n"'),
