@@ -9,7 +9,9 @@ import hashlib
 import hmac
 import json
 import re
+import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -286,6 +288,13 @@ async def test_a_kept_connection_that_is_closed_without_an_octet_is_replaced_onc
             assert len({one.told["request"] for one in seen.requests}) == len(seen.requests) == 6
 
 
+async def test_it_is_replaced_by_a_new_one_though_others_are_kept():
+    async with scripted() as (seen, address), asking(address) as ours:
+        await asyncio.gather(ours.judge(MAIL), ours.judge(MAIL))
+        seen.acts = [ends(), says({"verdict": "hold"})]
+        assert seen.connections == 2 and await ours.judge(MAIL) == Answer("hold") and seen.connections == 3
+
+
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("begun", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", answers(GOOD)[:-1]])
 async def test_half_an_answer_is_not_asked_for_again(begun, reset):
@@ -314,6 +323,34 @@ async def test_what_nobody_waits_for_is_no_answer_to_the_next_question(more, tog
         assert await ours.judge(MAIL) == Answer("accept")
         if together is False:
             assert seen.connections == 2
+
+
+async def test_what_has_come_and_was_not_read_yet_is_no_answer_to_the_next_question():
+    """The event loop was at work elsewhere meanwhile."""
+    listening, go, gone = socket.create_server(("127.0.0.1", 0)), threading.Event(), threading.Event()
+
+    def serve() -> None:
+        for number in range(2):
+            peer, _ = listening.accept()
+            with peer, contextlib.suppress(ConnectionError):
+                while not peer.recv(65536).endswith(b"}"):
+                    pass
+                peer.sendall(answers(ACCEPT))
+                if not number:
+                    go.wait(PATIENCE)
+                    peer.sendall(answers({"verdict": "reject"}))
+                    gone.set()
+                peer.recv(65536)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    async with asking(f"http://127.0.0.1:{listening.getsockname()[1]}/hook") as ours:
+        await ours.judge(MAIL)
+        go.set()
+        gone.wait(PATIENCE)  # on the loop
+        assert await ours.judge(MAIL) == Answer("accept")
+    await asyncio.to_thread(thread.join)
+    listening.close()
 
 
 async def test_the_first_that_can_be_connected_to_is_asked():
@@ -526,7 +563,7 @@ async def test_the_program_of_the_document_as_it_is_written(tmp_path):
                 await ours.probe()
                 answer = await ours.judge(MAIL)
                 assert answer.word == "accept" and list(answer.edits) == [Insert(1, b"X-Hook", b" ID1")]
-                assert await ours.judge(replace(MAIL, helo="localhost")) == Answer("reject", "you are not localhost")
+                assert await ours.judge(replace(MAIL, helo="relay.example")) == Answer("reject", "that is my own name")
                 assert await ours.judge(replace(MAIL, text=in_a_file(b"x" * 3_000_000))) == answer
                 assert ours.open == 1
                 for one in (bad, unsigned):
