@@ -355,7 +355,10 @@ TABLES = [
      '6: mail_rule.0.reply: 450 is none for verdict = "reject": that begins with 5'),
     (f'{MAIL_RULE}min_size = 1\n[[mail_rule]]\nname = "r"\nmin_size = 1\n',
      "7: mail_rule.1.name: two rules are called 'r': give one of them another name"),
-    (f"{L}[filters]\nenforce = false\n", "4: filters.enforce: no such key (it is a key of [[filter]] and [[mail_rule]] and [[abuse]])"),
+    (
+        f"{L}[filters]\nenforce = false\n",
+        "4: filters.enforce: no such key (it is a key of [[filter]] and [[mail_rule]] and [[abuse]])",
+    ),
     (f"{L}[filters]\nbudget = 0\n", "4: filters.budget: must be more than 0"),
     (f'{L}[filters]\ntag = ["X-{{filter}}: y"]\n',
      "4: filters.tag: 'X-{filter}: y': nothing is filled in in the name of a field"),

@@ -62,12 +62,7 @@ def _twice(config: "Config") -> Iterator[tuple[str, str]]:
         ("certificate", "chain", [one.chain for one in config.certificate], "two certificates are in {!r}"),
         ("filter", "name", [one.name for one in config.filter], "two filters are called {!r}: give one of them another name"),
         ("mail_rule", "name", [one.name for one in config.mail_rule], "two rules are called {!r}: give one of them another name"),
-        (
-            "abuse",
-            "name",
-            [one.name for one in config.abuse],
-            "two [[abuse]] are called {!r}: give one of them another name",
-        ),
+        ("abuse", "name", [one.name for one in config.abuse], "two [[abuse]] are called {!r}: give one another name"),
         ("dkim", "selector", keys, "the same key is given twice: it would sign twice"),
     ]
     for table, key, values, what in tables:

@@ -335,8 +335,8 @@ class Http:
             **self._told,
             "id": mail.ident,
             "client": {
-                "address": mail.client, "helo": mail.helo, "user": mail.user, "mechanism": mail.mechanism, "tls": mail.tls,
-                "listener": mail.listener, "protocol": mail.protocol,
+                "address": mail.client, "helo": mail.helo, "user": mail.user, "mechanism": mail.mechanism,
+                "application": mail.application, "tls": mail.tls, "listener": mail.listener, "protocol": mail.protocol,
             },
             "envelope": {"sender": mail.sender, "recipients": mail.recipients, "parameters": mail.parameters},
             "results": {"dmarc": mail.dmarc} if mail.dmarc else {},

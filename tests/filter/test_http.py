@@ -81,7 +81,8 @@ async def test_the_example_of_the_document_is_a_whole_request(tmp_path, monkeypa
     end, client, envelope = header_end(data), told["client"], told["envelope"]
     mail = Mail(
         told["id"], envelope["sender"], envelope["recipients"], client["address"], client["helo"], client["user"], client["tls"],
-        Text(data[:end], data[end:]), mechanism=client["mechanism"], listener=client["listener"], protocol=client["protocol"],
+        Text(data[:end], data[end:]), mechanism=client["mechanism"], listener=client["listener"],
+        application=client["application"], protocol=client["protocol"],
         parameters=tuple(envelope["parameters"]), dmarc=told["results"]["dmarc"],
     )  # fmt: skip
     async with scripted() as (seen, address), asking(address, body=True, secret_file=str(tmp_path / "secret")) as ours:
