@@ -181,6 +181,7 @@ FILTER_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10)
 FILTER_METRICS = {
     "seconds": "relaymta_filter_seconds", "verdicts": "relaymta_filter_verdicts_total", "failures":
     "relaymta_filter_failures_total", "up": "relaymta_filter_up", "waiting": "relaymta_filter_waiting",
+    "timeout": "relaymta_filter_timeout_seconds",
 }  # fmt: skip
 # Of a list in the DNS: what it answers (refused: it does not answer us; failed: no answer), or that it is not asked (paused).
 DNSBL_RESULTS = ("listed", "clean", "refused", "failed", "paused")
@@ -394,9 +395,10 @@ def list_families(zones: dict[str, list[list[int]]]) -> list[object]:
 
 
 class FilterTotals:
-    """The counters of all workers for one filter: `blocks`, the cells of each."""
+    """The counters of all workers for one filter: `blocks`, the cells of each. `timeout`: as configured, seconds."""
 
-    def __init__(self, blocks: list[list[int]]) -> None:
+    def __init__(self, blocks: list[list[int]], timeout: float = 0.0) -> None:
+        self.timeout = timeout
         self._sums = [sum(cells) for cells in zip(*blocks, strict=True)] if blocks else [0] * _FILTER_CELLS
         self.up = not self._sums[_DOWN_AT]
         self.waiting = self._sums[_WAITING_AT]
@@ -424,6 +426,7 @@ def filter_families(totals: dict[str, FilterTotals]) -> list[object]:
     verdicts = CounterMetricFamily(FILTER_METRICS["verdicts"], "Verdicts of filters", labels=["filter", "verdict"])
     failures = CounterMetricFamily(FILTER_METRICS["failures"], "Messages without a verdict", labels=["filter", "reason"])
     up = GaugeMetricFamily(FILTER_METRICS["up"], "0 while a filter is down for a worker, and not asked", labels=["filter"])
+    timeout = GaugeMetricFamily(FILTER_METRICS["timeout"], "How long a filter may take (timeout)", labels=["filter"])
     waiting = GaugeMetricFamily(FILTER_METRICS["waiting"], "Messages that wait for a place at a filter", labels=["filter"])
     for name, total in totals.items():
         running, buckets = 0, []
@@ -436,7 +439,8 @@ def filter_families(totals: dict[str, FilterTotals]) -> list[object]:
                 family.add_metric([name, word], count)
         up.add_metric([name], total.up)
         waiting.add_metric([name], total.waiting)
-    return [seconds, verdicts, failures, up, waiting]
+        timeout.add_metric([name], total.timeout)
+    return [seconds, verdicts, failures, up, waiting, timeout]
 
 
 def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> list[object]:

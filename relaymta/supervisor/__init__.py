@@ -206,7 +206,7 @@ class Supervisor:
                 lambda: usage(self),
                 self.slots.health,
                 lambda: self.machine.outages.rows(_smart_sites(self.config)),
-                lambda: {one.name: FilterTotals(self.shared.named().of(one.name)) for one in self.config.filter},
+                lambda: {one.name: FilterTotals(self.shared.named().of(one.name), one.timeout) for one in self.config.filter},
                 lambda: {zone: self.shared.named().of(list_name(zone)) for zone in _zones(self.config)},
                 lambda: {one.name: RuleTotals.of(self.shared.named().of(rule_name(one.name))) for one in self.config.mail_rule},
                 lambda: self.abuse.counts(),

@@ -77,6 +77,16 @@ name = "gone"
 type = "clamd"
 address = ["127.0.0.1:1"]
 on_failure = "accept"
+[[filter]]
+name = "lists"
+type = "dnsbl"
+lists = [{{ zone = "bl.example", codes = ["127.0.0.2"] }}]
+[[mail_rule]]
+name = "programs"
+attachment = ["*.exe"]
+[[abuse]]
+name = "volume"
+watch = "volume"
 [[route]]
 name = "down"
 recipient_domain = ["down.example"]
