@@ -6,7 +6,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import Configuration, configured, group
-from relaymta.cli.peer import absent, as_json, asked, counted, daemon, given, no_such, until, when
+from relaymta.cli.peer import as_json, asked, counted, daemon, given, until, when
 
 __all__ = ["abuse"]
 
@@ -80,8 +80,6 @@ def clear(read: Configuration, account: str, check: str, as_json: bool) -> None:
         for row in rows:
             say_json(row)
         return
-    if not rows:
-        absent(no_such("finding about", account))
     say(f"{rows[0]['account']}: {counted(len(rows), 'finding has', 'findings have')} ended")
     kind, _, name = rows[0]["account"].partition("=")
     option = "--user" if kind == "user" else "--app"

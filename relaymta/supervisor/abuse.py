@@ -81,7 +81,7 @@ class Accounts:
         now = time.time_ns() // 1_000_000
         until, by = now + int(check.lasts * 1000), f"abuse {check.name}"
         verdict = check.verdict if check.enforce else ""
-        if verdict == "suspend" and " " in account:  # of which there can be no policy
+        if verdict == "suspend" and (" " in account or self._has_policy(account)):  # there can be no policy of ours
             verdict = "hold"
         state = SiteState(ABUSE, account, check.name, now, until, by, found.text, verdict, float(found.value))
         try:
@@ -99,6 +99,11 @@ class Accounts:
             limit=round(found.limit, 3), verdict=verdict or check.verdict, enforced=check.enforce, reason=found.text,
             ends=until / 1000,
         )  # fmt: skip
+
+    def _has_policy(self, account: str) -> bool:
+        """Whether an operator's hold policy is in the place of ours."""
+        policy = self._states.get(HOLD, account)
+        return policy is not None and not policy.by.startswith("abuse ")
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
         """For /metrics: of each check that is configured the findings since the start, enforced ones and others, and those that
@@ -134,14 +139,14 @@ class Accounts:
         from now on. The findings. NoSuch."""
         account = self._account(name)
         states = [state for state in self._states.of(ABUSE) if state.site == account and check in ("", state.about)]
-        if check and not states:
-            raise NoSuch(f"finding about {account}", check, [state.about for state in self._states.of(ABUSE)])
+        if not states:
+            others = [state.about for state in self._states.of(ABUSE) if state.site == account]
+            raise NoSuch(f"finding about {account}", check or "any", others)
         for state in states:
             self._decide(None, state.key)
         suspended = any(one.site == account and one.reply == "suspend" for one in self._states.of(ABUSE))
-        policy = self._states.get(HOLD, account)
-        if policy is not None and policy.by.startswith("abuse ") and not suspended:
-            self._decide(None, policy.key)
+        if not suspended and self._states.get(HOLD, account) is not None and not self._has_policy(account):
+            self._decide(None, (HOLD, account, ""))
         if account in self._habits:
             self._habits[account].pardon(int(self._now()))
             self.changed = True

@@ -83,10 +83,13 @@ async def test_a_suspended_account_goes_on_when_the_last_finding_is_cleared():
 
 
 async def test_a_policy_of_an_operator_is_not_ended():
-    machine = Machine({"watch": "volume"})
-    await machine.seen()
+    machine = Machine({"watch": "volume", "verdict": "suspend"})
     machine.states.learn(SiteState(HOLD, "user=ann", "", START * 1000, START * 2000, "operator", "mine"))
+    await machine.seen()
+    assert machine.accounts.rows()[0]["verdict"] == "hold"
     machine.accounts.clear("ann", "")
+    with pytest.raises(NoSuch, match="no such finding about user=ann"):
+        machine.accounts.clear("ann", "")
     assert [state.reason for state in machine.states.of(HOLD)] == ["mine"]
 
 
