@@ -70,7 +70,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     ),
     "rule": ("id", "client", "sender", "recipients", "rule", "verdict", "enforced", "match"),
     "scanned": ("id", "sender", "recipients", "result", "reason"),
-    "quarantine": ("id", "sender", "recipients", "result", "by", "reason"),
+    "quarantine": ("id", "sender", "recipients", "result", "by", "reason", "to"),
     "abuse": ("account", "check", "watch", "value", "limit", "verdict", "enforced", "reason", "ends"),
     "filter": ("filter", "state", "reason"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
@@ -91,7 +91,7 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 ADDED = {"message_id", "users", "retrieved", "commands", "program"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held"}
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to"}
 
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:

@@ -43,7 +43,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "relaymta_quarantine_total": (
         "Messages that have left the quarantine (displaced: there was no room)", "result",
-        ("released", "deleted", "expired", "displaced"),
+        ("released", "deleted", "bounced", "expired", "displaced"),
     ),
     "relaymta_quota_exceeded_total": (
         "Times a quota was exceeded: an account's (rejected or held), or a client's rate", "result",

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
 from relaymta.cli.console import say, say_json
 from relaymta.cli.options import Configuration, config_with, fail
-from relaymta.cli.peer import Daemon, Offline, asked
+from relaymta.cli.peer import Daemon, Offline
+from relaymta.errors import RelayError
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -74,8 +75,12 @@ async def _taught(memory: "_Memory", of: Learning, texts: Iterator[tuple[str, by
             learners[one.name] = cast("Learner", asking)
         lessons = Lessons(learners, {one.name: one.timeout for one in of.learners}, memory)
         stack.callback(lessons.close)
-        for name, data in texts:
-            await lessons.put(data, spam, partial(tell, name))
+        try:
+            for name, data in texts:
+                await lessons.put(data, spam, partial(tell, name))
+        except SystemExit:  # a text cannot be read: those before it are learned, and it is said what has come of them
+            await lessons.finished()
+            raise
         await lessons.finished()
     return good
 
@@ -91,9 +96,19 @@ class _Memory:
         """As of lessons.Memory."""
         if self._peer is None or self._again:
             return [False] * len(keys)
-        return asked(self._peer, "lessons", keys=keys, spam=spam)  # type: ignore[no-any-return]
+        return self._ask("lessons", keys=keys, spam=spam) or [False] * len(keys)
 
     async def learned(self, key: bytes, spam: bool) -> None:
         """As of lessons.Memory."""
-        if self._peer is not None:
-            asked(self._peer, "learned", key=key, spam=spam)
+        self._ask("learned", key=key, spam=spam)
+
+    def _ask(self, op: str, **args: object) -> Any:
+        """The daemon's answer; None: it has gone, and filters learn all the same."""
+        if self._peer is None:
+            return None
+        try:
+            return self._peer.ask(op, **args)
+        except (RelayError, OSError) as error:
+            self._peer = None
+            say(f"the relay does not remember from here on which texts are learned: {error}", err=True)
+            return None

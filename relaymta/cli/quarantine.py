@@ -103,7 +103,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     why, recipients = row["quarantine"], row["recipients"]
     score = "" if why["score"] is None else f"  {why['score']:g}"
     more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
-    until = f"until {when(why['until'])}" if why["until"] else "until released or deleted"
+    until = f"until {when(why['until'])}" if why["until"] else "" if why["judged"] else "until released or deleted"
     return [
         f"{row['id']}  {why['by']}{score}  {size(row['size']):>8}  {when(why['since'])}  {until}",
         f"<{row['sender']}> -> <{recipients[0]['address']}>{more}",
@@ -153,7 +153,8 @@ def _show(found: dict[str, Any], fields: list[tuple[str, str]]) -> None:
     why = found["quarantine"]
     score = "" if why["score"] is None else f", score {why['score']:g}"
     say(f"{found['id']}  {size(found['size'])}  held by {why['by']}{score}: {why['reason']}")
-    until = f"deleted {when(why['until'])}" if why["until"] else "it stays until it is released or deleted"
+    kept = "for quarantine.keep" if why["judged"] else "until it is released or deleted"
+    until = f"deleted {when(why['until'])}" if why["until"] else f"it stays {kept}"
     say(f"since {when(why['since'])}; {until}")
     if found["unseen"]:
         say(f"not looked at yet by filter {', '.join(found['unseen'])}, which will do so first when it is released")
@@ -185,7 +186,7 @@ def _chosen(verb: str, ids: tuple[str, ...], everything: bool, chosen: dict[str,
     if not (ids or everything or any(chosen.values())):
         fail(64, f"which messages? Give ids, a filter ({WHICH}), or --all: relaymta quarantine {verb} --help")
     chosen = chosen | {"quarantined": True}
-    return [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen]
+    return [chosen | {"ident": number} for number in dict.fromkeys(map(number_of, ids))] or [chosen]
 
 
 def _changed(read: Configuration, verb: str, filters: list[dict[str, Any]], dry_run: bool, as_json: bool, **how: Any) -> None:

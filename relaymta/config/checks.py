@@ -109,6 +109,9 @@ def notes(config: "Config") -> list[str]:
         pairs.append(("relay.domains", what))
     pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *_for_nobody(config), *never(config)]
     pairs += [*_of_filters(config), *_of_mail_rules(config)]
+    if config.quarantine.octets < config.limits.message_size:
+        what = "a message may be larger than that (limits.message_size), and is deleted as soon as it is there"
+        pairs.append(("quarantine.octets", what))
     if not config.route_map:  # else what it names is not known here
         pairs += [(f"route.{number}", what) for number, what in never_used(config)]
     pairs += _relative(config)

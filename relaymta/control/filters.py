@@ -5,12 +5,14 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
+from relaymta.ident import SEQUENCE_BITS, SHARD_BITS
 from relaymta.proto.address import comparable, compared, domain_of
 from relaymta.proto.envelope import HELD, UNSEEN, Envelope, QueueName
 
-__all__ = ["Chosen", "Filter", "Number", "Text"]
+__all__ = ["STAMP", "Chosen", "Filter", "Number", "Text"]
 
 Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
+STAMP = SEQUENCE_BITS + SHARD_BITS  # what is above that in an id: ms of the queue's clock
 Number = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -80,7 +82,10 @@ class Filter:
 
     def _is_quarantined(self, envelope: Envelope) -> bool:
         why, name = envelope.quarantine, self.held_by
-        return why is not None and name in ("", why.by, why.by.partition(" ")[2])
+        if why is None or (self.until and why.since > self.until >> STAMP):  # it was put there since the first page
+            return False
+        kind, _, names = why.by.partition(" ")
+        return name in ("", why.by, *(names.split(", ") if kind in ("filter", "rule", "abuse") else ()))
 
     def is_from(self, sender: str) -> bool:
         """Whether an envelope's sender matches."""

@@ -73,21 +73,20 @@ class Lessons:
         self._memory = memory
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(WAITING)
         self._octets = 0
-        self._room = asyncio.Condition()
+        self._room = asyncio.Event()  # there may be some again
         self._free_at = 0.0  # loop time
         self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def put(self, data: bytes, spam: bool, done: Callable[[list[Lesson]], None]) -> None:
         """Wait for room, and put a text into the queue, which is spam or is none. `done(lessons)` is called with what all
         filters make of it."""
-        async with self._room:
-            await self._ending(self._room.wait_for(lambda: not self._octets or self._octets + len(data) <= OCTETS))
-            self._octets += len(data)
-        try:
-            await self._ending(self._queue.put(_Waiting(data, spam, done)))
-        except BaseException:
-            self._octets -= len(data)
-            raise
+        while self._queue.full() or (self._octets and self._octets + len(data) > OCTETS):
+            self._room.clear()
+            await self._ending(self._room.wait())
+        if self._running.done():
+            self._running.result()
+        self._octets += len(data)  # from here on nothing is awaited: it is in the queue, or the caller was cancelled before
+        self._queue.put_nowait(_Waiting(data, spam, done))
 
     async def finished(self) -> None:
         """Wait until no text waits. What `done` has raised."""
@@ -112,6 +111,7 @@ class Lessons:
         loop = asyncio.get_running_loop()
         while True:
             data, spam, done = await self._queue.get()
+            self._room.set()
             try:
                 keys = [key_of(name, data) for name in self._learners]
                 known = await self._memory.known(keys, spam)
@@ -121,9 +121,8 @@ class Lessons:
                 done(await asyncio.gather(*map(self._teach, self._learners, keys, known, [data] * len(keys), [spam] * len(keys))))
             finally:
                 self._queue.task_done()
-                async with self._room:
-                    self._octets -= len(data)
-                    self._room.notify_all()
+                self._octets -= len(data)
+                self._room.set()
 
     async def _teach(self, name: str, key: bytes, known: bool, data: bytes, spam: bool) -> Lesson:
         if known:

@@ -329,9 +329,8 @@ class Scanner:
         """It stays as it came, and is looked at again: once it can be signed, or an operator has released it. It is not sent
         unsigned, whoever releases it."""
         if error.reply.startswith(b"5"):
-            why, names = f"it cannot be signed: {str(error)[4:]}", _of(taken.envelope).filters
-            held = held_because(why)
-            await self._queue.unseen.held(taken, held, not_judged(taken.envelope, self._queue.clock.now(), held), names)
+            held = held_because(f"it cannot be signed: {str(error)[4:]}")
+            await self._queue.unseen.held(taken, held, not_judged(taken.envelope, self._queue.clock.now(), held), None)
             self._rests.pop(taken.ident, None)
             self._tell(taken, "held", held)
             return

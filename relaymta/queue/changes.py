@@ -143,7 +143,7 @@ class Changes:
 
     async def _apply(self, verb: str, idents: list[int], word: Word) -> int:
         """One group commit; how many messages it has changed."""
-        left: list[tuple[int, Envelope, str]] = []
+        left: list[tuple[int, Envelope, str, list[str]]] = []
 
         def run(change: Change) -> int:
             left.clear()  # of a group that was undone
@@ -177,7 +177,11 @@ class Changes:
         finally:
             self._entries.end_reading(mark)
         await self._writer.task(lambda change: None)  # committed after their outcomes
-        return len({entry.ident for entry in entries})
+        found = {entry.ident: entry.envelope for entry in entries}
+        for ident, envelope in found.items():
+            if envelope.quarantine is not None:
+                self._left(ident, envelope, "bounced", [])
+        return len(found)
 
     async def release_policy_held(self, still: Callable[[Envelope, list[QueueName]], bool]) -> int:
         """Release the messages that a hold policy held, but for those that `still(envelope, queues)` one applies to; how many."""

@@ -33,9 +33,9 @@ class Events:
     def committed(self, group: Committed) -> None:
         """A group was committed."""
 
-    def left_quarantine(self, ident: int, envelope: Envelope, how: str) -> None:
-        """A message is in the quarantine no more: it was released or deleted, expired, or there was no room for it ("displaced").
-        `envelope`: as it was in it."""
+    def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
+        """A message is in the quarantine no more: it was released (to others than its recipients: `to`), deleted or bounced, has
+        expired, or there was no room for it ("displaced"). `envelope`: as it was in it."""
 
     def refused(self, entry: Entry, why: str) -> None:
         """An outcome of `entry` was not recorded, because it contradicts the store: a defect. `why`: for the log."""

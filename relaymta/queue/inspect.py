@@ -56,7 +56,7 @@ LEAVES = {
     "quarantine displaced": "displaced",
 }  # fmt: skip
 DELETES = ("delete", "delete quarantined", "quarantine expired", "quarantine displaced")
-QUARANTINE_ENDS = ("quarantine expired", "quarantine displaced")
+QUARANTINE_ENDS = ("quarantine expired", "quarantine displaced", "quarantine stale")
 HELD_SEEN = 200  # messages among which the oldest one that is not held is looked for
 VERBS = (  # policy: hold, for a hold policy
     "flush", "hold", "release", "delete", "bounce", "reroute", "policy", "release quarantined", "delete quarantined",
@@ -260,7 +260,7 @@ def apply(
     max_age_ms: int,
     idents: list[int],
     policies: str | Mapping[int, str] = "",
-    left: Left = lambda ident, envelope, how: None,
+    left: Left = lambda ident, envelope, how, to: None,
 ) -> int:
     """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed.
     `policies`: the name of the hold policy that holds them ("": not known), or that of each message; `left`: told of those that
@@ -272,12 +272,13 @@ def apply(
         envelope = change.envelope(ident)
         kept = envelope.quarantine if envelope is not None else None
         if verb in QUARANTINE_ENDS and (kept is None or not kept.judged):
-            change.forget_quarantined(ident, True)  # of a message that an older version has ended or released
+            for judged in (True, False) if kept is None else ():  # an older version has ended or released it
+                change.forget_quarantined(ident, judged)
             continue
         if envelope is None or (verb == "delete quarantined" and kept is None):
             continue
         if kept is not None and verb in LEAVES:
-            left(ident, msgspec.structs.replace(envelope), LEAVES[verb])
+            left(ident, msgspec.structs.replace(envelope), LEAVES[verb], [])
         if verb in DELETES:
             change.finish_message(ident, envelope, histories=True)
             writer.free_body(ident, envelope.body)

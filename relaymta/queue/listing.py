@@ -36,7 +36,8 @@ class Recipient(msgspec.Struct):
 
 
 class Quarantined(msgspec.Struct):
-    """As of envelope.Quarantine; times are seconds since 1970 UTC; `until`: when it is deleted, 0: not by itself."""
+    """As of envelope.Quarantine; times are seconds since 1970 UTC; `until`: when it is deleted, 0: not by itself, or
+    (`judged`) that is not known, since no daemon runs."""
 
     by: str
     reason: str
@@ -44,6 +45,7 @@ class Quarantined(msgspec.Struct):
     subject: str
     since: float
     until: float
+    judged: bool
 
 
 class Row(msgspec.Struct):
@@ -127,7 +129,7 @@ class _Reader:
     def _quarantined(self, why: Quarantine) -> Quarantined:
         since = why.since + self._behind
         until = (since + self._keep_ms) / 1000 if why.judged and self._keep_ms else 0
-        return Quarantined(why.by, why.reason, why.score, why.subject, since / 1000, until)
+        return Quarantined(why.by, why.reason, why.score, why.subject, since / 1000, until, why.judged)
 
     def _recipients(self, envelope: Envelope, states: dict[int, RecipientState]) -> list[Recipient]:
         if not states:

@@ -108,9 +108,9 @@ class Replies:
         except Exception as raised:
             self.raised(raised)
 
-    def left_quarantine(self, ident: int, envelope: Envelope, how: str) -> None:
+    def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
         """Report it."""
-        self._call(self._events.left_quarantine, ident, envelope, how)
+        self._call(self._events.left_quarantine, ident, envelope, how, to)
 
     def raised(self, error: Exception) -> None:
         """Report an exception of a callback: a defect, which must not take the replies of others."""

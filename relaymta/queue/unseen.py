@@ -120,7 +120,7 @@ class UnseenMail:
         with self._store.reading() as txn:
             for last, (trusted, names) in islice(self._store.unseen(txn, after), PAGE):
                 seen += 1
-                if last[1] not in busy and not down[trusted].issuperset(names):
+                if last[1] not in busy and not (names and down[trusted].issuperset(names)):
                     found.append(last[1])
                     if len(found) >= most:
                         return Page(found, last, False)
@@ -187,11 +187,13 @@ class UnseenMail:
         if not self._entries.add_fresh(found):
             self._schedule.wake()
 
-    async def held(self, taken: Taken, why: str, quarantine: Quarantine, left: list[str]) -> None:
-        """Filters hold it as it is; `left`: those that have not looked at it yet; `why`: as of `Envelope.held_for`."""
+    async def held(self, taken: Taken, why: str, quarantine: Quarantine, left: list[str] | None) -> None:
+        """Filters hold it as it is; `left`: those that have not looked at it yet, None: what it waits for it still does; `why`:
+        as of `Envelope.held_for`."""
 
         def hold(change: Change, envelope: Envelope) -> None:
-            _leave(envelope, left)
+            if left is not None:
+                _leave(envelope, left)
             envelope.quarantine = quarantine
             change.hold(taken.ident, envelope, why)
 

@@ -1,6 +1,6 @@
 """Which texts filters have learned, as spam or as none (filter/lessons.py): for the whole machine, and across restarts.
 
-Changed on the loop by `learned` alone; a thread stores what `dump` has copied.
+On the loop: changed by `learned` alone, copied by `dump`.
 """
 
 from collections import OrderedDict

@@ -6,11 +6,11 @@ the configuration and the other descriptors.
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -34,6 +34,7 @@ from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
 from relaymta.node import ABUSE, SiteState, SiteStates
 from relaymta.queue import Outcome, Queue, Totals, format_id
+from relaymta.queue.quarantine import Keeper
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import TokenError, Tokens
@@ -57,6 +58,7 @@ DATA_SECONDS = 30.0
 FILING_SECONDS = 3.0  # behind these, for messages of LMTP clients that have gone
 ORPHAN_SECONDS = DRAIN_SECONDS + DATA_SECONDS + 10.0  # after the supervisor's end, the worker's: whatever it is doing
 USERS_SHARE = 4  # the history of users has one in so many octets of that of messages, in addition
+NEIGHBOUR_SECONDS = 3.0  # in which another worker has said what it gives up, or gives up nothing
 ACCOUNTS_TOGETHER = 100  # in one report of what they have sent: each may take 32 KB and more
 TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same refresh token
 
@@ -85,7 +87,9 @@ class Shard:
             self.witness,
             worker.sign_dsn,
         )
-        self.queue.quarantine.over = worker.quarantine_over
+        keeper = self.queue.quarantine
+        keeper.over = lambda octets: worker.quarantine_over(keeper, octets)
+        keeper.changed = worker.note_quarantine
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
         self.count_at = 0.0
@@ -165,6 +169,7 @@ class Worker:
         self.workers = workers
         shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
+        self._goals: dict[Keeper, tuple[tuple[int, int], int, float]] = {}  # what shards may keep; see `quarantine_over`
         self._neighbours = [Counters(shared.counters(one)) for one in range(SLOTS) if one != slot]
         self.limits = shared.limits(slot, workers)
         self.rates = shared.rates(workers, slot)
@@ -266,13 +271,26 @@ class Worker:
         if self.conduct is not None:
             self.conduct.matched(mail, rule)
 
-    def quarantine_over(self, octets: int) -> int:
+    def note_quarantine(self) -> None:
+        """Tell the other workers how much is in the quarantine here."""
+        self.counters.gauge(QUARANTINE, sum(shard.queue.quarantine.octets for shard in list(self.shards.values())))
+
+    def quarantine_over(self, keeper: Keeper, octets: int) -> tuple[int, bool]:
         """Of so many octets of a shard in the quarantine, how many are too many: each shard of the machine gives up the same
-        share. Called by reader threads."""
-        others = sum(one.reading(QUARANTINE) for one in self._neighbours)
-        mine = sum(shard.queue.quarantine.octets for shard in self.shards.values())
-        total = others + max(mine, octets)
-        return math.ceil(max(total - self.config.quarantine.octets, 0) * octets / total) if total else 0
+        share, of whole messages; and the first that has any, one more. Called by reader threads."""
+        others = [one.reading(QUARANTINE) for one in self._neighbours]
+        here = [shard.queue.quarantine for shard in list(self.shards.values())]
+        limit, rest = self.config.quarantine.octets, sum(others) + sum(one.octets for one in here if one is not keeper)
+        if rest + octets <= limit:
+            self._goals.pop(keeper, None)
+            return 0, False
+        seen, goal, until = self._goals.get(keeper, ((-1, -1), 0, 0.0))
+        now = time.monotonic()
+        if seen != (limit, rest) or now > until:  # else others have not said more since: what is theirs is not given up here
+            goal = limit * octets // (rest + octets)
+            self._goals[keeper] = (limit, rest), goal, now + NEIGHBOUR_SECONDS
+        first = not any(others[: self.slot]) and next((one for one in here if one is keeper or one.octets), keeper) is keeper
+        return max(octets - goal, 0), first
 
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)

@@ -138,13 +138,13 @@ class Witness(Events):
             dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
             self._log.event("bounced", recipient=address, phase=attempt.phase, cause=attempt.because, dsn=dsn, **common)
 
-    def left_quarantine(self, ident: int, envelope: Envelope, how: str) -> None:
+    def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
         why = envelope.quarantine
         assert why is not None
         self._add(QUARANTINE[how], 1)
         self._log.event(
             "quarantine", id=format_id(ident), sender=envelope.sender, recipients=envelope.recipients, result=how, by=why.by,
-            reason=why.reason,
+            reason=why.reason, **({"to": to} if to else {}),
         )  # fmt: skip
 
     def refused(self, entry: Entry, why: str) -> None:

@@ -11,6 +11,8 @@ from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Change, Move, Nothing, OfMessage, OfUser, Page, Queues
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
+from relaymta.proto.address import plain
+from relaymta.proto.printable import printable
 from relaymta.queue import parse_id
 from relaymta.queue.quarantine import Release
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
@@ -86,7 +88,10 @@ class Answers:
         """Who releases a message to others sends it to them, and gets its DSNs."""
         intake = self._worker.intake
         assert intake is not None
-        recipients = intake.readdressed(args.recipients) if args.recipients else []
+        found = [plain(one) or "" for one in args.recipients]
+        if not all(found):
+            raise RelayError(f"{printable(args.recipients[found.index('')])!r} is not an address")
+        recipients = intake.readdressed(found) if found else []
         return Release(recipients, intake.postmaster, args.unscanned)
 
     async def move(self, args: Move) -> Any:
@@ -138,6 +143,8 @@ class Answers:
 
     def _waits_for(self, names: list[str]) -> str:
         """What filters do that have not looked at a message in the queue."""
+        if not names:  # none is to look at it: it is to be signed
+            return "its DKIM signature"
         chains = self._chains()
         told = [f"filter {name}, which is not configured any more" for name in names] if chains is None else chains.told(names)
         return "; ".join(told)

@@ -81,6 +81,10 @@ def _teach(folder: Path, relay: Relay, address: str) -> None:
     ident = wait_for(lambda: [one["id"] for one in relay.events("queued") if one["recipients"] == ["c@held.example"]])[0]
     assert taught("ham", ident) == (0, f"{ident}: sa: learned\n")
     assert taught("ham", "nothing")[0] == 74 and taught("ham", "1ZZZZZZZZZZZZ")[0] == 1
+    other = folder / "other.eml"
+    other.write_text("Message-ID: <3@b.example>\nSubject: again\n\n" + "buy other things now\n" * 20)
+    found = taught("spam", str(other), str(folder / "none"))
+    assert found[0] == 74 and found[1].startswith(f"{other}: sa: learned\n"), "what is in front is learned, and said"
     assert taught("spam", str(file), "--only", "virus") == (64, "--only: virus does not learn\n")
     config.write_text(config.read_text().replace(address, "127.0.0.1:1"))
     assert taught("spam", str(file)) == (0, f"{file}: sa: known already\n"), "it is not asked"

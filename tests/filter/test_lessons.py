@@ -107,20 +107,26 @@ async def _put_all(bench: Bench, texts: list[bytes]) -> None:
         await bench.of.put(text, True, bench.found.append)
 
 
-@pytest.mark.parametrize("steps", range(6))
-async def test_whoever_is_cancelled_leaves_nothing(monkeypatch, steps):
-    monkeypatch.setattr(lessons, "WAITING", 1)
+@pytest.mark.parametrize("octets", [5, 1 << 30])
+@pytest.mark.parametrize("steps", range(8))
+async def test_whoever_is_cancelled_leaves_nothing(monkeypatch, steps, octets):
+    """Wherever it is: it waits for room, or for the other texts, or is in the queue."""
+    monkeypatch.setattr(lessons, "WAITING", 2)
+    monkeypatch.setattr(lessons, "OCTETS", octets)
     bench = Bench(monkeypatch)
     bench.learners["one"].open.clear()
-    tasks = [asyncio.create_task(bench.of.put(b"Subject: %d\r\n\r\nx" % n, True, bench.found.append)) for n in range(6)]
+    tasks = [asyncio.create_task(bench.of.put(b"Subject: %d\r\n\r\nx" % n, True, bench.found.append)) for n in range(8)]
     for _ in range(steps):
         await asyncio.sleep(0)
-    for task in tasks[3:]:
+    for task in tasks[::2]:
         task.cancel()
     bench.learners["one"].open.set()
-    done = [one for one in await asyncio.gather(*tasks, return_exceptions=True) if one is None]
-    await bench.of.finished()
-    assert len(bench.found) == len(done) and bench.of._octets == 0
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(one is None or isinstance(one, asyncio.CancelledError) for one in done)
+    async with asyncio.timeout(20):
+        await bench.of.finished()
+    assert len(bench.found) == done.count(None) and bench.of._octets == 0
+    await bench.teach(b"another")
     bench.of.close()
 
 

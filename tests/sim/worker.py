@@ -102,8 +102,11 @@ class Worker:
     def sign_dsn(self, data: bytes) -> bytes:
         return b""
 
-    def quarantine_over(self, octets: int) -> int:
-        return 0
+    def quarantine_over(self, keeper: Any, octets: int) -> tuple[int, bool]:
+        return 0, False
+
+    def note_quarantine(self) -> None:
+        pass
 
     def send_site_state(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
         if not self.process.dead:
