@@ -172,7 +172,7 @@ def test_discarded_mail_is_answered_as_if_it_had_been_taken(tmp_path, scanner):
 
 @pytest.mark.parametrize("size", [100, 400_000], ids=["small", "large"])
 def test_tags_are_added_and_forged_ones_from_outside_are_gone(tmp_path, scanner, size):
-    """Also where the message is signed: by a key that signs what is sent."""
+    """Case 13. Also where the message is signed: by a key that signs what is sent."""
     head = "X-Spam: No\r\nSubject: =?utf-8?q?h=C3=A4?=\r\n hello\r\nx-spam : folded\r\n no\r\nTo: c@d.example\r\n\r\n"
     text = head + EICAR.decode() + "\r\n" + "line\r\n" * (size // 6)
     settings = (

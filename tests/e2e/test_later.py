@@ -44,6 +44,7 @@ def scanned(relay: Relay, count: int) -> list[tuple[str, str]]:
 
 
 def test_staff_can_send_while_the_scanner_is_down_and_nothing_is_delivered_unseen(tmp_path):
+    """Case 12: the scanner is down, and staff cannot send."""
     with clamd() as scanner, FakeMx({}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", virus(scanner), *STRANGERS) as relay:
             scanner.send(signal.SIGKILL)

@@ -33,7 +33,7 @@ ACTS = {
 
 
 def test_what_filters_change_in_the_queue_is_signed_as_it_is_delivered(tmp_path):
-    """Two milters at stage "queued" that both do so; a body in memory and one in a file, which become the one and the other."""
+    """Case 7. Two milters at stage "queued"; a body in memory and one in a file, which become the one and the other."""
     key = DkimKey(tmp_path)
     with acting() as one, acting() as two, FakeMx({}) as peer:
         filters = ",".join(

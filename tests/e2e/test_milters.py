@@ -243,6 +243,7 @@ def test_verdicts(relay, stage):
 
 
 def test_one_recipient_of_three_is_refused_and_then_all(acts, relay):
+    """Case 8: one recipient that the filter refuses."""
     before = len(acts.letters())
     peer = relay.at("mail").peer
     with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
@@ -329,7 +330,7 @@ def test_a_milter_that_dies_stops_and_comes_back(tmp_path, stage):
 
 
 def test_a_milter_that_dies_at_one_message_is_shown_it_once_more_and_no_more(tmp_path):
-    """Case: one bad message must not take the session with it."""
+    """Case 1: one bad message must not take the session with it."""
     with (
         acting() as one,
         FakeMx({}) as peer,
@@ -345,6 +346,7 @@ def test_a_milter_that_dies_at_one_message_is_shown_it_once_more_and_no_more(tmp
 
 
 def test_another_service_is_no_milter_and_is_told_apart_at_once(tmp_path):
+    """Case 2: the address of another service."""
     with clamd() as scanner, FakeMx({}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(scanner, 'on_failure="tempfail"')) as relay:
             began = time.monotonic()
@@ -383,6 +385,7 @@ def test_opendkim_signs(tmp_path):
 
 
 def test_opendkim_verifies_simple_canonicalization_of_any_form_of_field(tmp_path):
+    """Case 5: simple canonicalization that failed through a milter."""
     message = b"From: a@b.example\r\nA:x\r\nB: x\r\nC:  x\r\nD:\tx\r\nE: x\r\n\ty\r\nSubject: x\r\n\r\nhello\r\n"
     with opendkim("InternalHosts 192.0.2.9", "Mode v") as (one, key), FakeMx({}) as peer:
         names = [b"From", b"A", b"B", b"C", b"D", b"E", b"Subject"]
@@ -396,6 +399,7 @@ def test_opendkim_verifies_simple_canonicalization_of_any_form_of_field(tmp_path
 
 
 def test_opendmarc_finds_what_opendkim_has_found(tmp_path):
+    """Case 6: DMARC that was judged before DKIM."""
     with opendkim("InternalHosts 192.0.2.9", "Mode v") as (one, key), opendmarc() as two, FakeMx({}) as peer:
         message = text().encode()
         signed = dkim.sign(message, b"s", b"b.example", key.path.read_bytes())
@@ -465,7 +469,7 @@ def test_rspamds_proxy_refuses_marks_and_rewrites(tmp_path):
 
 
 def test_our_signature_is_over_what_a_milter_has_made_of_a_message(tmp_path, acts):
-    """A banner that is added does not break it. Of small messages and of large ones."""
+    """Case 7. A banner that is added does not break it. Of small messages and of large ones."""
     key = DkimKey(tmp_path)
     key.path.chmod(0o600)
     signing = f'dkim=[{{domain="b.example",selector="s",key="{key.path}"}}]'

@@ -882,6 +882,7 @@ async def test_changes_are_made_of_what_it_may():
 
 
 async def test_quarantine_holds_what_is_accepted_and_nothing_that_is_refused():
+    """Case 9: a quarantine that was turned into an accept."""
     async with chained() as (server, bench):
         for words, held, reply in (
             ([b"one", b"two\r\n\x1b[m"], "filter m: two", b""), ([b"one"], "", b"554 5.7.1 no\r\n"),

@@ -135,6 +135,7 @@ TEXTS = st.lists(
 
 @given(TEXTS, st.binary(max_size=300))
 def test_header_and_body_put_together_are_what_came(fields: list[tuple[bytes, list[bytes]]], body: bytes):
+    """Case 4: body chunks that had the header in them as well."""
     clean = [(name, [line.translate(None, b"\0\r\n") for line in lines]) for name, lines in fields]
     head = b"".join(name + b":" + b"\r\n ".join(lines) + b"\r\n" for name, lines in clean) + b"\r\n"
     one = agreed()
