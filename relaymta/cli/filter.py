@@ -1,5 +1,6 @@
 """`relaymta filter`: what judges mail."""
 
+import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -29,7 +30,9 @@ from relaymta.cli.peer import (
     read_pieces,
     running,
 )
+from relaymta.errors import ConfigError
 from relaymta.ident import parse_id
+from relaymta.privileges import account, become
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -78,6 +81,7 @@ def show_rows(
 
 def _cells(row: dict[str, Any]) -> list[str]:
     state = "up" if row["up"] else f"down for {lasting(row['down for'])}: {row['why']}"
+    state += "" if row.get("enforce", True) else ", enforce = false"
     verdicts = " ".join(f"{word} {count}" for word, count in row["verdicts"].items() if count)
     failures = " ".join(f"{word} {count}" for word, count in row["failures"].items() if count)
     within = [_within(row[key], row["asked"]) for key in ("p50", "p99")]
@@ -96,10 +100,12 @@ def _within(seconds: float | None, count: int) -> str:
 def check(read: Configuration, as_json: bool) -> None:
     """Show each filter what it must find (a virus scanner: EICAR), at each of its addresses, and say what it answers.
 
-    The relay need not run. Exit status 75 when one does not answer, or does not find it."""
+    The relay need not run. root asks with the rights of the relay's user (`user`). Exit status 75 when one does not answer, or
+    does not find it."""
     import asyncio  # here and below: `list` does without
 
     config = config_with(read, "filter")
+    _as_user(config)
     rows = asyncio.run(_proved(config))
     for row in rows:
         if as_json:
@@ -110,6 +116,17 @@ def check(read: Configuration, as_json: bool) -> None:
             say(f"{row['filter']}{where}: " + (f"{says} {row['found']}" if row["found"] else row["error"]))
     if any(row["error"] for row in rows):
         sys.exit(FAILED)
+
+
+def _as_user(config: "Config") -> None:
+    """As root, become the user that the relay runs as: it is that user who has to be able to open the filters' sockets."""
+    if config.user and os.geteuid() == 0:
+        from relaymta.cli import judged  # noqa: F401  # that user may not be able to read our files
+
+        try:
+            become(account(config.user))
+        except ConfigError as error:
+            fail(78, "\n".join(config.located(error.problems)))
 
 
 async def _proved(config: "Config") -> list[dict[str, str]]:
@@ -209,6 +226,7 @@ def test(
     to = recipients or ("recipient@" + config.hostname,)
     sending = Sending(data, sender, to, address, helo, application, listener)
     rules = [] if only or file is None else config.mail_rule
+    _as_user(config)
     judged = Judged(config.model_copy(update={"filter": asked, "mail_rule": rules}), sending)
     if as_json:
         say_json(judged.row())

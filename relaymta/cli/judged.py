@@ -206,7 +206,8 @@ class Judged:
             table("", ["filter", "verdict", "done", "score", "time", "reason"], [_line(one) for one in self.findings])
         skipped = [name for name in known if name not in {one.guard.name for one in self.findings}]
         if skipped:
-            say(f"not asked, since it does not look at such mail or another one has decided: {', '.join(skipped)}")
+            why = "without a word, or not asked, since it does not look at such mail or another one has decided"
+            say(f"{why}: {', '.join(skipped)}")
         if self.outcome is None:
             say("accepted: no filter looks at mail of this client")
             return

@@ -176,7 +176,8 @@ class Guard:
         down = self._down
         return {
             "name": self.name, "type": self.settings.type, "up": down is None, "waiting": self._places.waiting,
-            "down for": 0 if down is None else round(self._loop.time() - down[0]), "why": "" if down is None else down[1],
+            "enforce": self.enforce, "down for": 0 if down is None else round(self._loop.time() - down[0]),
+            "why": "" if down is None else down[1],
         }  # fmt: skip
 
     def told(self) -> str:

@@ -124,7 +124,7 @@ def object_of(body: bytes) -> dict[str, Any]:
 
 
 def _begin(body: bytes) -> str:
-    return f"begins with {printable(body[:64].decode('utf-8', 'replace'))!r}"
+    return f"begins with '{printable(body[:64].decode('utf-8', 'replace'))}'"
 
 
 def _headers(mail: Mail) -> list[tuple[str, str]]:

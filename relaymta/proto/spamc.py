@@ -90,4 +90,4 @@ def _check(header: bytes) -> str:
 
 
 def _shown(octets: bytes) -> str:
-    return f"begins with {printable(octets[:SHOWN].decode('utf-8', 'replace'))!r}" if octets else "it closes the connection"
+    return f"begins with '{printable(octets[:SHOWN].decode('utf-8', 'replace'))}'" if octets else "it closes the connection"

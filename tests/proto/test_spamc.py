@@ -29,7 +29,7 @@ def test_a_verdict(answer, found):
     (b"SPAMD/1.0 76 Bad header line: (EOF)\r\n", True, "answers 76 Bad header line"), (b"", False, "closes the connection"),
     (b"SPAMD/1.1 0 EX_OK\r\n\r\nSpam: True ; 15 / 5\r\n", False, "without a score"),
     (b"SPAMD/1.1 0 EX_OK\r\nSpam: True ; 1.2.3 / 5\r\n\r\n", False, "without a score"),
-    (b"220 mail.example ESMTP\r\n" * 100, False, "not as spamd: begins with '220 mail.example ESMTP"),
+    (b"220 mail.example ESMTP\r\n" * 100, False, "not as spamd: begins with '220 mail.example ESMTP\\n220 "),
     (b"SPAMD/1.1 zero\r\n", False, "not as spamd"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", False, "not as spamd"),
 ])  # fmt: skip
 def test_no_verdict(answer, refused, text):

@@ -142,13 +142,14 @@ def opendkim(*settings: str) -> Iterator[tuple[Program, DkimKey]]:
 
 @contextlib.contextmanager
 def opendmarc() -> Iterator[Program]:
-    """opendmarc, which believes opendkim.example and relay.example."""
+    """opendmarc, which believes opendkim.example and relay.example, and writes `history` in its folder."""
     program = need("opendmarc")
     with _folder() as folder:
         path = folder / "socket"
         lines = [
             f"Socket local:{path}", "UMask 000", "AuthservID dmarc.example", "TrustedAuthservIDs opendkim.example,relay.example",
-            "DNSTimeout 1", "RequiredHeaders false", f"PidFile {folder}/pid", "IgnoreAuthenticatedClients false", "",
+            "DNSTimeout 1", "RequiredHeaders false", f"PidFile {folder}/pid", "IgnoreAuthenticatedClients false",
+            f"HistoryFile {folder}/history", "RecordAllMessages true", "",
         ]  # fmt: skip
         (folder / "conf").write_text("\n".join(lines))
         with _running(Program(folder, [program, "-f", "-c", folder / "conf"], path)) as made:

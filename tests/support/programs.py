@@ -19,6 +19,7 @@ PACKAGES = {
     "opendkim": "opendkim",
     "patch": "patch",
     "curl": "curl",
+    "jq": "jq",
     "fetchmail": "fetchmail",
     "getmail": "getmail6",
     "doveadm": "dovecot-imapd",
