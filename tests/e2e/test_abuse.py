@@ -32,7 +32,7 @@ KEY = (
     + "MIIEowIBAAKCAQEA7bq1Zt9sX0fVw3yJp4mK8nRcQ5eHd2LgTuYi\r\n" * 6
     + "-----END RSA PRIVATE KEY-----\r\n"
 )
-SECONDS = 3.0  # in which a worker has told, and been told
+SECONDS = 2.2  # in which a worker has told, and been told
 
 
 class Watched(Reloading):
