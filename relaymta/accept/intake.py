@@ -183,6 +183,11 @@ class Intake:
         if self.out_of_memory:
             self.counters.add(REFUSED_FULL, 1)
             return reply.OUT_OF_MEMORY
+        if self.conduct is not None and not origin.filtered:
+            user = origin.identity.name if origin.identity is not None else ""
+            if self.conduct.holds_much(user, origin.application):
+                self.counters.add(REFUSED_CONTENT, 1)
+                return reply.TOO_MUCH_HELD
         queue = self.queue
         full = size >= queue.reserve if origin.filtered else queue.full or size > queue.room
         if full or queue.writer.stalled:
@@ -359,7 +364,7 @@ class Intake:
         """Submit a complete message to the queue, for these recipients. `size`: octets, our fields included; `done(None)` is
         called once it is synced, `done(error)` if it could not be stored."""
         if self.conduct is not None and not origin.filtered:
-            self._watch(self.conduct, transaction, recipients, origin)
+            self._watch(self.conduct, transaction, recipients, origin, size)
         flags = HELD if transaction.held else UNSEEN if transaction.unseen is not None else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
@@ -394,13 +399,14 @@ class Intake:
         )
         queue.submit(ident, envelope, data, done)
 
-    def _watch(self, conduct: "Conduct", transaction: Transaction, recipients: list[str], origin: Origin) -> None:
+    def _watch(self, conduct: "Conduct", transaction: Transaction, recipients: list[str], origin: Origin, size: int) -> None:
         """Count what an account sends, and hold it where that is not as usual."""
         user = origin.identity.name if origin.identity is not None else ""
         state = conduct.took(user, origin.application, origin.client.address, recipients)
         if state is not None:
             from relaymta.filter.quarantine import of_abuse
 
+            conduct.held(state, size)
             transaction.held = transaction.held or f"abuse {state.about}: {state.reason}"
             transaction.quarantine = transaction.quarantine or of_abuse(state, self.queue.clock.now())
 

@@ -1,5 +1,6 @@
 """`relaymta abuse`: accounts whose mail is not as usual (`[[abuse]]`)."""
 
+from shlex import quote
 from typing import Any
 
 import click
@@ -84,4 +85,4 @@ def clear(read: Configuration, account: str, check: str, as_json: bool) -> None:
     kind, _, name = rows[0]["account"].partition("=")
     option = "--user" if kind == "user" else "--app"
     for held in sorted({row["check"] for row in rows if row["verdict"] == "hold"}):
-        say(f'what is held: `relaymta quarantine release --filter "{held}" {option} {name}`')
+        say(f"what is held: `relaymta quarantine release --filter {quote(held)} {option} {quote(name)}`")

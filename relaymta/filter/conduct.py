@@ -1,7 +1,8 @@
 """What accounts send, as one worker sees it: counted here, judged by the supervisor (supervisor/abuse.py), which sends back the
 accounts whose mail is to be held.
 
-State, all of it changed on the loop: `_seen` by `took`, `ended` and `matched`, taken by `report`; `_held` by `refresh`.
+State, all of it changed on the loop: `_seen` by `took`, `ended` and `matched`, taken by `report`; `_held` by `changed`;
+`_kept` by `held` and `changed`.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from relaymta.proto.envelope import DSN, Envelope
 __all__ = ["Conduct", "accounts"]
 
 ACCOUNTS_MOST = 20_000  # of which something is reported together
+HELD_OCTETS = 256 << 20  # of an account, in this worker, above which its mail is refused for now
 MESSAGES_MOST = 1000  # rules that are counted of an account
 
 
@@ -47,12 +49,21 @@ class Conduct:
     def __init__(self, states: SiteStates) -> None:
         self._states = states
         self._seen: dict[str, _Counts] = {}
-        self._held: dict[str, SiteState] = {}
-        self.refresh()
+        self._kept: dict[str, int] = {}  # octets that are held of accounts, since that began
+        self._held: dict[str, dict[str, SiteState]] = {}  # by account, and by the check that holds it
+        for state in states.of(ABUSE):
+            self.changed(state, state.key)
 
-    def refresh(self) -> None:
-        """States have changed."""
-        self._held = {state.site: state for state in self._states.of(ABUSE) if state.reply == "hold"}
+    def changed(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
+        """A finding was made, or (None) the one with this key has been ended."""
+        _, account, check = key
+        found = self._held.setdefault(account, {})
+        found.pop(check, None)
+        if state is not None and state.reply == "hold":
+            found[check] = state
+        if not found:
+            del self._held[account]
+            self._kept.pop(account, None)
 
     def _of(self, user: str, application: str) -> list[_Counts]:
         found = []
@@ -79,10 +90,21 @@ class Conduct:
 
     def _holding(self, user: str, application: str) -> SiteState | None:
         for account in accounts(user, application):
-            state = self._held.get(account)
-            if state is not None and self._states.left(state):
-                return state
+            for state in [*self._held.get(account, {}).values()]:
+                if self._states.left(state):
+                    return state
+                self.changed(None, state.key)
         return None
+
+    def holds_much(self, user: str, application: str) -> bool:
+        """Whether so much is held of an account that no more of its mail is taken: it would fill the disk."""
+        if not self._held or self._holding(user, application) is None:
+            return False
+        return any(self._kept.get(account, 0) >= HELD_OCTETS for account in accounts(user, application))
+
+    def held(self, state: SiteState, octets: int) -> None:
+        """A message is held because of a state."""
+        self._kept[state.site] = self._kept.get(state.site, 0) + octets
 
     def ended(self, envelope: Envelope, good: int, failed: int) -> None:
         """Recipients of a message have ended: so many delivered, so many failed for good. A DSN of ours is no mail of theirs."""

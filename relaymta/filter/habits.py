@@ -1,7 +1,8 @@
 """What an account usually does, and whether what it does now is like that. Without I/O and without a clock: `now` is in seconds
-since 1970 UTC, and time that goes back counts as time that stands still.
+since 1970 UTC. Time that goes back a little counts as time that stands still; where it goes back by more than BACK, the clock was
+wrong before, and what was done in what is the future now is forgotten.
 
-A `Habit` is changed by `note` and `pardon` alone.
+A `Habit` is changed by `note`, `set_apart` and `pardon` alone.
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from relaymta.filter.sketch import Sketch
 __all__ = ["Figures", "Finding", "Habit", "Seen", "finding"]
 
 HOUR, MINUTE, DAY = 3600, 60, 86400
+BACK = 4 * HOUR  # so much may count as one hour: less than what `factor` allows
 DAYS = 7  # of which the busiest hour counts
 LAST = 200  # recipients of which the share of failures counts
 NETWORKS = 200  # that are known of an account; those that were not used for longest are forgotten
@@ -65,9 +67,11 @@ class Finding(NamedTuple):
 
 class Habit(msgspec.Struct, array_like=True):
     """Of one account. `began`, `seen`: when it was first and last heard of; `minutes`: (minute, recipients) of the last hour;
-    `hours`, `spread`: (clock hour, recipients; domains) of DAYS days, without the current one; `hour`: that, with `recipients`
-    and `sketch` (of its domains); `results`: of the last recipients, 1: failed; `networks`: by network when it was first and last
-    used; `elsewhere`: (minute, recipients) of new networks; `rules`: (minute, messages) by rule."""
+    `hours`, `spread`: (clock hour, recipients; domains) of DAYS days, without the current one, less those that a later one
+    exceeds; `hour`: that, with `recipients` and `sketch` (of its domains); `results`: of the last recipients, 1: failed;
+    `networks`: by network when it was first and last used; `elsewhere`: (minute, recipients) of new networks; `rules`: (minute,
+    messages) by rule; `unlike`: the last clock hour that is no measure (`set_apart`), `apart`: the most recipients and domains
+    of such hours."""
 
     began: int
     seen: int
@@ -81,6 +85,8 @@ class Habit(msgspec.Struct, array_like=True):
     networks: dict[str, tuple[int, int]] = {}
     elsewhere: list[tuple[int, int]] = []
     rules: dict[str, list[tuple[int, int]]] = {}
+    unlike: int = 0
+    apart: tuple[int, int] = (0, 0)
 
     def note(self, seen: Seen, now: int) -> None:
         """It has done this."""
@@ -100,7 +106,7 @@ class Habit(msgspec.Struct, array_like=True):
         for network, recipients in seen.networks.items():
             first, _ = self.networks.get(network, (now, 0))
             self.networks[network] = first, now
-            new += recipients if self._is_new(first) else 0
+            new += recipients if self._is_new(first) and not self._is_everywhere else 0
         if len(self.networks) > NETWORKS:
             for network in sorted(self.networks, key=lambda one: self.networks[one][1])[:-NETWORKS]:
                 del self.networks[network]
@@ -111,7 +117,7 @@ class Habit(msgspec.Struct, array_like=True):
     def figures(self, now: int) -> Figures:
         """As they are now."""
         self._pass(now)
-        new = tuple(network for network, (first, _) in self.networks.items() if self._is_new(first))
+        new = tuple(network for network, (first, _) in self.networks.items() if self._is_new(first) and not self._is_everywhere)
         rules = {name: _sum(counts) for name, counts in self.rules.items()}
         # The hour before is within the last 60 minutes in part: it is no measure for them.
         busiest = max((count for hour, count in self.hours if hour < self.hour - 1), default=0)
@@ -120,16 +126,36 @@ class Habit(msgspec.Struct, array_like=True):
             sum(self.results), len(self.results), _sum(self.elsewhere), new, rules,
         )  # fmt: skip
 
+    def set_apart(self, begins: bool) -> None:
+        """What it does in this clock hour is not what it usually does, and networks that are new stay so: somebody else may be at
+        work, whose deeds must not be taken for its own once the finding has ended. `begins`: it was as usual until now."""
+        if begins:
+            self.apart = 0, 0
+        self.unlike = self.hour
+        for network, (first, last) in self.networks.items():
+            if self._is_new(first):
+                self.networks[network] = self.seen, last
+
+    def forget_results(self) -> None:
+        """They have been held against it: what is held cannot give better ones."""
+        self.results = b""
+
     def pardon(self, now: int) -> None:
-        """What it does now is usual from now on."""
+        """What it does now, and has done while it was not as usual, is usual from now on."""
         found = self.figures(now)
         before = self.hour - 2
-        _most(self.hours, before, found.recipients)
-        _most(self.spread, before, found.domains)
+        _most(self.hours, before, max(found.recipients, self.apart[0]))
+        _most(self.spread, before, max(found.domains, self.apart[1]))
+        self.unlike, self.apart = 0, (0, 0)
         self.results = b""
         self.elsewhere.clear()
         self.rules.clear()
         self.networks = {network: (min(first, self.seen - DAY), last) for network, (first, last) in self.networks.items()}
+
+    @property
+    def _is_everywhere(self) -> bool:
+        """Whether it is used from more networks than are remembered, as a listener for the public is: none is new then."""
+        return len(self.networks) >= NETWORKS
 
     def _is_new(self, first: int) -> bool:
         """Whether a network that was first used then is new: not for an account that was not there before, either."""
@@ -137,12 +163,17 @@ class Habit(msgspec.Struct, array_like=True):
 
     def _pass(self, now: int) -> None:
         """Time has passed."""
+        if now < self.seen - BACK:
+            self._set_back(now)
         now = self.seen = max(now, self.seen)
         hour = now // HOUR
         if hour != self.hour:
-            if self.hour:
-                _most(self.hours, self.hour, self.recipients)
-                _most(self.spread, self.hour, Sketch(self.sketch).count())
+            domains = Sketch(self.sketch).count()
+            if self.hour and self.hour == self.unlike:
+                self.apart = max(self.apart[0], self.recipients), max(self.apart[1], domains)
+            elif self.hour:
+                _append(self.hours, self.hour, self.recipients)
+                _append(self.spread, self.hour, domains)
             self.hour, self.recipients, self.sketch = hour, 0, b""
             for counts in (self.hours, self.spread):
                 while counts and counts[0][0] < hour - DAYS * 24:
@@ -157,6 +188,14 @@ class Habit(msgspec.Struct, array_like=True):
         if any(not counts for counts in self.rules.values()):
             self.rules = {name: counts for name, counts in self.rules.items() if counts}
 
+    def _set_back(self, now: int) -> None:
+        """The clock was."""
+        self.seen, self.began, self.hour = now, min(self.began, now), now // HOUR
+        self.recipients, self.sketch = 0, b""
+        self.minutes, self.elsewhere, self.rules = [], [], {}
+        self.hours, self.spread = ([one for one in counts if one[0] < self.hour] for counts in (self.hours, self.spread))
+        self.networks = {network: (min(first, now), min(last, now)) for network, (first, last) in self.networks.items()}
+
 
 def _add(counts: list[tuple[int, int]], at: int, number: int) -> None:
     if not number:
@@ -165,6 +204,19 @@ def _add(counts: list[tuple[int, int]], at: int, number: int) -> None:
         counts[-1] = at, counts[-1][1] + number
     else:
         counts.append((at, number))
+
+
+def _append(counts: list[tuple[int, int]], at: int, number: int) -> None:
+    """The count of an hour that has passed. An earlier one that is not above the last one is never the busiest any more; the last
+    one is not yet a measure itself (`Habit.figures`)."""
+    if not number:
+        return
+    if counts:
+        last = counts.pop()
+        while counts and counts[-1][1] <= last[1]:
+            del counts[-1]
+        counts.append(last)
+    counts.append((at, number))
 
 
 def _most(counts: list[tuple[int, int]], at: int, number: int) -> None:
@@ -210,7 +262,8 @@ def _network(check: Abuse, now: Figures) -> tuple[float, float, str]:
 
 def _rule(check: Abuse, now: Figures) -> tuple[float, float, str]:
     messages = now.rules.get(check.rule, 0)
-    return messages, check.least - 1, f"{messages} messages within an hour match the rule {check.rule}"
+    several = f"{messages} messages within an hour match" if messages != 1 else "1 message within an hour matches"
+    return messages, check.least - 1, f"{several} the rule {check.rule}"
 
 
 _WATCHES = {"volume": _volume, "spread": _spread, "failures": _failures, "network": _network, "rule": _rule}

@@ -96,9 +96,12 @@ class Message:
         """The beginnings of parts that are no text, but have text in them, as files of keys have: BODY characters together."""
         found, left = list[str](), BODY
         for part in self.parts.parts:
-            if not part.is_text and left > 0 and not (part.kinds or b"\0" in part.first):
+            first = part.first
+            charset = "utf-16" if first.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1"
+            is_text = charset == "utf-16" or first.startswith(b"#!") or not (part.kinds or b"\0" in first)
+            if not part.is_text and left > 0 and is_text:
                 octets = part.beginning(min(FILE, left))
-                found.append(octets.decode("latin-1"))
+                found.append(octets.decode(charset, "replace"))
                 left -= len(octets)
         return "\n".join(found)
 

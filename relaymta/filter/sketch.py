@@ -29,7 +29,7 @@ class Sketch:
                 raise ValueError(f"{len(octets)} octets are no sketch")
             for at in range(0, len(octets), 3):
                 self._few[int.from_bytes(octets[at : at + 2], "big") & _MASK] = octets[at + 2]
-        if any(rank > _HIGHEST for rank in (self._registers or self._few.values())):
+        if max(self._registers or self._few.values(), default=0) > _HIGHEST:
             raise ValueError("no register has such a rank")
 
     def add(self, hashed: int) -> None:

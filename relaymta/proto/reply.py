@@ -83,6 +83,7 @@ HEADER_TOO_LONG = format_reply(554, "5.6.0", "The header is too long")
 TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mail loop")
 
 STORE_ERROR = format_reply(451, "4.3.0", "The message could not be stored; try again later")
+TOO_MUCH_HELD = format_reply(450, "4.7.1", "Your mail is held, and more of it is not taken now; ask your administrator")
 STORE_FULL = format_reply(452, "4.3.1", "Out of space; try again later")
 NOT_VERIFIED = format_reply(451, "4.7.5", "The message could not be verified; try again later")
 DNS_SILENT = format_reply(451, "4.4.3", "The message could not be authenticated: no answer from the DNS; try again later")

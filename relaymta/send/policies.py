@@ -3,6 +3,7 @@ policy is in effect. Mail that a hold policy held is released when no hold polic
 of the machine (node/)."""
 
 from collections.abc import Callable, Coroutine
+from functools import lru_cache
 
 from relaymta.errors import StoreError
 from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates
@@ -34,10 +35,11 @@ def filter_of(text: str) -> Filter:
     return Filter(**fields)  # type: ignore[arg-type]
 
 
-def _meant(state: SiteState) -> Filter | None:
+@lru_cache(20_000)  # [[abuse]] may suspend many accounts
+def _meant(site: str) -> Filter | None:
     """The filter of a stored policy; None when it is none, as versions before stored some: then it is about no mail."""
     try:
-        return filter_of(state.site)
+        return filter_of(site)
     except ValueError:
         return None
 
@@ -65,6 +67,7 @@ class Policies:
         self._bounce = bounce
         self._spawn = spawn
         self._policies: list[tuple[SiteState, Filter]] = []
+        self._by_user: dict[str, list[tuple[SiteState, Filter]]] = {}  # by the user that they are about, "": about any
         self._to_hold: list[Entry] = []
         self._refused: list[Entry] = []  # could not be held: the disk is full, or an entry of the same message is in flight
         self._pause = self._ticks = 0  # until they are tried again, and since they were
@@ -76,8 +79,11 @@ class Policies:
 
     def refresh(self) -> None:
         """Reload the policies: some may have been added, removed or have expired."""
-        policies = ((state, _meant(state)) for state in self._states.of(HOLD, BOUNCE))
+        policies = ((state, _meant(state.site)) for state in self._states.of(HOLD, BOUNCE))
         self._policies = [(state, chosen) for state, chosen in policies if chosen is not None]
+        self._by_user = {}
+        for one in self._policies:
+            self._by_user.setdefault(one[1].user, []).append(one)
         self._seen |= self._holding_policies()
 
     def __bool__(self) -> bool:
@@ -85,7 +91,8 @@ class Policies:
 
     def find(self, name: QueueName, sender: str, recipients: list[str], user: str = "") -> SiteState | None:
         """The policy that matches mail in a queue, hold before bounce; None when none does."""
-        found = [state for state, chosen in self._policies if _matches(chosen, name, sender, recipients, user)]
+        meant = self._by_user.get("", ()), self._by_user.get(user, ()) if user else ()
+        found = [state for some in meant for state, chosen in some if _matches(chosen, name, sender, recipients, user)]
         return min(found, key=lambda state: state.kind != HOLD, default=None)
 
     def apply(self, entry: Entry) -> bool:

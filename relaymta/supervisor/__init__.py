@@ -148,6 +148,8 @@ class Supervisor:
         """What accounts send, and usually send."""
         found = Accounts(lambda: self.config.abuse, machine.states, machine.set_site_state, self.log, machine.kept(ACCOUNTS))
         machine.keep(ACCOUNTS, found)
+        self.configuration.replaced = found.configured
+        found.configured()  # the file may have changed meanwhile
         return found
 
     def _warn(self, text: str) -> None:

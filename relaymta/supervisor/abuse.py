@@ -8,6 +8,7 @@ is not enforced is a state by which nothing is held: it is told once, and not ag
 Owner of the habits is `Accounts`, on the loop: `conduct` and `clear` change them.
 """
 
+import asyncio
 import time
 import zlib
 from collections import OrderedDict
@@ -26,11 +27,17 @@ __all__ = ["Accounts"]
 
 MOST = 20_000  # accounts; those that were not heard of for longest are forgotten
 NETWORKS_SHOWN = 20
-TABLE_MOST = 1 << 26  # octets of all habits
+CLEARED_SECONDS = 2.0  # in which workers tell of what was done before `clear`
+NETWORKS_MOST = 500_000  # of all accounts: each takes 300 octets
+TABLE_MOST = 1 << 27  # octets of all habits, in front of compression to a third or less
+PACKED_MOST = 60 << 20  # octets of them behind it: what node/ takes, and less
+TOGETHER = 200  # accounts that are encoded at once: 2 MB at most
+PIECE = 1 << 20  # octets that are decompressed at once
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(dict[str, Habit])
+_decoder = msgspec.msgpack.Decoder(list[tuple[str, Habit]])
 _KINDS = ("user", "application")
+_SIZE = 4  # octets in front of accounts that were encoded together, which say how many they take
 Key = tuple[str, str, str]
 
 
@@ -48,6 +55,8 @@ class Accounts:
         self._log = log
         self._now = now
         self._habits: OrderedDict[str, Habit] = OrderedDict(_loaded(octets))
+        self._networks = 0  # that are known of all accounts: counted anew by each `dump`
+        self._cleared: dict[str, float] = {}  # accounts, until when (s UTC) nothing is found about them
         self.changed = False
         self.found: dict[tuple[str, bool], int] = {}  # findings since the start, by check, and whether it is enforced
 
@@ -60,24 +69,43 @@ class Accounts:
             if habit is None:
                 habit = self._habits[seen.account] = Habit(now, now)
             self._habits.move_to_end(seen.account)
+            known = len(habit.networks)
             habit.note(seen, now)
+            self._networks += len(habit.networks) - known
             self._judge(seen.account, habit, now)
             self.changed = True
-        while len(self._habits) > MOST:
-            self._habits.popitem(last=False)
+        while len(self._habits) > MOST or (self._networks > NETWORKS_MOST and len(self._habits) > 1):
+            self._networks -= len(self._habits.popitem(last=False)[1].networks)
 
     def _judge(self, account: str, habit: Habit, now: int) -> None:
         checks = [check for check in self._checks() if check.is_about(account)]
         if not checks:
             return
+        if account in self._cleared:  # what was done before that, and a worker tells of now
+            if self._now() < self._cleared[account]:
+                habit.pardon(now)
+                return
+            del self._cleared[account]
         figures = habit.figures(now)
         for check in checks:
             found = finding(check, figures)
             known = self._states.get(ABUSE, account, check.name) if found.above else None
             if found.above and (known is None or (check.enforce and not known.reply)):
-                self._find(account, check, found)
+                begins = not self._is_held(account)
+                if self._find(account, check, found):
+                    habit.set_apart(begins)
+                    if check.watch == "failures":
+                        habit.forget_results()
+        if self._is_held(account):
+            habit.set_apart(False)
 
-    def _find(self, account: str, check: Abuse, found: Finding) -> None:
+    def _is_held(self, account: str) -> bool:
+        """Whether something is done about an account."""
+        states = (self._states.get(ABUSE, account, check.name) for check in self._checks())
+        return any(state is not None and state.reply for state in states)
+
+    def _find(self, account: str, check: Abuse, found: Finding) -> bool:
+        """Tell of a finding, and do what follows from it: whether something does."""
         now = time.time_ns() // 1_000_000
         until, by = now + int(check.lasts * 1000), f"abuse {check.name}"
         verdict = check.verdict if check.enforce else ""
@@ -86,18 +114,56 @@ class Accounts:
         state = SiteState(ABUSE, account, check.name, now, until, by, found.text, verdict, float(found.value))
         try:
             self._decide(state, state.key)
-            if verdict == "suspend":
-                policy = SiteState(HOLD, account, "", now, until, by, found.text)
-                self._decide(policy, policy.key)
+            self._suspend(account)
         except RelayError as error:
             self._log.event("warning", text=f"{by}: {account}: {error}")
-            return
+            return False
         key = check.name, check.enforce
         self.found[key] = self.found.get(key, 0) + 1
         self._log.event(
             "abuse", account=account, check=check.name, watch=check.watch, value=round(found.value, 3),
             limit=round(found.limit, 3), verdict=verdict or check.verdict, enforced=check.enforce, reason=found.text,
             ends=until / 1000,
+        )  # fmt: skip
+        return check.enforce
+
+    def _suspend(self, account: str) -> None:
+        """Have our hold policy last as long as the findings that suspend an account; end it where there is none."""
+        checks = [self._states.get(ABUSE, account, check.name) for check in self._checks()]
+        found = [state for state in checks if state is not None and state.reply == "suspend"]
+        ours = self._states.get(HOLD, account)
+        if self._has_policy(account):
+            return
+        if not found:
+            if ours is not None:
+                self._decide(None, ours.key)
+            return
+        last = max(found, key=self._states.left)
+        left = self._states.left(last)
+        if ours is None or abs(self._states.left(ours) - left) > 1000:
+            now = time.time_ns() // 1_000_000
+            policy = SiteState(HOLD, account, "", now, now + left, last.by, last.reason)
+            self._decide(policy, policy.key)
+
+    def suspended_by_us(self, account: str) -> str:
+        """Why an operator's policy must not take the place of ours, or end it; "": there is none of ours."""
+        policy = self._states.get(HOLD, account)
+        return "" if policy is None or self._has_policy(account) else f"{account} is suspended by {policy.by}"
+
+    def configured(self) -> None:
+        """Checks may have changed: what one has found that is gone ends, and what is done by one that is not enforced now."""
+        enforced = {check.name: check.enforce for check in self._checks()}
+        for state in self._states.of(ABUSE):
+            if state.about not in enforced or (state.reply and not enforced[state.about]):
+                self._end(state)
+
+    def _end(self, state: SiteState) -> None:
+        """End a finding, and what follows from it."""
+        self._decide(None, state.key)
+        self._suspend(state.site)
+        self._log.event(
+            "abuse", account=state.site, check=state.about, watch="", value=state.value, limit=0.0, verdict="cleared",
+            enforced=bool(state.reply), reason=state.reason, ends=time.time(),
         )  # fmt: skip
 
     def _has_policy(self, account: str) -> bool:
@@ -143,18 +209,11 @@ class Accounts:
             others = [state.about for state in self._states.of(ABUSE) if state.site == account]
             raise NoSuch(f"finding about {account}", check or "any", others)
         for state in states:
-            self._decide(None, state.key)
-        suspended = any(one.site == account and one.reply == "suspend" for one in self._states.of(ABUSE))
-        if not suspended and self._states.get(HOLD, account) is not None and not self._has_policy(account):
-            self._decide(None, (HOLD, account, ""))
+            self._end(state)
         if account in self._habits:
             self._habits[account].pardon(int(self._now()))
+            self._cleared[account] = self._now() + CLEARED_SECONDS
             self.changed = True
-        for state in states:
-            self._log.event(
-                "abuse", account=account, check=state.about, watch="", value=state.value, limit=0.0, verdict="cleared",
-                enforced=bool(state.reply), reason=state.reason, ends=time.time(),
-            )  # fmt: skip
         return [_row(state) for state in states]
 
     def _account(self, name: str) -> str:
@@ -171,10 +230,25 @@ class Accounts:
 
     # Across restarts
 
-    def dump(self) -> bytes:
-        """All habits, to be stored."""
+    async def dump(self) -> bytes:
+        """All habits, to be stored, those of accounts that were heard of last first; the loop goes on meanwhile."""
         self.changed = False
-        return zlib.compress(_encoder.encode(self._habits), 1)
+        packing, found, size, packed = zlib.compressobj(1), list[bytes](), 0, 0
+        names = list(reversed(self._habits))
+        self._networks = sum(len(habit.networks) for habit in self._habits.values())
+        try:
+            for start in range(0, len(names), TOGETHER):
+                there = [name for name in names[start : start + TOGETHER] if name in self._habits]
+                octets = _encoder.encode([(name, self._habits[name]) for name in there])
+                size += _SIZE + len(octets)
+                if size > TABLE_MOST or packed > PACKED_MOST:
+                    break
+                found.append(await asyncio.to_thread(packing.compress, len(octets).to_bytes(_SIZE, "big") + octets))
+                packed += len(found[-1])
+        except BaseException:
+            self.changed = True
+            raise
+        return b"".join([*found, packing.flush()])
 
 
 def _figure(check: Abuse, figures: Figures) -> dict[str, Any]:
@@ -193,9 +267,19 @@ def _row(state: SiteState) -> dict[str, Any]:
 
 
 def _loaded(octets: bytes) -> dict[str, Habit]:
+    """What `dump` has returned, in pieces: a bomb takes no memory."""
+    found, raw, size, unpacking = list[tuple[str, Habit]](), bytearray(), 0, zlib.decompressobj()
     try:
-        unpacking = zlib.decompressobj()
-        raw = unpacking.decompress(octets, TABLE_MOST)
-        return _decoder.decode(raw) if unpacking.eof else {}
+        while not unpacking.eof and size <= TABLE_MOST:
+            piece = unpacking.decompress(octets, PIECE)
+            octets = unpacking.unconsumed_tail
+            if not piece and not octets and not unpacking.eof:
+                return {}
+            raw += piece
+            size += len(piece)
+            while len(raw) > _SIZE and len(raw) >= (end := _SIZE + int.from_bytes(raw[:_SIZE], "big")):
+                found += _decoder.decode(raw[_SIZE:end])
+                del raw[:end]
     except (zlib.error, msgspec.DecodeError, ValueError):
         return {}
+    return dict(reversed(found[:MOST]))

@@ -46,7 +46,7 @@ from relaymta.filter.lessons import KEY
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.metrics import RESULTS
-from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
+from relaymta.node import DEAD, HOLD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
 from relaymta.store.directory import User, row_of
@@ -270,7 +270,15 @@ class Answers:
             filter_of(args.about)
         except ValueError as error:
             raise RelayError(str(error)) from None
+        if args.kind == HOLD:
+            self._not_ours(args.about)
         self._decided(SiteState(args.kind, args.about, "", *_lasting(args.seconds), "operator", args.reason))
+
+    def _not_ours(self, about: str) -> None:
+        """RelayError where a hold policy belongs to a finding about an account."""
+        why = self._supervisor.abuse.suspended_by_us(about)
+        if why:
+            raise RelayError(f"{why}: `relaymta abuse clear {about}` ends that")
 
     def _decided(self, state: SiteState) -> None:
         """Set and log a state that an operator has decided."""
@@ -284,6 +292,8 @@ class Answers:
         """Remove states; how many."""
         if bool(args.kind) == args.resume:
             raise RelayError("clear: either a kind, or resume")
+        if args.kind == HOLD:
+            self._not_ours(args.site)
         kinds = [SUSPENDED, DEAD] if args.resume else [args.kind]
         names = {args.site}
         if args.resume and len(found := counted_as(self._supervisor.config, args.site)) == 1:

@@ -57,6 +57,7 @@ class Configuration:
         self._next = 2  # of what is prepared next
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.replaced: Callable[[], None] = lambda: None  # called when another configuration is in use
         self._hung_up = False  # a SIGHUP that no reload has answered
         self._hangups: asyncio.Task[None] | None = None  # answers them
 
@@ -158,6 +159,7 @@ class Configuration:
             return _Refusals(refusals)
         self.config, self.number = config, number
         missing = await self._commit(workers, number)
+        self.replaced()
         for slot, _ in self._slots.ready():
             self.started(slot)
         late = [slot.number for slot in self._slots if not slot.ready]

@@ -34,7 +34,7 @@ class Lessons:
         if len(self._learned) > MOST:
             self._learned.popitem(last=False)
 
-    def dump(self) -> bytes:
+    async def dump(self) -> bytes:
         """All of it, to be stored."""
         self.changed = False
         return b"".join(key + bytes([spam]) for key, spam in self._learned.items())

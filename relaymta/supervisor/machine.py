@@ -54,7 +54,7 @@ class Table(Protocol):
 
     changed: bool
 
-    def dump(self) -> bytes:
+    async def dump(self) -> bytes:
         """All of it."""
 
 
@@ -94,7 +94,7 @@ class Machine:
     async def stop(self) -> None:
         for task in self._periodic:
             task.cancel()
-        self._store_counted(self._changed())
+        self._store_counted(await self._changed())
         await self._exchanges.close()
         self._stopping.set()
         if self._writing is not None:
@@ -112,7 +112,7 @@ class Machine:
         while True:
             await asyncio.sleep(RATES_SECONDS)
             try:
-                await asyncio.to_thread(self._store_counted, self._changed())
+                await asyncio.to_thread(self._store_counted, await self._changed())
             except Exception as error:  # a defect: the next period stores all the same
                 self._log.event("warning", text=f"node: internal error: {error!r}: what was counted is not stored")
 
@@ -131,9 +131,9 @@ class Machine:
         """What was stored of a table before. Blocks."""
         return kept_table(self._path, name)
 
-    def _changed(self) -> list[tuple[str, bytes]]:
+    async def _changed(self) -> list[tuple[str, bytes]]:
         """The tables that have changed, as they are now."""
-        return [(name, table.dump()) for name, table in self._tables.items() if table.changed]
+        return [(name, await table.dump()) for name, table in self._tables.items() if table.changed]
 
     def _store_counted(self, tables: list[tuple[str, bytes]]) -> None:
         """Store what workers count and note in shared memory, and these tables. Blocks."""

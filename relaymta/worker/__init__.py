@@ -319,7 +319,7 @@ class Worker:
         else:
             self.states.learn(learned)
         if kind == ABUSE and self.conduct is not None:
-            self.conduct.refresh()
+            self.conduct.changed(learned, (kind, site, about))
         for shard in self.shards.values():
             shard.dispatcher.site_state_changed(learned, (kind, site, about))
 

@@ -120,7 +120,8 @@ class Witness(Events):
             "reply": attempt.cause,
         }  # fmt: skip
         address = entry.envelope.recipients[position]
-        if self.conduct is not None and attempt.kind != TRANSIENT:
+        # What an operator or a policy bounces has not failed because of who has sent it.
+        if self.conduct is not None and attempt.kind != TRANSIENT and attempt.because != "operator":
             self.conduct.ended(entry.envelope, attempt.kind == SUCCESS, attempt.kind != SUCCESS)
         if attempt.kind == SUCCESS:
             self._add(DELIVERED, 1)

@@ -128,6 +128,21 @@ def test_two_halves_of_two_clock_hours_are_one_hour():
     assert not finding(check("volume"), habit.figures(START + 2 * HOUR + 120)).above
 
 
+@pytest.mark.parametrize("jump", [5 * HOUR, 2 * DAY, 365 * DAY])
+def test_a_clock_that_was_wrong_and_is_set_right(jump):
+    """Else an hour would last for as long as it was ahead."""
+    habit = Habit(START, START)
+    for hour in range(168):
+        habit.note(seen(60), START + hour * HOUR)
+    now = START + 168 * HOUR
+    habit.note(seen(60, "203.0.113.0/24"), now + jump)
+    for hour in range(60):
+        habit.note(seen(60), now + hour * HOUR)
+        found = habit.figures(now + hour * HOUR)
+        assert found.recipients == 60 and not finding(check("volume", floor=100), found).above
+    assert found.busiest == 60
+
+
 def test_who_has_sent_nothing_before_has_the_floor():
     habit = Habit(START, START)
     habit.note(seen(199), START)

@@ -170,7 +170,7 @@ def test_a_key_is_of_the_filter_and_of_what_all_copies_have():
     assert key_of("a", b"Subject: a\r\n\r\nb") != key_of("a", b"Subject: a\r\nTo: b\r\n\r\nb")
 
 
-def test_what_the_machine_remembers_survives_a_restart_and_is_bounded(monkeypatch):
+async def test_what_the_machine_remembers_survives_a_restart_and_is_bounded(monkeypatch):
     monkeypatch.setattr(remembered, "MOST", 50)
     rng, model, memory = random.Random(1), dict[bytes, bool](), remembered.Lessons(b"")
     for _ in range(400):
@@ -181,9 +181,9 @@ def test_what_the_machine_remembers_survives_a_restart_and_is_bounded(monkeypatc
             del model[next(iter(model))]
         memory.learned(key, spam)
         if rng.random() < 0.05:
-            memory = remembered.Lessons(memory.dump())
+            memory = remembered.Lessons(await memory.dump())
             assert not memory.changed
     keys = [bytes([n]) * KEY for n in range(90)]
     for spam in (True, False):
         assert memory.known(keys, spam) == [model.get(key) is spam for key in keys]
-    assert remembered.Lessons(memory.dump() + b"half").known(keys, True) == memory.known(keys, True)
+    assert remembered.Lessons((await memory.dump()) + b"half").known(keys, True) == memory.known(keys, True)

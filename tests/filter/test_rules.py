@@ -1,6 +1,7 @@
 """Rules about mail: what matches, what is done, and what is counted."""
 
 import asyncio
+import base64
 import json
 import random
 import subprocess
@@ -137,6 +138,35 @@ async def test_conditions(conditions, mail, matches):
     bench = Bench(conditions)
     await bench.judge(HELLO, **mail)
     assert [one["match"] for one in bench.of("rule")] == ([] if matches is None else [matches])
+
+
+KEY = (
+    b"-----BEGIN RSA PRIVATE KEY-----\n"
+    + b"MIIEowIBAAKCAQEA7bq1Zt9sX0fVw3yJp4mK8nRcQ5eHd2LgTuYi\n" * 6
+    + b"-----END RSA PRIVATE KEY-----\n"
+)
+CARD = b"card 4111 1111 1111 1111\n"
+FILES = {
+    "text": (b"text/plain", KEY, "RSA private key"), "a file": (b"application/octet-stream", KEY, "RSA private key"),
+    "a script": (b"application/x-sh", b"#!/bin/sh\n" + KEY, "RSA private key"),
+    "of PowerShell": (b"application/octet-stream", b"\xff\xfe" + KEY.decode().encode("utf-16-le"), "RSA private key"),
+    "a card": (b"text/csv", CARD, "card number 4111...1111"), "an image": (b"image/png", b"\x89PNG\r\n\x1a\n\0" + KEY, None),
+    "words": (b"text/plain", b"send me the -----BEGIN RSA PRIVATE KEY----- please\n", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+async def test_secrets_are_found_in_texts_and_files_and_never_shown(name):
+    kind, octets, what = FILES[name]
+    part = b"Content-Type: %s\r\nContent-Transfer-Encoding: base64\r\n\r\n" % kind + base64.encodebytes(octets)
+    data = b"Subject: x\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n" + part + b"\r\n--b--\r\n"
+    bench = Bench(
+        {"secrets": ["private key", "card number"], "enforce": True, "reply": "552 5.7.0 {match}"}, {"secrets": ["cloud key"]}
+    )
+    outcome = await bench.judge(data)
+    assert [one["match"] for one in bench.of("rule")] == ([what] if what else [])
+    assert outcome.reply == (f"552 5.7.0 {what}\r\n".encode() if what else b"")
+    assert "MIIEow" not in str(bench.events) + outcome.reply.decode()
 
 
 async def test_a_score_is_known_behind_the_filters():
