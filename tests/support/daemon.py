@@ -20,8 +20,8 @@ from relaymta import control
 from tests.support import commands
 
 # Below the ports that the system gives to outgoing connections; each of several test processes has a range of its own.
-_first = 10_000 + 5_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4)
-_ports = itertools.cycle(random.sample(range(_first, _first + 5_000), 5_000))
+_first = 10_000 + 3_500 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 6)
+_ports = itertools.cycle(random.sample(range(_first, _first + 3_500), 3_500))
 
 
 def free_port() -> int:
