@@ -40,10 +40,10 @@ check: build
 	$(BIN)/lint-imports
 
 test: build
-	CI=$(CI) $(BIN)/python -m pytest -n 6 --dist worksteal
+	CI=$(CI) $(BIN)/python -m pytest -n 4 --dist worksteal
 
 prove: build
-	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -n 6 --dist worksteal -m "prove or not prove" --timeout 3600
+	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -n 4 --dist worksteal -m "prove or not prove" --timeout 3600
 	$(MAKE) fuzz
 	mkdir -p build/bench
 	for which in idle large backlog stragglers sites crowd endpoint mailboxes imap imap_large; do $(BIN)/python -m benchmarks.$$which > build/bench/$$which.json || exit 1; done

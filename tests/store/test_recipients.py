@@ -417,6 +417,7 @@ async def test_any_recipients_have_the_same_replies_with_and_without_a_task(tmp_
     async with Bench(tmp_path) as bench:
         ways, shard, without, replies = Ways(bench), bench.mailboxes.shards[0], [], set()
         await ways.begin()
+        shard.disk.check = lambda: None  # else the shard itself says each second that there is room
         for _ in range(150):
             size = draw.choice([1, 1, 2, 3, 20])
             kinds = draw.choice([[0, 1, 2, 3], [*range(7)], [*range(8)]])
