@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-__all__ = ["SEQUENCE_BITS", "SHARD_BITS", "format_id", "parse_id", "shard_of"]
+__all__ = ["SEQUENCE_BITS", "SHARD_BITS", "format_id", "parse_id", "shard_of", "stamp_of"]
 
 _DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _VALUES = {digit: value for value, digit in enumerate(_DIGITS)} | {"I": 1, "L": 1, "O": 0}
@@ -43,3 +43,8 @@ def parse_id(text: str) -> int:
 def shard_of(ident: int) -> int:
     """The shard in which a message was accepted."""
     return ident >> SEQUENCE_BITS & ((1 << SHARD_BITS) - 1)
+
+
+def stamp_of(ident: int) -> int:
+    """The time at which an id was made: ms of the clock of its shard."""
+    return ident >> SEQUENCE_BITS + SHARD_BITS

@@ -183,11 +183,9 @@ class Intake:
         if self.out_of_memory:
             self.counters.add(REFUSED_FULL, 1)
             return reply.OUT_OF_MEMORY
-        if self.conduct is not None and not origin.filtered:
-            user = origin.identity.name if origin.identity is not None else ""
-            if self.conduct.holds_much(user, origin.application):
-                self.counters.add(REFUSED_CONTENT, 1)
-                return reply.TOO_MUCH_HELD
+        if self.conduct is not None and not origin.filtered and self.conduct.holds_much(origin.user, origin.application):
+            self.counters.add(REFUSED_CONTENT, 1)
+            return reply.TOO_MUCH_HELD
         queue = self.queue
         full = size >= queue.reserve if origin.filtered else queue.full or size > queue.room
         if full or queue.writer.stalled:
@@ -389,7 +387,7 @@ class Intake:
             application=origin.application,
             priority=origin.priority,
             headers=transaction.headers,
-            user=origin.identity.name if origin.identity is not None else "",
+            user=origin.user,
             message_id=transaction.message_id,
             held_for=held_because(transaction.held) if transaction.held else "",
             listener=origin.listener,
@@ -401,13 +399,12 @@ class Intake:
 
     def _watch(self, conduct: "Conduct", transaction: Transaction, recipients: list[str], origin: Origin, size: int) -> None:
         """Count what an account sends, and hold it where that is not as usual."""
-        user = origin.identity.name if origin.identity is not None else ""
-        state = conduct.took(user, origin.application, origin.client.address, recipients)
+        state = conduct.took(origin.user, origin.application, origin.client.address, recipients)
         if state is not None:
             from relaymta.filter.quarantine import of_abuse
 
             conduct.held(state, size)
-            transaction.held = transaction.held or f"abuse {state.about}: {state.reason}"
+            transaction.held = transaction.held or f"{state.by}: {state.reason}"
             transaction.quarantine = transaction.quarantine or of_abuse(state, self.queue.clock.now())
 
     def expanded(self, recipients: list[str]) -> list[str]:
@@ -488,8 +485,7 @@ class Intake:
         name = format_id(ident)
         self.log.event(
             "received", id=name, sender=transaction.sender, recipients=taken.recipients, size=size, client=origin.client.address,
-            helo=helo, user=origin.identity.name if origin.identity is not None else "", application=origin.application,
-            message_id=transaction.message_id,
+            helo=helo, user=origin.user, application=origin.application, message_id=transaction.message_id,
         )  # fmt: skip
         if taken.filed:
             self.counters.add(DELIVERED, len(taken.filed))

@@ -119,8 +119,8 @@ class Rights(Host):
         self._end_dialogue()
         identity = self.login.identity if self.login is not None else None
         self.limits = self.client.limits
-        self.user = identity.name if identity is not None else ""
         self.origin = Origin.of(self.client, identity, self._listener)
+        self.user = self.origin.user
         chains = self._admission.endpoint.chains
         if chains is not None and not self._listener.filtered:
             chain = chains.chain_for(self._listener, self.client.address, self.origin.application, self.origin.may_relay)

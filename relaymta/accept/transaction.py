@@ -128,7 +128,7 @@ class IncomingTransaction(Transaction):
     def _mail(self, text: Text) -> Mail:
         """As filters see it."""
         origin, session = self.origin, self._session
-        user, mechanism = (origin.identity.name, session.mechanism) if origin.identity is not None else ("", "")
+        user, mechanism = origin.user, session.mechanism if origin.identity is not None else ""
         return Mail(
             format_id(self._ident), self.sender, self.recipients, origin.client.address, session.helo, user, session.tls, text,
             mechanism=mechanism, listener=origin.listener, parameters=tuple(self.parameters.split()),

@@ -91,8 +91,8 @@ async def serve_http(
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `down()`: the sites that are
     down, as `supervisor.outages` counts them; `filters()`: of each configured filter; `zones()`: the counters of each list
-    in the DNS; `rules()`: of each rule about mail; `abuse()`: as of
-    `Accounts.counts`. OSError when the address is in use."""
+    in the DNS; `rules()`: of each rule about mail; `abuse()`: as of `Accounts.counts`. OSError when the address is in
+    use."""
     registry = CollectorRegistry(auto_describe=False)
     collector = _Collector(blocks, down, filters, zones, rules, abuse)
     registry.register(collector)  # type: ignore[arg-type]

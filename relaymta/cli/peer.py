@@ -121,9 +121,7 @@ def running(read: Configuration) -> Daemon | None:
     """The daemon of this configuration, if it runs and we may ask it."""
     path = read.control_path() or loaded(read, ANY_LISTENER).control_path
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(CONNECT_SECONDS)
-            sock.connect(str(path))
+        _reach(path)
     except OSError:
         return None
     return Daemon(path)
@@ -143,12 +141,17 @@ def unused_spool(read: Configuration) -> Path:
     return Path(config.spool).absolute()
 
 
+def _reach(path: Path) -> None:
+    """Connect to a control socket, and leave it. OSError: there is none, it is not ours to ask, or nobody listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(CONNECT_SECONDS)
+        sock.connect(str(path))
+
+
 def _answers(path: Path) -> bool:
     """Whether a daemon listens at a control socket; ends the program when that cannot be found out."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(CONNECT_SECONDS)
-            sock.connect(str(path))
+        _reach(path)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         return False
     except PermissionError as error:

@@ -1,6 +1,5 @@
 """`relaymta quarantine`: mail that filters, rules about mail or DMARC hold."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,10 +7,10 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import record, say, say_json, say_json_lines
+from relaymta.cli.console import say, say_json
 from relaymta.cli.lessons import again as also_again
 from relaymta.cli.lessons import learning, taught
-from relaymta.cli.options import Configuration, configured, fail, group, incomplete, missing
+from relaymta.cli.options import Configuration, configured, fail, group, missing
 from relaymta.cli.peer import (
     Daemon,
     Offline,
@@ -32,7 +31,7 @@ from relaymta.cli.peer import (
     size,
     when,
 )
-from relaymta.cli.queue import in_order, pages
+from relaymta.cli.queue import change, list_in_order, pages, result
 from relaymta.ident import format_id
 
 __all__ = ["quarantine"]
@@ -86,15 +85,8 @@ def _recipient(context: click.Context, parameter: click.Parameter, value: str) -
 def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
     """List the messages in the quarantine, the oldest first: id, who holds it, score, size, since when and until when, sender and
     recipients, Subject, and why."""
-    empty, peer = True, connect(read)
-    for lines in in_order(peer, chosen | {"quarantined": True}):
-        empty = empty and not lines
-        if as_json:
-            say_json_lines(b"\n".join([*lines, b""]))
-            continue
-        for line in lines:
-            record(*_cells(json.loads(line)))
-    if empty and not as_json:
+    some = list_in_order(connect(read), chosen | {"quarantined": True}, as_json, _cells)
+    if not some and not as_json:
         nothing = "the quarantine is empty" if not missing() else "no messages where a worker answers"
         say("no such messages in the quarantine" if any(chosen.values()) else nothing, err=True)
 
@@ -191,36 +183,23 @@ def _chosen(verb: str, ids: tuple[str, ...], everything: bool, chosen: dict[str,
 
 def _changed(read: Configuration, verb: str, filters: list[dict[str, Any]], dry_run: bool, as_json: bool, **how: Any) -> None:
     """Release or delete what matches, and say what was done."""
-    peer = daemon(read)
-    found, unknown = {"matched": 0, "changed": 0, "dry_run": dry_run}, []
     waiting = 0
-    for chosen in filters:
-        before = found["matched"]
-        for shard, idents, lines in pages(peer, chosen):
-            found["matched"] += len(idents)
-            waiting += sum(bool(json.loads(line)["unseen"]) for line in lines)
-            if idents and not dry_run:
-                found["changed"] += asked(peer, "change", verb=f"{verb} quarantined", shard=shard, idents=idents, **how)[0]
-        if chosen.get("ident") and found["matched"] == before:
-            unknown.append(format_id(chosen["ident"]))
-    incomplete()
+
+    def look(row: dict[str, Any]) -> None:
+        nonlocal waiting
+        waiting += bool(row["unseen"])
+
+    found = change(daemon(read), f"{verb} quarantined", filters, dry_run, look=look, **how)
+    del found["in_flight"]  # no attempt is made at mail in the quarantine
     if as_json:
-        say_json(found | ({"unknown": unknown} if unknown else {}))
+        say_json(found)
     else:
-        say(f"{verb}: {_result(found)}")
+        say(f"{verb}: {result(found, 'message in the quarantine')}")
         if verb == "release" and waiting and not how["unscanned"]:
             those = counted(waiting, "of them waits", "of them wait")
             say(f"note: {those} for other filters first (`message explain ID`; --unscanned: without them)", err=True)
-    if unknown and not missing():
-        fail(1, "\n".join(no_such("message in the quarantine", ident) for ident in unknown))
-
-
-def _result(found: dict[str, Any]) -> str:
-    if not found["matched"]:
-        return "no message in the quarantine matches; nothing was changed"
-    if found["dry_run"]:
-        return f"{counted(found['matched'], 'message matches', 'messages match')}; nothing was changed"
-    return f"{found['changed']} of {found['matched']} messages changed"
+    if "unknown" in found and not missing():
+        fail(1, "\n".join(no_such("message in the quarantine", ident) for ident in found["unknown"]))
 
 
 @quarantine.command()

@@ -40,7 +40,9 @@ from relaymta.errors import NoSuch
 from relaymta.ident import format_id
 from relaymta.proto.address import same_host
 
-__all__ = ["KINDS", "SITES", "change", "in_order", "is_named", "names_of_sites", "pages", "queue", "reload", "status"]
+__all__ = [
+    "KINDS", "SITES", "change", "is_named", "list_in_order", "names_of_sites", "pages", "queue", "reload", "result", "status",
+]  # fmt: skip
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
 QUEUES = "`relaymta queue summary` names those that have mail"
@@ -172,6 +174,21 @@ def in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[by
             waiting = [part[count:] for part, count in zip(waiting, counts, strict=True)]
 
 
+def list_in_order(
+    peer: Daemon | Offline, chosen: dict[str, Any], as_json: bool, parts: Callable[[dict[str, Any]], list[str]]
+) -> bool:
+    """Write the messages that match, the oldest first; `parts`: those of a message's line. Whether there were any."""
+    some = False
+    for lines in in_order(peer, chosen):
+        some = some or bool(lines)
+        if as_json:
+            say_json_lines(b"\n".join([*lines, b""]))
+            continue
+        for line in lines:
+            record(*parts(json.loads(line)))
+    return some
+
+
 @queue.command(name="list")
 @_filters
 @as_json
@@ -179,14 +196,8 @@ def in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[by
 def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
     """List the messages, the oldest first: id, state, size, arrival, next attempt, sender and recipients, why it is held, and
     the result of the last attempt."""
-    empty, peer = True, connect(read)
-    for lines in in_order(peer, chosen):
-        empty = empty and not lines
-        if as_json:
-            say_json_lines(b"\n".join([*lines, b""]))
-            continue
-        for line in lines:
-            record(*_shown(json.loads(line)))
+    peer = connect(read)
+    empty = not list_in_order(peer, chosen, as_json, _shown)
     if empty and (wrong := unknown_name(peer, chosen)):
         absent(wrong)
     if empty and not as_json:
@@ -317,7 +328,7 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
         if as_json:
             say_json(found)
         else:
-            say(f"{verb}: {_result(found)}")
+            say(f"{verb}: {result(found)}")
             if verb == "release" and found["changed"]:
                 _note_hold_policies(peer)
         if not found["matched"] and (wrong := unknown_name(peer, chosen)):
@@ -339,12 +350,17 @@ def _note_hold_policies(peer: Daemon) -> None:
         say(f"note: what a hold policy matches is held again at once: {policies} (`relaymta policy list`)", err=True)
 
 
-def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "") -> dict[str, Any]:
-    """Apply `verb` to all messages that match one of `filters`. Returns how many were `matched`, `changed`, and skipped since
-    they are `in_flight`; for flush also how many the limits of their sites delay (`throttled`), and `until` when (seconds
-    UTC). `unknown`: the ids in `filters` that nothing matched, if there are any."""
+def change(
+    peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "",
+    look: Callable[[dict[str, Any]], None] | None = None, **how: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Apply `verb` to all messages that match one of `filters`. `look(row)` is called with each of them; `how`: what else the
+    request says. Returns how many were `matched`, `changed`, and skipped since they are `in_flight`; for flush also how many the
+    limits of their sites delay (`throttled`), and `until` when (seconds UTC). `unknown`: the ids in `filters` that nothing
+    matched, if there are any."""
     found = {"matched": 0, "changed": 0, "in_flight": 0, "dry_run": dry_run}
     queues: Counter[str] = Counter()
+    look = look if verb != "flush" else lambda row: queues.update(row["queues"])
     unknown = []
     for chosen in filters:
         before = found["matched"]
@@ -356,11 +372,13 @@ def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool
             continue
         for shard, idents, lines in pages(peer, chosen):
             found["matched"] += len(idents)
-            if verb == "flush":
-                queues.update(name for line in lines for name in json.loads(line)["queues"])
-            done = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word) if idents and not dry_run else None
-            found["changed"] += done[0] if done else 0
-            found["in_flight"] += done[1] if done else 0
+            if look is not None:
+                for line in lines:
+                    look(json.loads(line))
+            if idents and not dry_run:
+                changed, in_flight = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word, **how)
+                found["changed"] += changed
+                found["in_flight"] += in_flight
         if chosen.get("ident") and found["matched"] == before:
             unknown.append(format_id(chosen["ident"]))
     if verb == "flush":
@@ -380,15 +398,15 @@ def _throttled(peer: Daemon, queues: Counter[str]) -> dict[str, Any]:
             return {"throttled": count, "until": until}
 
 
-def _result(found: dict[str, Any]) -> str:
+def result(found: dict[str, Any], what: str = "message") -> str:
     """The result of `change` as a sentence."""
     if not found["matched"]:
-        return "no message matches; nothing was changed"
+        return f"no {what} matches; nothing was changed"
     if found["dry_run"]:
         text = f"{counted(found['matched'], 'message matches', 'messages match')}; nothing was changed"
     else:
         text = f"{found['changed']} of {found['matched']} messages changed"
-        text += f"; {found['in_flight']} in flight were not changed" if found["in_flight"] else ""
+        text += f"; {found['in_flight']} in flight were not changed" if found.get("in_flight") else ""
     if found.get("throttled"):
         eligible = max(0, found["matched"] - found["throttled"])
         text += f"; {eligible} are tried now, {found['throttled']} are throttled by their sites until {when(found['until'])}"

@@ -1,18 +1,16 @@
 """Outbound abuse: when mail of an account is not like its own any more (`[[abuse]]`)."""
 
-import re
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from relaymta.config.values import Duration, Reload, Table
+from relaymta.config.values import Duration, Name, Reload, Table
 
 __all__ = ["FLOORS", "Abuse"]
 
 Watch = Literal["volume", "spread", "failures", "network", "rule"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,31}\Z")
 FLOORS = {"volume": 200, "spread": 50, "failures": 50, "network": 50, "rule": 1}  # where `floor` is not given
 
 
@@ -20,7 +18,7 @@ class Abuse(Table):
     """A look at what each account sends: who logs in, and each application, by itself. `[[abuse]]`, repeatable.
     docs/abuse.md."""
 
-    name: Reload[str] = Field(description="its name in log, metrics, the quarantine and on the command line")
+    name: Reload[Name] = Field(description="its name in log, metrics, the quarantine and on the command line")
     watch: Reload[Watch] = Field(
         description='"volume": recipients within an hour; "spread": domains of recipients within a clock hour; "failures": the '
         'share of its last 200 recipients that failed for good; "network": recipients within an hour from networks that it has '
@@ -43,13 +41,6 @@ class Abuse(Table):
     )  # fmt: skip
     lasts: Reload[Duration] = Field(86400, ge=60, le=365 * 86400, description="for how long, or until `relaymta abuse clear`")
     enforce: Reload[bool] = Field(False, description="false: it is logged and counted, and nothing is done")
-
-    @field_validator("name")
-    @classmethod
-    def _is_name(cls, name: str) -> str:
-        if not _NAME.match(name):
-            raise ValueError(f"{name!r}: letters, digits, spaces, '.', '-' and '_', 32 at most")
-        return name
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for key, belongs in (("factor", ("volume", "spread")), ("share", ("failures",)), ("rule", ("rule",))):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from relaymta.config.filters import LONGEST_REPLY, Words, is_line, listed
-from relaymta.config.values import Network, Reload, Size, Table, near
+from relaymta.config.values import Name, Network, Reload, Size, Table, near
 
 __all__ = ["KINDS", "MailRule", "attachment_pattern", "field_pattern", "names_expression", "options"]
 
@@ -15,7 +15,6 @@ KINDS = ("program", "archive", "document", "image")  # of attachments, by their 
 STRUCTURES = ("excessive",)
 PREFIXES = ("type", "archive", "structure")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,31}\Z")
 _FIELD = re.compile(r"([!-9;-~]+):[ \t]?+(.+)\Z", re.S)
 _REPLY = re.compile(r"[45]\d\d [45]\.\d{1,3}\.\d{1,3} \S")
 LONGEST = 500  # characters of an expression
@@ -58,7 +57,7 @@ class MailRule(Table):
     They are evaluated before filters are asked. The first rule with `enforce` that matches decides; all that match are counted.
     docs/rules.md."""
 
-    name: Reload[str] = Field(description="its name in log, metrics, replies and on the command line")
+    name: Reload[Name] = Field(description="its name in log, metrics, replies and on the command line")
     attachment: Reload[list[str]] = Field(
         [], description='a part of the message has such a name ("*.exe"), is of such a kind by its first octets '
         '("type:program", archive, document, image), has a file of such a name in it ("archive:*.exe"); or '
@@ -93,13 +92,6 @@ class MailRule(Table):
         "", description='the reply to what it refuses, such as "552 5.7.0 {match} is not taken here"; empty: names the rule'
     )
     enforce: Reload[bool] = Field(False, description="false: what it would do is counted and logged, and not done")
-
-    @field_validator("name")
-    @classmethod
-    def _is_name(cls, name: str) -> str:
-        if not _NAME.match(name):
-            raise ValueError(f"{name!r}: letters, digits, spaces, '.', '-' and '_', 32 at most")
-        return name
 
     @field_validator("attachment")
     @classmethod

@@ -16,7 +16,7 @@ from relaymta.errors import ConfigError, near
 from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
-    "Address", "Domain", "Duration", "Host", "Mailbox", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate",
+    "Address", "Domain", "Duration", "Host", "Mailbox", "Name", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate",
     "Reload", "Restart", "Size", "SocketAddress", "Table", "When", "check_each", "dotted", "hook_url", "in_clear", "in_dns",
     "is_http", "is_loopback", "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
     "socket_address",
@@ -26,6 +26,7 @@ _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,31}\Z")
 SOCKET_PATH = 107  # octets (unix(7))
 _PORT = re.compile(r"[0-9]{1,9}\Z")
 _BARE_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?(/[!-~]*)?\Z")
@@ -259,6 +260,12 @@ def in_dns(name: str) -> str:
     return found
 
 
+def _name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ValueError(f"{name!r}: letters, digits, spaces, '.', '-' and '_', 32 at most")
+    return name
+
+
 def _domain(name: str) -> str:
     return in_dns(name) if name else ""
 
@@ -323,5 +330,6 @@ SocketAddress = Annotated[str, BeforeValidator(socket_address)]  # host:port or 
 Host = Annotated[str, BeforeValidator(_host)]
 Nameserver = Annotated[str, AfterValidator(_nameserver)]
 Network = Annotated[str, BeforeValidator(_network)]
+Name = Annotated[str, AfterValidator(_name)]  # of a rule or a check, as it stands in the log and on the command line
 Domain = Annotated[str, AfterValidator(_domain)]  # in A-labels, or ""
 Mailbox = Annotated[str, AfterValidator(_mailbox)]  # an address in its one form, or ""

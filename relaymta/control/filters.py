@@ -5,14 +5,13 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from relaymta.ident import SEQUENCE_BITS, SHARD_BITS
+from relaymta.ident import stamp_of
 from relaymta.proto.address import comparable, compared, domain_of
 from relaymta.proto.envelope import HELD, UNSEEN, Envelope, QueueName
 
-__all__ = ["STAMP", "Chosen", "Filter", "Number", "Text"]
+__all__ = ["Chosen", "Filter", "Number", "Text"]
 
 Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
-STAMP = SEQUENCE_BITS + SHARD_BITS  # what is above that in an id: ms of the queue's clock
 Number = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -82,7 +81,7 @@ class Filter:
 
     def _is_quarantined(self, envelope: Envelope) -> bool:
         why, name = envelope.quarantine, self.held_by
-        if why is None or (self.until and why.since > self.until >> STAMP):  # it was put there since the first page
+        if why is None or (self.until and why.since > stamp_of(self.until)):  # it was put there since the first page
             return False
         kind, _, names = why.by.partition(" ")
         return name in ("", why.by, *(names.split(", ") if kind in ("filter", "rule", "abuse") else ()))

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from relaymta.ident import SEQUENCE_BITS, SHARD_BITS
+from relaymta.ident import SEQUENCE_BITS, SHARD_BITS, stamp_of
 
 __all__ = ["IdSource"]
 
@@ -13,7 +13,7 @@ class IdSource:
 
     def __init__(self, shard: int, high_water: int, now: Callable[[], int]) -> None:
         self._shard = shard << SEQUENCE_BITS
-        self._stamp = high_water >> (SHARD_BITS + SEQUENCE_BITS)
+        self._stamp = stamp_of(high_water)
         self._sequence = (1 << SEQUENCE_BITS) - 1  # so that the first id takes a stamp above the high-water mark's
         self._now = now
         self._lock = threading.Lock()

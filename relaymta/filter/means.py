@@ -15,8 +15,8 @@ __all__ = ["Means"]
 
 class Means(NamedTuple):
     """In a worker all of it, on the command line as far as it is there. `hostname`: ours; `counters`, `named`: where it is
-    counted; `warn(text)`: something is wrong; `matched(mail,
-    rule)`: a rule about mail matches; `triplets(stale)`: those of greylisting, see there."""
+    counted; `warn(text)`: something is wrong; `matched(mail, rule)`: a rule about mail matches; `triplets(stale)`: those of
+    greylisting, see there."""
 
     hostname: str = ""
     resolver: "Resolver | None" = None

@@ -25,7 +25,7 @@ def of_dmarc(why: str, header: bytes, now: int) -> Quarantine:
 
 def of_abuse(state: SiteState, now: int) -> Quarantine:
     """Because an account does what it usually does not. It stays until an operator decides: good mail may be among it."""
-    return Quarantine(now, f"abuse {state.about}", held_because(state.reason), None, "", False)
+    return Quarantine(now, state.by, held_because(state.reason), None, "", False)
 
 
 def _subject(header: bytes) -> str:

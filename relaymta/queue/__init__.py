@@ -128,16 +128,6 @@ class Queue:
 
     def _show(self, assign: Assign, settings: QueueSettings) -> None:
         """What operators read and change, and what delivery reads of messages: methods of their own objects."""
-        self.quarantine = Keeper(
-            self.store,
-            self.clock,
-            self._readers,
-            lambda verb, idents, then: self._changes.begin(verb, idents, then),
-            settings.quarantine_ms,
-        )
-        view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries, self.quarantine)
-        self.summary, self.page, self.shape, self.names = view.summary, view.page, view.shape, view.names
-        self.message, self.places, self.raw, self.watch_totals = view.message, view.places, view.raw, view.watch_totals
         self._changes = Changes(
             self._loop,
             self.store,
@@ -155,6 +145,10 @@ class Queue:
         self.change_messages, self.move_queues = self._changes.change_messages, self._changes.move_queues
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
         self.park = self._changes.park
+        self.quarantine = Keeper(self.store, self.clock, self._readers, self._changes.begin, settings.quarantine_ms)
+        view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries, self.quarantine)
+        self.summary, self.page, self.shape, self.names = view.summary, view.page, view.shape, view.names
+        self.message, self.places, self.raw, self.watch_totals = view.message, view.places, view.raw, view.watch_totals
         data = Bodies(self.segments, self._readers, self.entries)
         self.read, self.stream = data.read, data.stream
 

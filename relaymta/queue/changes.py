@@ -145,14 +145,17 @@ class Changes:
         """One group commit; how many messages it has changed."""
         left: list[tuple[int, Envelope, str, list[str]]] = []
 
+        def leaves(ident: int, envelope: Envelope, how: str, recipients: list[str]) -> None:
+            left.append((ident, envelope, how, recipients))
+
         def run(change: Change) -> int:
             left.clear()  # of a group that was undone
             if verb == "reroute":
                 return inspect.reroute(change, self._store, self._clock, self._assign, idents, str(word))
             if isinstance(word, Release):
-                return released(change, self._clock, self._assign, self.max_age_ms, idents, word, lambda *one: left.append(one))
+                return released(change, self._clock, self._assign, self.max_age_ms, idents, word, leaves)
             store, writer, clock = self._store, self._writer, self._clock
-            return inspect.apply(verb, change, store, writer, clock, self.max_age_ms, idents, word, lambda *one: left.append(one))
+            return inspect.apply(verb, change, store, writer, clock, self.max_age_ms, idents, word, leaves)
 
         changed = await self._writer.task(run)
         for one in left:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from relaymta.control.filters import STAMP
 from relaymta.disk.clock import ShardClock
+from relaymta.ident import stamp_of
 from relaymta.proto.envelope import CRASHED, HELD, POLICY_HELD, QUARANTINED, SMTPUTF8, UNSEEN, Envelope, Quarantine, Unseen
 from relaymta.queue.change import Change
 from relaymta.queue.entry import Put
@@ -122,7 +122,7 @@ class Keeper:
             return found
         until = now - self.keep_ms
         for rows, (ident, since, _) in enumerate(self._store.quarantined(txn, True, read)):
-            if ident >> STAMP > until:
+            if stamp_of(ident) > until:
                 break
             if rows >= ROWS or len(found) >= AT_ONCE:
                 self._after = ident - 1

@@ -97,9 +97,8 @@ class Gauges:
         gauge("relaymta_stressed", worker.acceptor is not None and worker.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
         worker.report_conduct()
-        keepers = [shard.queue.quarantine for shard in worker.shards.values()]
-        gauge("relaymta_quarantine_messages", sum(keeper.messages for keeper in keepers))
-        gauge(QUARANTINE, sum(keeper.octets for keeper in keepers))
+        gauge("relaymta_quarantine_messages", sum(shard.queue.quarantine.messages for shard in worker.shards.values()))
+        worker.note_quarantine()
         gauge("relaymta_quarantine_limit_octets", worker.config.quarantine.octets)
         self._watch_memory()
         if worker.mail is not None:
