@@ -1,5 +1,7 @@
-# Each target is a few commands. PYTHON: the interpreter that .venv is made with.
-PYTHON ?= python3
+# Each target is a few commands. PYTHON: the interpreter that .venv is made with. That of the distribution is preferred, where it can
+# build: it was compiled with profile-guided optimisation, which those of version managers often are not (`relaymta doctor`).
+PYTHON ?= $(shell /usr/bin/python3 -c $(CAN_BUILD) 2>/dev/null && echo /usr/bin/python3 || echo python3)
+CAN_BUILD := 'import ensurepip, os, sys, sysconfig, venv; sys.exit(sys.version_info < (3, 11) or not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
 BIN := .venv/bin
 CI ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -8,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: build run check test prove fuzz bench clean
+.PHONY: build run check test test-packages prove fuzz bench wheels deb clean
 
 build: .venv/built
 
@@ -42,6 +44,20 @@ check: build
 test: build
 	CI=$(CI) $(BIN)/python -m pytest -n 4 --dist worksteal
 
+# They need root, debootstrap and systemd-nspawn, and a few minutes.
+test-packages: wheels
+	CI=$(CI) $(BIN)/python -m pytest -m packages tests/packages
+
+# Our wheel, and those of all that it needs. (Modules that are gone would stay in build/, and so in the wheel.)
+wheels: build
+	@rm -f build/wheels/relaymta-*.whl
+	@if [ -d build ]; then find build -path 'build/lib.*' -name '*.py' -delete; fi
+	$(BIN)/pip wheel -q --no-build-isolation -w build/wheels .
+
+deb: wheels
+	mkdir -p dist
+	packaging/deb/build build/wheels dist
+
 prove: build
 	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -n 4 --dist worksteal -m "prove or not prove" --timeout 3600
 	$(MAKE) fuzz
@@ -59,4 +75,4 @@ bench: build
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv build relaymta/_speedups/*.so relaymta/_speedups/*.c *.egg-info
+	rm -rf .venv build dist relaymta/_speedups/*.so relaymta/_speedups/*.c *.egg-info

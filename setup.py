@@ -1,13 +1,16 @@
-"""Build the compiled kernels; everything else about the project is in pyproject.toml.
+"""Build the compiled kernels, and put the files for operators into the package; everything else is in pyproject.toml.
 
 A kernel that does not compile fails the build, so that no relay runs interpreted unnoticed. With RELAYMTA_INTERPRETED=1 at run
 time the `.py` + `.pxd` kernels run interpreted (for coverage and fuzzing).
 """
 
 import os
+import shutil
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 KERNELS = {
     "relaymta._speedups.smtp": "relaymta/_speedups/smtp.py",
@@ -38,7 +41,26 @@ DIRECTIVES = {
     "annotation_typing": False,
 }
 
+ASSETS = ("config", "grafana")  # folders that `relaymta assets` writes out again (relaymta/cli/assets.py)
+
+
+class BuildWithAssets(build_py):
+    """As setuptools'; the folders of ASSETS are copied into the package. (Not by an editable installation: there they are beside
+    it.)"""
+
+    def run(self) -> None:
+        """Copy the modules, then the folders."""
+        super().run()
+        if self.editable_mode:
+            return
+        for name in ASSETS:
+            there = Path(self.build_lib) / "relaymta" / "assets" / name
+            shutil.rmtree(there, ignore_errors=True)  # what an earlier build has left
+            shutil.copytree(name, there)
+
+
 setup(
+    cmdclass={"build_py": BuildWithAssets},
     ext_modules=cythonize(  # type: ignore[no-untyped-call]
         [
             Extension(
@@ -50,5 +72,5 @@ setup(
             for name, path in KERNELS.items()
         ],
         compiler_directives=DIRECTIVES,
-    )
+    ),
 )

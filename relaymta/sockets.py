@@ -12,7 +12,7 @@ from pwd import struct_passwd
 from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
-__all__ = ["bound", "check_free", "control_socket", "in_use", "listens", "notify", "reason", "remove_socket"]
+__all__ = ["bound", "check_free", "control_socket", "in_use", "listens", "notify", "reason", "remove_socket", "watchdog_seconds"]
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
@@ -189,6 +189,12 @@ def reason(error: OSError) -> str:
     if error.errno == errno.EACCES:
         return "ports below 1024 need root"
     return error.strerror or str(error)
+
+
+def watchdog_seconds() -> float:
+    """How often systemd expects a sign of life (sd_watchdog_enabled(3)); 0: it does not."""
+    period, owner = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
+    return int(period) / 1e6 if period.isdigit() and owner in ("", str(os.getpid())) else 0.0
 
 
 def notify(state: str) -> None:

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from importlib import import_module
@@ -20,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from relaymta.cli import VERBS, console, main, peer, sink
+from relaymta.config import describe
 from relaymta.queue import offline
 from tests.support.daemon import Relay, free_port, wait_for
 
@@ -85,7 +87,7 @@ def test_options_stand_before_the_verb_or_behind_it_and_those_behind_it_win(tmp_
 # Exit statuses
 
 ARGUMENTS = {  # what a verb needs to get as far as its configuration
-    ("abuse", "why"): ["n"], ("abuse", "clear"): ["n"],
+    ("abuse", "why"): ["n"], ("abuse", "clear"): ["n"], ("assets",): ["k"],
     ("app", "create"): ["n"], ("app", "expire"): ["n"], ("app", "rotate"): ["n"], ("app", "remove"): ["n"],
     ("user", "add"): ["n", "--password", "x"], ("user", "password"): ["n", "--password", "x"], ("user", "remove"): ["n"],
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],
@@ -111,7 +113,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
-NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
+NO_DAEMON = {"app", "assets", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),
@@ -705,6 +707,40 @@ def test_the_licence_is_there_and_declared():
     assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
     assert f"[{'0.2.0'}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# Files for operators, and the program
+
+
+def test_the_assets_are_written_and_nothing_is_overwritten(tmp_path):
+    folder = tmp_path / "a"
+    first = call("assets", str(folder))
+    assert first.exit_code == 0 and f"{folder}/grafana/relaymta.json" in first.stdout.splitlines()
+    assert call("assets", str(folder)).exit_code == 0  # the same
+    (folder / "config/relaymta.toml").write_text("mine")
+    refused = call("assets", str(folder))
+    assert refused.exit_code == 73 and refused.stderr.startswith(f"{folder}/config/relaymta.toml exists and is different")
+    assert (folder / "config/relaymta.toml").read_text() == "mine"
+    assert call("assets", "--force", str(folder)).exit_code == 0
+    assert (folder / "config/relaymta.toml").read_text() == describe()
+    assert call("assets", "/dev/null/a").exit_code == 73
+
+
+@pytest.mark.parametrize(("path", "options", "state"), [
+    ("/usr/bin/python3.11", "--enable-shared", "ok"),
+    ("/opt/python/bin/python3.11", "'--enable-optimizations' '--with-lto'", "ok"),
+    ("/opt/python/bin/python3.11", "'--enable-shared'", "warning"), ("/opt/python/bin/python3.11", None, "warning"),
+])  # fmt: skip
+def test_the_doctor_says_which_interpreter_runs(path, options, state, monkeypatch):
+    monkeypatch.setattr(sys, "executable", path)
+    monkeypatch.setattr(sysconfig, "get_config_var", {"CONFIG_ARGS": options}.get)
+    done = call("doctor", "--json")
+    rows = {row["check"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert done.exit_code == 0 and rows["interpreter"]["state"] == state and path in rows["interpreter"]["found"]
+    assert rows["kernels"]["state"] == "ok"
+    monkeypatch.setenv("RELAYMTA_INTERPRETED", "1")
+    assert call("doctor").exit_code == 1
+    assert call("doctor", "--json", "domain", "d.example").exit_code == 64
 
 
 # The sink

@@ -106,7 +106,8 @@ class Checker:
         return await future
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        with contextlib.suppress(OSError):  # where a filter of system calls forbids it, at the same priority
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             _, _, check, future = self._inbox.get()
             if future.cancelled():  # the client has disconnected

@@ -30,9 +30,10 @@ class Verb(NamedTuple):
 VERBS = {
     "abuse": Verb("abuse", "Accounts whose mail is not like their own any more."),
     "app": Verb("account", "Manage applications that log in with a key to send mail."),
+    "assets": Verb("assets", "Write the units, the reference configuration and the dashboard to a folder."),
     "config": Verb("config", "Check, show or describe the configuration."),
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),
-    "doctor": Verb("doctor", "Check what other servers see of this one."),
+    "doctor": Verb("doctor", "Check what runs here; with a subject, what other servers see of this one."),
     "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
     "message": Verb("message", "Inspect one message."),

@@ -1,4 +1,4 @@
-"""`relaymta doctor`: whether a domain's mail from here would pass the checks of other servers."""
+"""`relaymta doctor`: what runs here, and whether a domain's mail from here would pass the checks of other servers."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,8 @@ import click
 from relaymta.cli import spf as records
 from relaymta.cli.console import say_json, table
 from relaymta.cli.dkim import checked
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
+from relaymta.cli.doctor_here import Row, here
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config
 from relaymta.proto.address import in_a_labels, is_host
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor"]
 
-Row = tuple[str, str, str]  # what was checked, ok | warning | wrong, the result
 
-
-@group
-def doctor() -> None:
-    """Check what other servers see of this one."""
+@click.group(invoke_without_command=True)
+@as_json
+@configured
+@click.pass_context
+def doctor(context: click.Context, read: Configuration, as_json: bool) -> None:
+    """Check what runs here; with a subject, what other servers see of this one. Exit status 1 when something is wrong."""
+    if context.invoked_subcommand is None:
+        _report(here(), as_json)
+    elif as_json:
+        fail(64, f"doctor: give --json behind {context.invoked_subcommand}")
 
 
 @doctor.command()
@@ -50,7 +56,10 @@ def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: 
         fail(64, f"{given!r} is not a domain name")
     ways = records.ways(config, name)
     ours = [] if ways and all(way.host for way in ways) else _sources(config)  # else it never leaves from an address of ours
-    rows = asyncio.run(_checks(config, name, chosen or ours, ways))
+    _report(asyncio.run(_checks(config, name, chosen or ours, ways)), as_json)
+
+
+def _report(rows: list[Row], as_json: bool) -> None:
     if as_json:
         for row in rows:
             say_json(dict(zip(("check", "state", "found"), row, strict=True)))

@@ -27,7 +27,7 @@ from relaymta.log import Log
 from relaymta.metrics import SITES_SHOWN, FilterTotals, RuleTotals, list_name, rule_name
 from relaymta.node import keep_secret
 from relaymta.shm import SLOTS, Shared
-from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
+from relaymta.sockets import bound, control_socket, notify, reason, remove_socket, watchdog_seconds
 from relaymta.supervisor.abuse import Accounts
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.busiest import busiest
@@ -91,6 +91,7 @@ class Supervisor:
             loop.add_signal_handler(number, self.stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
+        self._spawn(_signs_of_life())
         server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
         if self.mail is not None:
             self.mail.start()
@@ -230,6 +231,14 @@ class Supervisor:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _signs_of_life() -> None:
+    """Tell systemd's watchdog, where there is one, that this event loop runs."""
+    period = watchdog_seconds()
+    while period > 0:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(period / 3)
 
 
 def _raise_descriptor_limit() -> None:

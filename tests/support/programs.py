@@ -30,6 +30,9 @@ PACKAGES = {
     "sieve-test": "dovecot-sieve",
     "clamd": "clamav-daemon",
     "amavisd": "amavisd-new",
+    "debootstrap": "debootstrap",
+    "systemd-nspawn": "systemd-container",
+    "systemd-analyze": "systemd",
 }
 
 

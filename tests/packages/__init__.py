@@ -1,0 +1,1 @@
+"""The wheel and the Debian package, installed as operators install them: `make test-packages`."""

@@ -1,0 +1,75 @@
+"""The wheel: installed into an empty venv without a network, it runs from anywhere, and has what operators need."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from relaymta.config import describe
+from tests.packages.conftest import ROOT
+from tests.support.daemon import Relay, wait_for
+from tests.support.fake_mx import FakeMx
+
+pytestmark = [pytest.mark.packages, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def venv(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", made], check=True)
+    command = [made / "bin/pip", "install", "-q", "--no-index", "--find-links", wheels, "relaymta"]
+    subprocess.run(command, check=True, cwd=made)
+    return made
+
+
+def _run(venv: Path, *arguments: str, where: Path) -> str:
+    done = subprocess.run(
+        [venv / "bin/relaymta", *arguments], cwd=where, capture_output=True, text=True, env={"PATH": "/usr/bin"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_runs_from_anywhere(venv: Path, tmp_path: Path) -> None:
+    assert "kernels      ok     compiled" in _run(venv, "doctor", where=tmp_path)
+    assert _run(venv, "config", "describe", where=tmp_path) == describe()
+
+
+def test_it_delivers(venv: Path, tmp_path: Path) -> None:
+    with FakeMx({}) as peer:
+        relay = Relay(tmp_path, f"127.0.0.1:{peer.port}")
+        relay.python = str(venv / "bin/python")
+        relay.environment = {"PYTHONSAFEPATH": "1"}  # not the package in the current folder
+        with relay:
+            relay.send()
+            wait_for(lambda: peer.messages)
+            assert str(venv) in Path(f"/proc/{relay.worker_pids()[0]}/maps").read_text()
+
+
+def test_it_has_the_files_for_operators(venv: Path, tmp_path: Path) -> None:
+    said = _run(venv, "assets", "here", where=tmp_path).splitlines()
+    written = {str(path.relative_to(tmp_path / "here")) for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    assert written == {
+        str(path.relative_to(ROOT)) for name in ("config", "grafana") for path in (ROOT / name).rglob("*") if path.is_file()
+    }
+    assert said == sorted(str(tmp_path / "here" / name) for name in written)
+    assert f"ExecStart={venv}/bin/relaymta serve\n" in (tmp_path / "here/config/relaymta.service").read_text()
+    assert (tmp_path / "here/config/relaymta.toml").read_text() == describe()
+
+
+def test_the_source_distribution_has_what_it_is_built_from(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])",
+        tmp_path,
+    ]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    needed = {name for name in listed if name.startswith(("relaymta/", "config/", "grafana/", "packaging/"))}
+    assert needed <= names
