@@ -48,6 +48,9 @@ domain = "b.example"
 selector = "one"
 key = "/etc/relaymta/one.pem"
 
+[accounts]
+file = "/etc/relaymta/accounts.toml"
+
 [log]
 file = "/var/log/relaymta/relaymta.log"
 
@@ -124,10 +127,10 @@ def test_its_processes_have_one_capability_and_a_filter_of_system_calls(machine:
 def test_what_the_relay_does_is_allowed(machine: Machine) -> None:
     """Signing, logins, mailboxes, a control group, reload, rotation of the log, the rights of a folder of its own."""
     machine.run("relaymta", "dkim", "keygen", "--selector", "one", "--out", "/etc/relaymta/one.pem", "b.example")
-    machine.run("chgrp", "relaymta", "/etc/relaymta/one.pem")
-    machine.run("chmod", "0640", "/etc/relaymta/one.pem")
+    machine.run("chown", "relaymta", "/etc/relaymta/one.pem")  # made before there was a configuration that says who needs it
     _configure(machine)
     machine.run("relaymta", "mailbox", "create", "--password", "ann@here.example", given="secret\n")
+    key = json.loads(machine.run("relaymta", "app", "create", "shop", "--json").stdout)["key"]
     arrived: list[str] = []
 
     async def exchange() -> None:
@@ -136,14 +139,15 @@ def test_what_the_relay_does_is_allowed(machine: Machine) -> None:
         await asyncio.to_thread(
             _send, machine, 587, "e@f.example", login=("ann@here.example", "secret"), sender="ann@here.example"
         )
+        await asyncio.to_thread(_send, machine, 587, "g@f.example", login=("shop", key))
         async with asyncio.timeout(60):
-            while len(arrived) < 2:
+            while len(arrived) < 3:
                 await asyncio.sleep(0.05)
         server.close()
 
     with machine.network():
         asyncio.run(exchange())
-    assert sorted(arrived) == ["c@d.example", "e@f.example"]
+    assert sorted(arrived) == ["c@d.example", "e@f.example", "g@f.example"]
     assert "hello" in machine.run("relaymta", "mailbox", "show", "--messages", "ann@here.example").stdout
     machine.run("systemctl", "reload", "relaymta")
     assert machine.run("stat", "-c", "%U:%G", "/run/relaymta/control.sock").stdout == "relaymta:adm\n"
@@ -241,6 +245,7 @@ def test_a_removal_leaves_the_configuration_and_the_queue(machine: Machine) -> N
     machine.run("dpkg", "-i", "/root/next.deb")  # and again: with its configuration and its queue
     assert _is_up(machine)
     assert _status(machine)["listeners"] == ["127.0.0.1:25", "127.0.0.1:587"]
+    assert machine.run("systemctl", "is-enabled", "relaymta.service", "relaymta.socket").stdout.split() == ["enabled"] * 2
 
 
 def test_a_purge_asks_before_it_removes_the_queue(machine: Machine) -> None:
