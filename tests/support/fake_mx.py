@@ -64,6 +64,7 @@ class FakeMx:
         self.commands: list[str] = []
         self.mails: list[str] = []  # each MAIL, with its parameters
         self.resumed: list[bool] = []  # of each connection with TLS
+        self.certificates: list[dict[str, Any]] = []  # the clients', where `tls` asks for them
         self.connections = self.most_open = 0
         if path:
             self._server = socket.socket(socket.AF_UNIX)
@@ -166,6 +167,7 @@ class FakeMx:
                 sock = self.tls.wrap_socket(sock, server_side=True)
                 self._open.append(sock)
                 self.resumed.append(bool(sock.session_reused))
+                self.certificates.append(dict(sock.getpeercert() or {}))
                 file = sock.makefile("rb")
                 continue
             if verb == "AUTH" and self.auth is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tests.support.daemon import wait_for
 
-__all__ = ["Said", "Shell", "blocks", "commands", "section", "shell", "tables"]
+__all__ = ["Said", "Shell", "blocks", "commands", "is_said", "section", "shell", "tables"]
 
 DOCS = Path(__file__).parents[2] / "docs"
 ID = re.compile(r"\b1[0-9A-HJKMNP-TV-Z]{12}\b")
@@ -91,14 +91,14 @@ class Shell:
         def matches() -> bool:
             nonlocal output
             output = self._output(command)
-            return self._is_said(said.output, output)
+            return is_said(said.output, output)
 
         if looks:
             with contextlib.suppress(AssertionError):
                 wait_for(matches, what=command)
         else:
             matches()
-        assert self._is_said(said.output, output), f"$ {said.command}\n{output}\nbut the page has\n{said.output}"
+        assert is_said(said.output, output), f"$ {said.command}\n{output}\nbut the page has\n{said.output}"
         self.known |= dict(zip(ID.findall(said.output), ID.findall(output), strict=True))
 
     def _output(self, command: str) -> str:
@@ -115,10 +115,11 @@ class Shell:
             text = text.replace(here, there)
         return text.rstrip("\n")
 
-    def _is_said(self, page: str, here: str) -> bool:
-        """Whether this is what the page has; "..." there stands for anything."""
-        expression = re.escape(_plain(page)).replace(r"\.\.\.", ".*")
-        return re.fullmatch(expression, _plain(here), re.S) is not None
+
+def is_said(page: str, here: str) -> bool:
+    """Whether what is said here is what the page has; "..." there stands for anything."""
+    expression = re.escape(_plain(page)).replace(r"\.\.\.", ".*")
+    return re.fullmatch(expression, _plain(here), re.S) is not None
 
 
 def _plain(text: str) -> str:
