@@ -15,7 +15,7 @@ Keys = tuple[str | int, ...]
 
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
 _OPEN = re.compile(r"\s*\[(?!.*\]\s*(#.*)?$)")  # a list that its line does not end
-_TOKEN = re.compile(r"""#|"(?:\\.|[^"\\])*+"?|'[^']*+'?|[][{},]|[^][{},\s"'#]+""")
+_TOKEN = re.compile(r"""#|"(?>(?:\\.|[^"\\])*)"?|'[^']*+'?|[][{},]|[^][{},\s"'#]+""")
 _HEAD = re.compile(r"\s*+(\[\[?)([^\]]+)\]")
 
 _TWICE = "this table is given twice"

@@ -137,3 +137,11 @@ def test_documents_name_verbs_that_exist():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for group, verb in re.findall(r"relaymta (queue|message|config) ([a-z]+)", path.read_text()):
             assert verb in command(group).commands, f"{path.name}: relaymta {group} {verb}"
+
+
+def test_no_pattern_repeats_a_group_possessively():
+    """Before Python 3.11.5 such patterns match what they must not (CPython issue 106052): an atomic group says the same."""
+    repeated = re.compile(r"\)(?:[*+?]|\{[0-9,]+\})\+")
+    found = [f"{path.name}:{number}" for path in (ROOT / "relaymta").rglob("*.py")
+             for number, line in enumerate(path.read_text().splitlines(), 1) if repeated.search(line)]  # fmt: skip
+    assert not found, "write (?>(?:...)*) in place of (?:...)*+"

@@ -23,16 +23,25 @@ def growth(parser: Parser, what: str, octets: int) -> float:
     return (least_seconds(parser, long) / len(long)) / (least_seconds(parser, short) / len(short))
 
 
+def least_growth(parser: Parser, what: str, octets: int) -> float:
+    """The least `growth` of several measurements; the first that is within MARGIN."""
+    found = [growth(parser, what, octets)]
+    while found[-1] > MARGIN and len(found) < TRIES:
+        time.sleep(0.02)  # what shares the processor's caches at this moment is gone at another
+        found.append(growth(parser, what, octets))
+    return min(found)
+
+
 @pytest.mark.parametrize(
     ("parser", "what"), [pytest.param(one, what, id=f"{one.name}: {what}") for one in PARSERS for what in one.worst]
 )
 def test_time_grows_no_faster_than_the_input(parser, what):
     for octets in sorted({BRIEF, min(LONG, parser.most or LONG)}):
-        found = [growth(parser, what, octets)]
-        while found[-1] > MARGIN and len(found) < TRIES:
-            time.sleep(0.02)  # what shares the processor's caches at this moment is gone at another
-            found.append(growth(parser, what, octets))
-        assert min(found) <= MARGIN, octets
+        least = least_growth(parser, what, octets)
+        if least > MARGIN and octets * TIMES <= (parser.most or octets * TIMES):
+            # What fits into a cache, or not, is a step at one length: an octet then costs the same again at all greater ones.
+            least = least_growth(parser, what, octets * TIMES)
+        assert least <= MARGIN, octets
 
 
 def test_a_square_would_be_seen():

@@ -24,11 +24,11 @@ NAMES = 200  # in h=
 LONGEST = 12  # digits of a time (RFC 6376 3.5)
 NEVER = 10**LONGEST
 
-_KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*+\Z")
+_KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?>(?:\.[A-Za-z0-9_-]{1,63})*)\Z")
 IDENTITY = 1000  # characters of i= that are read
 ADDRESS_SEEN = 8192  # octets of From: fields that are no address list, in which an address is looked for
 _ENCODED_WORD = re.compile(rb"=\?[^?\s]*+\?[bqBQ]\?[^?\s]*+\?=")
-_QUOTED_OR_OPEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|\\.|\(', re.S)
+_QUOTED_OR_OPEN = re.compile(rb'"(?>(?:[^"\\]++|\\.)*)"|\\.|\(', re.S)
 _IN_COMMENT = re.compile(rb"\\.|[()]", re.S)
 _DOMAIN_LABEL = rb"[A-Za-z0-9_\x80-\xff][A-Za-z0-9_\x80-\xff-]*+"
 # White space around the @ (RFC 5322 4.4) only where a domain follows, so that `Sales @ Acme` is no address.

@@ -29,7 +29,7 @@ LONGEST_TERM = 512  # characters of a domain with macros; the longest name has 2
 _MODIFIER = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*+)=")
 _VERSION = re.compile(rb"v=spf1(?: |\Z)", re.I)
 # macro-string (7.1); the number of labels must not be zero (7.3).
-_MACROS = re.compile(r"(?:[!-$&-~]|%[%_-]|%\{[A-Za-z](?!0++[^0-9])[0-9]*+[rR]?[.+,/_=-]*+\})*+\Z")
+_MACROS = re.compile(r"(?>(?:[!-$&-~]|%[%_-]|%\{[A-Za-z](?!0++[^0-9])[0-9]*+[rR]?[.+,/_=-]*+\})*)\Z")
 
 _Answers = list[tuple[tuple[str, str], Any]]
 

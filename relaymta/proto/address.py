@@ -30,18 +30,18 @@ _PREFIX = {
     b"FROM": re.compile(rb"[ \t]*(?i:FROM):[ \t]*(.*)\Z", re.S),
     b"TO": re.compile(rb"[ \t]*(?i:TO):[ \t]*(.*)\Z", re.S),
 }
-_STRING = r'"(?:[^"\\]|\\.)*+"'
-_IN_BRACKETS = re.compile(rf'<((?:[^">\\]|\\.|{_STRING})*+)>', re.S)
-_WITHOUT = re.compile(rf'((?:[^" \t\\]|\\.|{_STRING})*+)', re.S)
+_STRING = r'"(?>(?:[^"\\]++|\\.)*)"'
+_IN_BRACKETS = re.compile(rf'<((?>(?:[^">\\]++|\\.|{_STRING})*))>', re.S)
+_WITHOUT = re.compile(rf'((?>(?:[^" \t\\]++|\\.|{_STRING})*))', re.S)
 _BRACKETS, _SEMICOLONS = re.compile(">*+"), re.compile(";*+")  # what Postfix ignores behind a path, beside a comment
-_IN_COMMENT = re.compile(r"(?:[^()\\\x00-\x1f\x7f]|\\[\x20-\x7e])++|(?P<open>\()|(?P<close>\))")
+_IN_COMMENT = re.compile(r"(?>(?:[^()\\\x00-\x1f\x7f]++|\\[\x20-\x7e])+)|(?P<open>\()|(?P<close>\))")
 _ATEXT = r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]"
 _TOKEN = re.compile(
-    rf"(?P<none>[ \t]++)|(?P<comment>\()|(?P<word>(?:{_ATEXT}|\.|\\[\x20-\x7e])++)|(?P<special>[@,:])"
-    r'|"(?P<quoted>(?:[^\x00-\x1f"\\\x7f]|\\[\x20-\x7e])*+)"|(?P<literal>\[[^\x00-\x20\[\]\\\x7f]*+\])'
+    rf"(?P<none>[ \t]++)|(?P<comment>\()|(?P<word>(?>(?:{_ATEXT}|\.|\\[\x20-\x7e])+))|(?P<special>[@,:])"
+    r'|"(?P<quoted>(?>(?:[^\x00-\x1f"\\\x7f]++|\\[\x20-\x7e])*))"|(?P<literal>\[[^\x00-\x20\[\]\\\x7f]*+\])'
 )
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
-_DOT_ATOM = re.compile(rf"{_ATEXT}++(?:\.{_ATEXT}++)*+\Z")
+_DOT_ATOM = re.compile(rf"{_ATEXT}++(?>(?:\.{_ATEXT}++)*)\Z")
 _HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::([0-9]+))?\Z")
 _ROUTED = re.compile("[%!@]")
 _KEYWORD = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([\x21-\x3c\x3e-\x7e\u0080-\U0010ffff]+))?\Z")
@@ -316,8 +316,8 @@ def domain_matches(domain: str, patterns: Iterable[str]) -> bool:
     return any(domain == p.lstrip(".") or (p.startswith(".") and domain.endswith(p)) for p in map(_pattern, patterns))
 
 
-_NAME = re.compile(r"(?:[!-\-/-~ ]{1,63}+\.)*+[!-\-/-~ ]{1,63}+\Z")
-_HOST = re.compile(r"(?:[A-Za-z0-9_-]{1,63}+\.)++(?![0-9]++\Z)[A-Za-z0-9_-]{1,63}+\Z")
+_NAME = re.compile(r"(?>(?:[!-\-/-~ ]{1,63}+\.)*)[!-\-/-~ ]{1,63}+\Z")
+_HOST = re.compile(r"(?>(?:[A-Za-z0-9_-]{1,63}+\.)+)(?![0-9]++\Z)[A-Za-z0-9_-]{1,63}+\Z")
 
 
 def in_dns(name: str) -> bool:

@@ -21,12 +21,12 @@ PIECES: Final = 500  # parameters of a field: of more of them the first and the 
 FORMED: Final = 64  # characters that are normalized together
 
 _PLAIN = re.compile(
-    rb"[ \t\r\n]*+(?:;[ \t\r\n]*+(?:([!#$&'*+.0-9A-Z^_`a-z{|}~%-]++)[ \t\r\n]*+=[ \t\r\n]*+"
-    rb'(?:"([^"\\;\r\n\x00]*+)"|([^\x00-\x20;"()\\\x7f]++)))?+|\Z)'
+    rb"[ \t\r\n]*+(?:;[ \t\r\n]*+(?>(?:([!#$&'*+.0-9A-Z^_`a-z{|}~%-]++)[ \t\r\n]*+=[ \t\r\n]*+"
+    rb'(?:"([^"\\;\r\n\x00]*+)"|([^\x00-\x20;"()\\\x7f]++)))?)|\Z)'
 )
-_ANY = re.compile(rb"(filename|name|boundary|charset)[ \t\r\n]*+(?:\*[ \t]*+([0-9]{1,6}))?+[ \t]*+(\*)?[ \t\r\n]*+=", re.I)
-_PIECE = re.compile(rb"([^*]++)(?:\*([0-9]{1,6}))?+(\*)?\Z")
-_QUOTED = re.compile(rb'"((?:[^"\\]++|\\.)*+)("?)', re.S)
+_ANY = re.compile(rb"(filename|name|boundary|charset)[ \t\r\n]*+(?>(?:\*[ \t]*+([0-9]{1,6}))?)[ \t]*+(\*)?[ \t\r\n]*+=", re.I)
+_PIECE = re.compile(rb"([^*]++)(?>(?:\*([0-9]{1,6}))?)(\*)?\Z")
+_QUOTED = re.compile(rb'"((?>(?:[^"\\]++|\\.)*))("?)', re.S)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 _FOLD = re.compile(rb"[\r\n]++[ \t]*+")
 _LINE_END = re.compile(rb"[\r\n]++")

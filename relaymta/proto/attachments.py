@@ -46,8 +46,8 @@ LF, CR, DASH = 10, 13, 45
 
 _EMPTY: Final = 1 << 62  # a place behind everything
 _FIELD = re.compile(rb"content-(type|disposition|transfer-encoding|name|description)[ \t]*+:")
-_VALUE = re.compile(rb"[^\r\n]*+(?:[\r\n]++[ \t][^\r\n]*+)*+")
-_FIELDS = re.compile(rb"(?:[!-9;-~]++[ \t]*+:[^\r\n]*+(?:[\r\n]++[ \t]++[^\r\n \t][^\r\n]*+)*+(?:\r*+\n|\r))*+")
+_VALUE = re.compile(rb"[^\r\n]*+(?>(?:[\r\n]++[ \t][^\r\n]*+)*)")
+_FIELDS = re.compile(rb"(?>(?:[!-9;-~]++[ \t]*+:[^\r\n]*+(?>(?:[\r\n]++[ \t]++[^\r\n \t][^\r\n]*+)*)(?:\r*+\n|\r))*)")
 _DASHES = re.compile(rb"-*+")
 _TYPE = re.compile(
     rb"([^\x00-\x20\x7f-\xff()<>@,;:\\\"/\[\]?=]++)[ \t\r\n\"]*+/[ \t\r\n\"]*+([^\x00-\x20\x7f-\xff()<>@,;:\\\"/\[\]?=]++)"
@@ -55,7 +55,7 @@ _TYPE = re.compile(
 _COMMENT = re.compile(rb"\([^()]*+\)")
 _BASE64 = re.compile(rb"[ \t\r\n]*+[A-Za-z0-9+/]{8}[A-Za-z0-9+/=\r\n \t]*+\Z")
 _BEGIN = re.compile(rb"begin(-base64)?[ \t]++[0-7]{3,6}[ \t]++([^\r\n]++)")
-_YENC = re.compile(rb"=ybegin[ \t][^\r\n]{0,300}?name=([^\r\n]*+)[\r\n]*+(?:=ypart[^\r\n]*+[\r\n]*+)?+")
+_YENC = re.compile(rb"=ybegin[ \t][^\r\n]{0,300}?name=([^\r\n]*+)[\r\n]*+(?>(?:=ypart[^\r\n]*+[\r\n]*+)?)")
 _YENC_ESCAPE = re.compile(rb"=(.)", re.S)
 _TAG = re.compile(r"<[^<>]*+>")
 _WITHIN_TEXT: Final = (b"\nbegin", _BEGIN), (b"\n=ybegin ", _YENC), (b"\rbegin", _BEGIN), (b"\r=ybegin ", _YENC)

@@ -15,8 +15,8 @@ LONGEST_ID = 1000  # characters of an identifier that may be a host's name, in i
 ODD_MOST = 10  # fields that are not ASCII in a header; to compare their identifiers costs most, and further ones are removed
 LONGEST = 400  # octets of a value that we write; addresses have less
 _BLANK = re.compile(rb"[ \t\r\n]*+")
-_WITHIN_COMMENT = re.compile(rb"(?:[^()\\]|\\.)*+([()])", re.S)
-_QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
+_WITHIN_COMMENT = re.compile(rb"(?>(?:[^()\\]++|\\.)*)([()])", re.S)
+_QUOTED = re.compile(rb'"((?>(?:[^"\\]++|\\.)*))"', re.S)
 _TOKEN = re.compile(rb'[^\s\x00-\x1f\x7f()<>@,;:\\"/\[\]?=]++')  # RFC 2045 5.1
 _PAIR = re.compile(rb"\\(.)", re.S)
 _VERSION = re.compile(rb"[0-9]*+")
@@ -29,7 +29,7 @@ _NOTHING = re.compile(
 
 _PLAIN = re.compile(r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]++\Z")  # a token
 _ATOM = r"[!#$%&'*+/0-9=?A-Z^_`a-z{|}~\x80-\U0010ffff-]++"  # RFC 6532 3.2
-_LOCAL = re.compile(rf'(?:{_ATOM}(?:\.{_ATOM})*+|"(?:[^"\\]|\\.)*+")\Z')
+_LOCAL = re.compile(rf'(?:{_ATOM}(?>(?:\.{_ATOM})*)|"(?>(?:[^"\\]++|\\.)*)")\Z')
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})+\Z")
 

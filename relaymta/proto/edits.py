@@ -25,7 +25,7 @@ EDITS_MOST: Final = 1000  # edits that write a field
 # Around a name may be what other parsers ignore there (as in `proto.dkim.name_of`). The names that are found are as many as the
 # lines that are not folded: nothing that is matched has the beginning of another one in it.
 _START: Final = re.compile(
-    rb"\r\n(?![ \t])(?:[\0-\x08\x0b\x0c\x0e-\x1f\x7f]*+([!-9;-~]++)(?:[\0-\x09\x0b\x0c\x0e-\x20\x7f]|\r\n(?=[ \t]))*+:)?+"
+    rb"\r\n(?![ \t])(?>(?:[\0-\x08\x0b\x0c\x0e-\x1f\x7f]*+([!-9;-~]++)(?>(?:[\0-\x09\x0b\x0c\x0e-\x20\x7f]|\r\n(?=[ \t]))*):)?)"
 )
 _UNFOLDED: Final = re.compile(rb"\r\n(?![ \t])")
 _IN_NAMES: Final = bytes(octet for octet in range(33, 127) if octet != 0x3A)  # RFC 5322 3.6.8

@@ -41,7 +41,7 @@ KNOWN_WORDS, KNOWN_OCTETS = 200, 2000  # what is remembered of a FETCH: 256 time
 
 _SECTION = re.compile(
     r"(BODY|BODY\.PEEK|BINARY|BINARY\.PEEK|BINARY\.SIZE)\["
-    r"([1-9][0-9]{0,9}(?:\.[1-9][0-9]{0,9})*+)?"
+    r"([1-9][0-9]{0,9}(?>(?:\.[1-9][0-9]{0,9})*))?"
     r"(?:(?:(?<=\[)|(?<=[0-9])\.)(HEADER\.FIELDS\.NOT|HEADER\.FIELDS|HEADER|TEXT|MIME))?"
 )
 _BEHIND = re.compile(r"\](?:<([0-9]{1,10})\.([0-9]{1,10})>)?")

@@ -26,34 +26,34 @@ _CONTROL = r"\x00-\x08\x0a-\x1f\x7f"  # the CRLF of a fold is a line feed here
 # RFC 2047 2, with what is allowed in a phrase (5) and dots, which many accept: without RFC 2047 these are words and dots.
 _ENCODED = r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[A-Za-z0-9!#$%&'*+/=^_`{|}~.-]*+\?="
 _TOKEN = re.compile(
-    rf"(?P<space>(?:\n?[ \t])++)|(?P<encoded>{_ENCODED})|(?P<atom>[{_ATEXT}]++)|(?P<special>[<>@,;:.])|(?P<comment>\()"
-    rf'|"(?P<quoted>(?:[^"\\{_CONTROL}]|\n[ \t]|\\[^{_CONTROL}])*+)"|(?P<literal>\[[!-Z^-~]*+\])'
+    rf"(?P<space>(?>(?:\n?[ \t])+))|(?P<encoded>{_ENCODED})|(?P<atom>[{_ATEXT}]++)|(?P<special>[<>@,;:.])|(?P<comment>\()"
+    rf'|"(?P<quoted>(?>(?:[^"\\{_CONTROL}]++|\n[ \t]|\\[^{_CONTROL}])*))"|(?P<literal>\[[!-Z^-~]*+\])'
 )
-_WITHIN_COMMENT = re.compile(rf"(?:[^()\\{_CONTROL}]|\\[^{_CONTROL}])*+([()])")
+_WITHIN_COMMENT = re.compile(rf"(?>(?:[^()\\{_CONTROL}]++|\\[^{_CONTROL}])*)([()])")
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
-_DOT_ATOM = re.compile(rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*+\Z")
+_DOT_ATOM = re.compile(rf"[{_ATEXT}]++(?>(?:\.[{_ATEXT}]++)*)\Z")
 _WITHIN_QUOTES = re.compile(r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[!->@-~]*+\?=")  # not one within quotes, but often taken for one
 _LABEL = re.compile(r"[A-Za-z0-9_\x80-\U0010ffff-]++\Z")
 
 # The common form, in one match: a display name or none, and one address, all of it ASCII, nothing to unquote.
-_SIMPLE_LOCAL = rb"[A-Za-z0-9!#$%&'*+/^_`{|}~-]++(?:\.[A-Za-z0-9!#$%&'*+/^_`{|}~-]++)*+"
-_SIMPLE_DOMAIN = rb"[A-Za-z0-9_-]{1,63}+(?:\.[A-Za-z0-9_-]{1,63}+)*+"
+_SIMPLE_LOCAL = rb"[A-Za-z0-9!#$%&'*+/^_`{|}~-]++(?>(?:\.[A-Za-z0-9!#$%&'*+/^_`{|}~-]++)*)"
+_SIMPLE_DOMAIN = rb"[A-Za-z0-9_-]{1,63}+(?>(?:\.[A-Za-z0-9_-]{1,63}+)*)"
 _SIMPLE = re.compile(
     rb"[ \t]*+(?:(?:[A-Za-z0-9 \t!#$%&'*+/^_`{|}~-]++|\"[ !#-<>@-\[\]-~]*+\"[ \t]*+)?"
     rb"<(" + _SIMPLE_LOCAL + rb")@(" + _SIMPLE_DOMAIN + rb")>|(" + _SIMPLE_LOCAL + rb")@(" + _SIMPLE_DOMAIN + rb"))[ \t]*+\Z"
 )  # fmt: skip
-_FOLDS = rb"(?:(?:\r\n)?[ \t])*+"
+_FOLDS = rb"(?>(?:(?:\r\n)?[ \t])*)"
 _ONE = (
     _FOLDS + rb"(?:(?:[A-Za-z0-9 \t!#$%&'*+/=?^_`{|}~.-]++|\"[ !#-\[\]-~]*+\"" + _FOLDS + rb")?<" + _SIMPLE_LOCAL + rb"@"
     + _SIMPLE_DOMAIN + rb">|" + _SIMPLE_LOCAL + rb"@" + _SIMPLE_DOMAIN + rb")" + _FOLDS
 )  # fmt: skip
 # The only form in which a quoted string may be on two lines: as the display name of one address, with nothing else but comments
 # in which no string or address begins.
-_BETWEEN = rb"(?:\s|\([^()\"\\<>@]*+\))*+"
+_BETWEEN = rb"(?>(?:\s|\([^()\"\\<>@]*+\))*)"
 _FOLDED_NAME = re.compile(
     _BETWEEN + rb"\"[^\"\\<>@]*+\"" + _BETWEEN + rb"<[^\"\\()<>@\s]++@[^\"\\()<>@\s]++>" + _BETWEEN + rb"\Z"
 )
-_FULL = re.compile(rb"(?:" + _ONE + rb",)*+" + _ONE + rb"\Z")  # common lists in which no address lacks its domain
+_FULL = re.compile(rb"(?>(?:" + _ONE + rb",)*)" + _ONE + rb"\Z")  # common lists in which no address lacks its domain
 
 
 class _Token(NamedTuple):

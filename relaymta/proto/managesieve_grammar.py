@@ -16,7 +16,7 @@ TOKENS_MOST: Final = 8  # of a command: more than any takes
 SHOWN = 64  # octets of the beginning of a line
 
 _LITERAL = re.compile(rb"(?:\A|(?<=[ ]))\{([0-9]{1,19})(\+?)\}\Z")
-_TOKEN = re.compile(rb'(?:"(?P<quoted>(?:[^"\\\x00\r\n]|\\["\\])*+)"|(?P<word>[A-Za-z0-9*=+/._-]++))(?:[ ]++|\Z)')
+_TOKEN = re.compile(rb'(?:"(?P<quoted>(?>(?:[^"\\\x00\r\n]++|\\["\\])*))"|(?P<word>[A-Za-z0-9*=+/._-]++))(?:[ ]++|\Z)')
 
 
 class String(bytes):

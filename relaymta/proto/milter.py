@@ -85,7 +85,7 @@ class Said(NamedTuple):
 
 _TAKEN, _DONE = Said("R", "continue"), Said("E", "continue")
 _C = 0x63
-_CONTINUES = re.compile(rb"(?:\x00\x00\x00\x01c)++")
+_CONTINUES = re.compile(rb"(?>(?:\x00\x00\x00\x01c)+)")
 
 
 class Piece(NamedTuple):

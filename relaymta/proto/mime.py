@@ -27,9 +27,9 @@ READ: Final = 1 << 16  # octets of a header that are read together
 DEPTH_MOST: Final = 100  # numbers in a section
 
 _ENCODINGS = {0: None, 1: quoted_printable, 2: base64}  # encodings of _speedups.mime (C integers there)
-_NUMBERS = rb"([1-9][0-9]{0,8}(?:\.[1-9][0-9]{0,8})*+)"
+_NUMBERS = rb"([1-9][0-9]{0,8}(?>(?:\.[1-9][0-9]{0,8})*))"
 _SECTION = re.compile(rb"(?:" + _NUMBERS + rb"(?:\.(?=[A-Z])|\Z))?(?:([A-Z.]+)(?: \((.+)\))?)?\Z", re.I | re.S)
-_NAME = re.compile(rb'(?:"((?:[^"\\]|\\.)*+)"|([^\x00-\x20(){%*"\\\x7f-\xff]++))(?: |\Z)')
+_NAME = re.compile(rb'(?:"((?>(?:[^"\\]++|\\.)*))"|([^\x00-\x20(){%*"\\\x7f-\xff]++))(?: |\Z)')
 _ATOM = re.compile(rb'[^\x00-\x20(){%*"\\\]\x7f-\xff]++\Z')
 _WHOLE = re.compile(rb".*\n(?=[^ \t])", re.S)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.S)

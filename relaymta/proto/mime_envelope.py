@@ -20,7 +20,7 @@ FIELDS: Final = (
 _NAMES = "jan feb mar apr may jun jul aug sep oct nov dec"
 MONTHS: Final = {name: number for number, name in enumerate(_NAMES.split(), 1)}
 
-_TOKEN = re.compile(rb' ?(?:(\()|(\))|NIL|"([^"\\]*+(?:\\.[^"\\]*+)*+)"|\{([0-9]+)\}\r\n)', re.S)
+_TOKEN = re.compile(rb' ?(?:(\()|(\))|NIL|"([^"\\]*+(?>(?:\\.[^"\\]*+)*))"|\{([0-9]+)\}\r\n)', re.S)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 _FOLD = re.compile(rb"\r?\n(?=[ \t])")
 _ONE_LINE = bytes(32 if octet in b"\0\r\n" else octet for octet in range(256))

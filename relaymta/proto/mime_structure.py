@@ -8,7 +8,7 @@ __all__ = ["MESSAGE", "MULTIPART", "body_of"]
 
 MULTIPART, MESSAGE = 1, 2  # kinds of _speedups.mime (C integers there)
 
-_TOKEN = re.compile(rb'\(|\)|"(?:[^"\\]|\\.)*+"|\{(\d+)\}\r\n|[A-Za-z0-9]++', re.S)
+_TOKEN = re.compile(rb'\(|\)|"(?>(?:[^"\\]++|\\.)*)"|\{(\d+)\}\r\n|[A-Za-z0-9]++', re.S)
 _MESSAGES = (b'"rfc822"', b'"global"')
 
 

@@ -22,9 +22,9 @@ _MARK = b"\xef\xbb\xbf"  # byte order mark, which some editors put in front
 
 _NAME = rb"[A-Za-z_][A-Za-z0-9_]*+"
 _TOKEN = re.compile(
-    rb"(?P<space>(?:[ \t\r\n]++|#[^\n]*+)++)|(?P<comment>/\*)|(?P<text>(?i:text):[ \t]*+(?:#[^\n]*+|\r?)\n)"
+    rb"(?P<space>(?>(?:[ \t\r\n]++|#[^\n]*+)+))|(?P<comment>/\*)|(?P<text>(?i:text):[ \t]*+(?:#[^\n]*+|\r?)\n)"
     rb"|(?P<identifier>" + _NAME + rb")|:(?P<tag>" + _NAME + rb")|(?P<number>[0-9]++[KMGkmg]?)(?![A-Za-z0-9_])"
-    rb'|"(?P<string>(?:[^"\\]++|\\.)*+)"|(?P<special>[\[\](){},;])',
+    rb'|"(?P<string>(?>(?:[^"\\]++|\\.)*))"|(?P<special>[\[\](){},;])',
     re.S,
 )
 _LAST_LINE = re.compile(rb"^\.\r?(?:\n|\Z)", re.M)

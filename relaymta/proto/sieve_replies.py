@@ -18,7 +18,7 @@ REASON_MOST: Final = 500  # characters of the reply to a message that is refused
 WORD_OCTETS: Final = 39  # of an encoded word: with `Subject: ` its line has 73 octets, of the 76 that it may have (RFC 2047 2)
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
-_FIELD = re.compile(rb"^(?i:content)-[!-9;-~]++[ \t]*+:[^\r\n]*+(?:\r\n[ \t][^\r\n]*+)*+", re.M)
+_FIELD = re.compile(rb"^(?i:content)-[!-9;-~]++[ \t]*+:[^\r\n]*+(?>(?:\r\n[ \t][^\r\n]*+)*)", re.M)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]*\Z")
 _WITHIN = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 

@@ -18,13 +18,13 @@ STRING_MOST: Final = 65_536
 MATCHES_MOST: Final = 32
 
 _ENCODED = re.compile(
-    rb"\$\{(?:(?P<hex>(?i:hex)):(?P<octets>[ \t\r\n]*+[0-9A-Fa-f]{1,2}(?:[ \t\r\n]++[0-9A-Fa-f]{1,2})*+)"
-    rb"|(?i:unicode):(?P<numbers>[ \t\r\n]*+[0-9A-Fa-f]++(?:[ \t\r\n]++[0-9A-Fa-f]++)*+))[ \t\r\n]*+\}"
+    rb"\$\{(?:(?P<hex>(?i:hex)):(?P<octets>[ \t\r\n]*+[0-9A-Fa-f]{1,2}(?>(?:[ \t\r\n]++[0-9A-Fa-f]{1,2})*))"
+    rb"|(?i:unicode):(?P<numbers>[ \t\r\n]*+[0-9A-Fa-f]++(?>(?:[ \t\r\n]++[0-9A-Fa-f]++)*)))[ \t\r\n]*+\}"
 )
 _IDENTIFIER = rb"[A-Za-z_][A-Za-z0-9_]*+"
 _NAME = re.compile(_IDENTIFIER + rb"\Z")
 _REFERENCE = re.compile(
-    rb"\$\{(?:(?P<space>" + _IDENTIFIER + rb"\.(?:(?:[0-9]++|" + _IDENTIFIER + rb")\.)*+)?(?:(?P<number>[0-9]++)|(?P<name>"
+    rb"\$\{(?:(?P<space>" + _IDENTIFIER + rb"\.(?>(?:(?:[0-9]++|" + _IDENTIFIER + rb")\.)*))?(?:(?P<number>[0-9]++)|(?P<name>"
     + _IDENTIFIER + rb")))\}"
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ __all__ = ["submitted"]
 _AROUND = rb"[\0-\x08\x0b\x0c\x0e-\x1f]*+"
 _NAME = re.compile(
     rb"^" + _AROUND + rb"(?:(bcc|resent-bcc|return-path)|from|to|cc|reply-to|sender|resent-(?:from|to|cc|reply-to|sender))"
-    rb"(?:[\0-\x09\x0b\x0c\x0e-\x20]|\r\n(?=[ \t]))*+:",
+    rb"(?>(?:[\0-\x09\x0b\x0c\x0e-\x20]|\r\n(?=[ \t]))*):",
     re.I | re.M,
 )
 GROWTH_MOST = 2048  # octets that are added: the queue has room for so many beside its own fields

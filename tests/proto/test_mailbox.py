@@ -390,13 +390,18 @@ def as_meant(address: str) -> tuple[str, str]:
 
 
 def hidden(value: bytes, shown: set[str]) -> set[str]:
-    """Addresses that a program shows, and we neither find nor refuse. Brackets and blanks around one are not part of it: a string
-    on two lines makes email.utils show ` <ann@shop.test>`."""
+    """Addresses that a program shows, and we neither find nor refuse. What is around one in brackets is not part of it: a string
+    on two lines makes email.utils show ` <ann@shop.test>`, before Python 3.11.4 with what follows, too."""
     try:
         found = {as_meant(str(one)) for one in addresses(value)}
     except Malformed:
         return set()
-    return {one for one in shown if as_meant(one) not in found and as_meant(one.strip(" \t<>")) not in found}
+    return {one for one in shown if as_meant(one) not in found and as_meant(_within_brackets(one)) not in found}
+
+
+def _within_brackets(shown: str) -> str:
+    within = re.fullmatch(r"[ \t]*<([^<>]*)>.*", shown, re.S)
+    return within[1] if within else shown.strip(" \t<>")
 
 
 _PIECES = [
