@@ -1,15 +1,18 @@
-"""TOML without a schema: files, where each of their keys is, and what is wrong with one, in the words of who writes it."""
+"""TOML without a schema: files, where each of their keys is, what is wrong with one, in the words of who writes it; and how a
+value is written."""
 
+import json
 import re
 import tomllib
 from collections.abc import Collection, Iterator
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
 from relaymta.errors import ConfigError
 from relaymta.files import Unreadable, read_text
 
-__all__ = ["keys_of", "lay_over", "read_toml"]
+__all__ = ["keys_of", "lay_over", "read_toml", "written"]
 
 Keys = tuple[str | int, ...]
 
@@ -17,6 +20,9 @@ _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-
 _OPEN = re.compile(r"\s*\[(?!.*\]\s*(#.*)?$)")  # a list that its line does not end
 _TOKEN = re.compile(r"""#|"(?>(?:\\.|[^"\\])*)"?|'[^']*+'?|[][{},]|[^][{},\s"'#]+""")
 _HEAD = re.compile(r"\s*+(\[\[?)([^\]]+)\]")
+
+_LONE = re.compile("[\ud800-\udfff]")  # surrogates
+_BARE = re.compile(r"[A-Za-z0-9_-]+\Z")
 
 _TWICE = "this table is given twice"
 # Errors of tomllib: (what it says, a pattern of the line or "", what we say instead). The first that matches is used. A NUL in a
@@ -102,6 +108,26 @@ def lay_over(data: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError([f"--set {key}: {table} is not a table"])
         data = inner
     data[last] = value
+
+
+def written(value: Any) -> str:
+    """A value in one line of TOML: a text, number, boolean, point in time, list, or table. ValueError for a text that is not
+    Unicode (lone surrogates: octets of a command line that are not UTF-8)."""
+    match value:
+        case str():
+            if _LONE.search(value):
+                raise ValueError(f"{value!r}: not UTF-8")
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the rest of JSON's strings is TOML
+        case bool():
+            return "true" if value else "false"
+        case datetime() | date() | time():
+            return value.isoformat()
+        case list():
+            return "[" + ", ".join(map(written, value)) + "]"
+        case dict():
+            pairs = (f"{key if _BARE.match(key) else written(key)} = {written(inner)}" for key, inner in value.items())
+            return "{ " + ", ".join(pairs) + " }"
+    return repr(value)
 
 
 def keys_of(text: str) -> Iterator[tuple[Keys, int]]:

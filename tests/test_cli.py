@@ -113,7 +113,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
-NO_DAEMON = {"app", "assets", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
+NO_DAEMON = {"app", "assets", "user", "config", "dkim", "doctor", "init", "route", "serve", "sink"}  # verbs that do not ask it
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),
@@ -626,6 +626,7 @@ SLOW = {
     ("sink",),
     ("config", "check"),
     ("doctor", "domain"),
+    ("init",),
     ("dkim", "rotate"),
     ("mailbox", "restore"),
     ("mailbox", "dns"),
@@ -853,3 +854,12 @@ def test_times_of_accounts_are_seconds(tmp_path):
     assert "SCRAM-SHA-256 (expires in " in call("app", "list", *settings).stdout
     call("app", "expire", "shop", *settings)
     assert "SCRAM-SHA-256 (expired " in call("app", "list", *settings).stdout
+
+
+def test_the_table_for_a_key_names_its_file_however_that_is_called(tmp_path):
+    path = tmp_path / 'my "key" \\ ☃.pem'
+    found = call("dkim", "keygen", "shop.example", "--selector", "s1", "--type", "ed25519", "--out", str(path))
+    (table,) = tomllib.loads(found.stdout.partition("\n\n")[2])["dkim"]
+    assert table == {"domain": "shop.example", "selector": "s1", "key": str(path)} and path.exists()
+    found = call("dkim", "keygen", "shop.example", "--selector", "s1", "--out", f"{tmp_path}/\udcff")
+    assert (found.exit_code, found.stderr) == (64, "--out: the path is not UTF-8, so no configuration could name it\n")

@@ -17,7 +17,7 @@ from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
-from relaymta.proto.address import compared, domain_matches, domain_of, in_u_labels
+from relaymta.proto.address import compared, domain_matches, domain_of, domain_of_host, in_u_labels
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, held_because
 from relaymta.proto.header import (
     HEADER_SEEN,
@@ -172,7 +172,7 @@ class Intake:
             _own_or_general(own.message_rate, general.message_rate),
             _own_or_general(own.recipient_rate, general.recipient_rate),
             xforward=own.xforward,
-            domain=(config.intake.complete_domain or _domain_of_host(self.hostname)) if trusted else "",
+            domain=(config.intake.complete_domain or domain_of_host(self.hostname)) if trusted else "",
             login_domain=config.intake.complete_domain,
             postmaster=config.relay.postmaster,
         )
@@ -535,12 +535,6 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     if foreign is None:
         return None
     return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> (senders of its account)")
-
-
-def _domain_of_host(hostname: str) -> str:
-    """The domain of a host: of mail.example.org example.org, of example.org itself."""
-    behind = hostname.partition(".")[2]
-    return behind if "." in behind else hostname
 
 
 def _own_or_general(own: T | None, general: T) -> T:

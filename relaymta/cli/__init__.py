@@ -35,6 +35,7 @@ VERBS = {
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),
     "doctor": Verb("doctor", "Check what runs here; with a subject, what other servers see of this one."),
     "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
+    "init": Verb("init", "Set up a relay: ask for what it needs, write its configuration, and send a test message."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
     "message": Verb("message", "Inspect one message."),
     "policy": Verb("policy", "Hold or bounce mail for a time, both queued and new mail."),

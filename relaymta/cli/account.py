@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import re
 import secrets
 import shlex
@@ -21,6 +20,7 @@ from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configur
 from relaymta.cli.peer import as_json, asked, connect, seconds_of, when
 from relaymta.errors import ConfigError, NoSuch
 from relaymta.files import read_text
+from relaymta.toml import written
 
 if TYPE_CHECKING:  # `app usage` starts without it
     from relaymta.config import Account, Config, Secret
@@ -77,8 +77,8 @@ class _File:
         while self.lines and not self.lines[-1].strip():
             self.lines.pop()
         self.lines += ["", "[[account]]"] if self.lines else ["[[account]]"]
-        self.lines += [f"name = {_toml(account.name)}", _secrets(account)]
-        self.lines += [f"{key} = {_toml(value)}" for key in ("application", "senders") if (value := getattr(account, key))]
+        self.lines += [f"name = {written(account.name)}", _secrets(account)]
+        self.lines += [f"{key} = {written(value)}" for key in ("application", "senders") if (value := getattr(account, key))]
         self.write([*self.accounts, account])
 
     def remove(self, name: str) -> None:
@@ -159,16 +159,12 @@ def _tops(lines: list[str]) -> list[int]:
     return found
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # for strings and lists of strings, JSON is TOML
-
-
 def _secrets(account: "Account") -> str:
     """The line of an account's secrets."""
     found = []
     for secret in account.secrets:
         until = f", expires = {secret.expires.astimezone(UTC).isoformat().replace('+00:00', 'Z')}" if secret.expires else ""
-        found.append(f"{{ hash = {_toml(secret.hash)}{until} }}")
+        found.append(f"{{ hash = {written(secret.hash)}{until} }}")
     return f"secrets = [{', '.join(found)}]"
 
 

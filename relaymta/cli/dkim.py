@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import os
 import re
 import time
@@ -20,8 +19,9 @@ from relaymta.cli.peer import as_json, seconds_of
 from relaymta.config import Config, Dkim
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
+from relaymta.toml import written
 
-__all__ = ["checked", "dkim"]
+__all__ = ["checked", "dkim", "new_key", "record_of"]
 
 
 @group
@@ -30,6 +30,10 @@ def dkim() -> None:
 
 
 def _absolute(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        fail(64, f"{parameter.opts[0]}: the path is not UTF-8, so no configuration could name it")
     return path.absolute()  # it goes into the configuration, which is read in another folder
 
 
@@ -47,11 +51,12 @@ def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path
     settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
     _make(out, kind, loaded(read, ANY_LISTENER).user)
     if as_json:
-        name, value = _record(settings)
+        name, value = record_of(settings)
         say_json({"name": name, "type": "TXT", "value": value, "key": str(out)})
         return
     _show_record(settings)
-    say("", "[[dkim]]", f'domain = "{settings.domain}"', f'selector = "{settings.selector}"', f'key = "{out}"')
+    values = {"domain": settings.domain, "selector": settings.selector, "key": str(out)}
+    say("", "[[dkim]]", *(f"{key} = {written(value)}" for key, value in values.items()))
 
 
 def _settings(values: dict[str, object]) -> Dkim:
@@ -62,14 +67,19 @@ def _settings(values: dict[str, object]) -> Dkim:
         fail(64, "\n".join(f"{entry['loc'][0]}: {entry['msg'].removeprefix('Value error, ')}" for entry in error.errors()))
 
 
-def _make(path: Path, kind: str, user: str) -> None:
-    """Create a private key in a new file that only the relay's user can read."""
+def new_key(kind: str) -> bytes:
+    """A new private key, "rsa" or "ed25519", in PEM form."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
     private = rsa.generate_private_key(65537, 2048) if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
     form = serialization.PrivateFormat.PKCS8
-    pem = private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    return private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _make(path: Path, kind: str, user: str) -> None:
+    """Create a private key in a new file that only the relay's user can read."""
+    pem = new_key(kind)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
@@ -79,8 +89,8 @@ def _make(path: Path, kind: str, user: str) -> None:
         give_to(descriptor, user)
 
 
-def _record(settings: Dkim) -> tuple[str, str]:
-    """The name and value of a key's DNS record."""
+def record_of(settings: Dkim) -> tuple[str, str]:
+    """The name and value of a key's DNS record. ConfigError when its file cannot be used."""
     from relaymta.filter.keys import load_key, record
 
     return f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))
@@ -89,7 +99,7 @@ def _record(settings: Dkim) -> tuple[str, str]:
 def _show_record(settings: Dkim) -> None:
     from relaymta.filter.keys import zone_line
 
-    say(zone_line(*_record(settings)))
+    say(zone_line(*record_of(settings)))
 
 
 @dkim.command()
@@ -167,7 +177,7 @@ def _with(text: str, old: Dkim, new: Dkim) -> str:
         found = _tables(block).get("dkim", [{}]) if lines[start].strip().startswith("[[dkim]]") else [{}]
         if "key" in found[0] and (one := _settings(found[0])).domain == old.domain and one.selector == old.selector:
             for key, value in (("selector", new.selector), ("key", new.key)):
-                block = re.sub(rf"(?m)^(\s*{key}\s*=\s*).*$", lambda m, value=value: m[1] + json.dumps(value), block)  # type: ignore[misc]
+                block = re.sub(rf"(?m)^(\s*{key}\s*=\s*).*$", lambda m, value=value: m[1] + written(value), block)  # type: ignore[misc]
             return "".join([*lines[:start], block, *lines[end:]])
     return text
 

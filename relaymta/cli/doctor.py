@@ -20,7 +20,7 @@ from relaymta.proto.address import in_a_labels, is_host
 if TYPE_CHECKING:
     from relaymta.dns import Resolver
 
-__all__ = ["doctor"]
+__all__ = ["addresses_of", "doctor", "reverse"]
 
 
 @click.group(invoke_without_command=True)
@@ -55,7 +55,7 @@ def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: 
     if not is_host(f"a.{name}"):  # of one label, too
         fail(64, f"{given!r} is not a domain name")
     ways = records.ways(config, name)
-    ours = [] if ways and all(way.host for way in ways) else _sources(config)  # else it never leaves from an address of ours
+    ours = [] if ways and all(way.host for way in ways) else addresses_of(config)  # else it never leaves from an address of ours
     _report(asyncio.run(_checks(config, name, chosen or ours, ways)), as_json)
 
 
@@ -69,7 +69,8 @@ def _report(rows: list[Row], as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def _sources(config: Config) -> list[str]:
+def addresses_of(config: Config) -> list[str]:
+    """The addresses that mail is sent from: the [[source]] ones, else the one that the system uses; none where it has none."""
     if config.source:
         return [source.address for source in config.source]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -88,7 +89,7 @@ async def _checks(config: Config, name: str, addresses: list[str], ways: list[re
         aligned = False
         for address in addresses:
             hostname = names.get(address, config.hostname)
-            rows += await _reverse(resolver, address, hostname)
+            rows += await reverse(resolver, address, hostname)
             row, good = await _spf(resolver, address, name, hostname)
             rows.append(row)
             aligned = aligned or good
@@ -109,7 +110,7 @@ async def _checks(config: Config, name: str, addresses: list[str], ways: list[re
         await resolver.close()
 
 
-async def _reverse(resolver: "Resolver", address: str, hostname: str) -> list[Row]:
+async def reverse(resolver: "Resolver", address: str, hostname: str) -> list[Row]:
     """Checks that an address has a PTR record, whose name has that address and is the one that EHLO gives (RFC 1912 2.1)."""
     from relaymta.dns import DnsFailure, NoData, NoSuchName
 

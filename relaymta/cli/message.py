@@ -9,7 +9,7 @@ from relaymta.cli.console import record, say, say_json, say_message
 from relaymta.cli.options import Configuration, configured, group, missing
 from relaymta.cli.peer import absent, as_json, asked, connect, due, no_such, number_of, read_pieces, size, until, when
 
-__all__ = ["message"]
+__all__ = ["message", "waiting"]
 
 IN_QUEUE = "message in the queue"
 RESULTS = {"success": "delivered", "transient": "deferred", "permanent": "failed"}  # of an attempt, as people say
@@ -114,8 +114,7 @@ def _show_explanation(found: dict[str, Any], options: str) -> None:
         say(f"  route: {'; '.join(tried)}" + (f"; site {place['site']}" if place["site"] else ""))
         for attempt in place["attempts"]:
             say(f"  {_attempt(attempt)}")
-        waits = "waits for " if wait["why"].startswith(("its ", "the DNS", "a ", "filter ")) else ""
-        say(f"  {waits}{wait['why']}" + (f", {until(wait['until'])}" if wait["until"] else ""))
+        say(f"  {waiting(wait['why'])}" + (f", {until(wait['until'])}" if wait["until"] else ""))
         if wait["position"] >= 0:
             more = " or more" if wait["position"] >= 1000 else ""
             say(f"  {wait['position']}{more} messages are ahead of it")
@@ -126,6 +125,11 @@ def _show_explanation(found: dict[str, Any], options: str) -> None:
         if wait.get("command"):
             say(f"  command: relaymta {wait['command']}{options}")
     say(f"expires {when(found['expires'])}" if found["expires"] else "does not expire while it is held")
+
+
+def waiting(why: str) -> str:
+    """Why a message waits (send/explain.py), as a sentence without its subject."""
+    return f"waits for {why}" if why.startswith(("its ", "the DNS", "a ", "filter ")) else why
 
 
 @message.command()

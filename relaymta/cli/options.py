@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANY_LISTENER", "Configuration", "absolute", "config_path", "config_with", "configured", "fail", "for_all_verbs", "group",
-    "incomplete", "loaded", "missing", "note_given", "note_missing",
+    "home", "incomplete", "loaded", "missing", "named_path", "note_given", "note_missing", "usual_path",
 ]  # fmt: skip
 
-_FILE, _MISSING, _INCOMPLETE, _GIVEN = (
-    f"relaymta.{name}" for name in ("config_path", "missing", "incomplete", "given")
+_FILE, _NAMED, _MISSING, _INCOMPLETE, _GIVEN = (
+    f"relaymta.{name}" for name in ("config_path", "named_path", "missing", "incomplete", "given")
 )  # keys of click's context
 CONFIG_PATH = "/etc/relaymta/relaymta.toml"
 ANY_LISTENER = {"listener": [{"address": "127.0.0.1:2525"}]}  # for verbs that do not listen: a configuration needs one
@@ -41,6 +41,11 @@ class Configuration:
         self._path = path
         self._overrides = overrides
         self.options = options
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The values of --set and --spool: dotted key -> value."""
+        return dict(self._overrides)
 
     def __call__(self, extra: dict[str, Any] | None = None, found: list[str] | None = None) -> "Config":
         """The valid configuration, overridden by `extra`, too. ConfigError with every problem. With a list `found`, those that
@@ -100,11 +105,24 @@ def readable(path: Path) -> bool:
     return True
 
 
+def home(variable: str, otherwise: str) -> Path:
+    """The folder that a variable of the XDG Base Directory Specification names, such as XDG_CONFIG_HOME; by default the folder
+    `otherwise` below the user's home. A path that is not absolute is ignored, as it says."""
+    given = os.environ.get(variable, "")
+    return Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~"), otherwise)
+
+
+def usual_path() -> Path:
+    """Where the configuration of the current user is when nobody names it: root's is that of the machine."""
+    return Path(CONFIG_PATH) if os.geteuid() == 0 else home("XDG_CONFIG_HOME", ".config") / "relaymta" / "relaymta.toml"
+
+
 def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that may stand before a verb as well as behind it."""
     for option in reversed((
         click.option("-c", "--config", "path", type=click.Path(path_type=Path, readable=False),
-                     help=f"Configuration file (default: $RELAYMTA_CONFIG, then {CONFIG_PATH} where it exists)."),
+                     help="Configuration file (default: $RELAYMTA_CONFIG, then the first that exists of, not as root, "
+                     f"$XDG_CONFIG_HOME/relaymta/relaymta.toml, and {CONFIG_PATH})."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a key; overrides the file. Repeatable."),
         click.option("--spool", metavar="DIR", help="Directory of the queue."),
     )):  # fmt: skip
@@ -152,8 +170,9 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
             overrides[key.strip()] = _parsed(value.strip())
         if spool is not None:
             overrides["spool"] = absolute(spool) if spool else spool
-        if path is None and os.path.exists(CONFIG_PATH):
-            path = Path(CONFIG_PATH)
+        click.get_current_context().meta[_NAMED] = path and path.absolute()
+        if path is None:
+            path = next((one for one in (usual_path(), Path(CONFIG_PATH)) if os.path.exists(one)), None)
         path = path and path.absolute()
         if path is not None:
             readable(path)
@@ -212,6 +231,12 @@ def _report_missing() -> None:
 def config_path() -> Path | None:
     """The configuration file of the current command; None when it has none."""
     found: Path | None = click.get_current_context().meta[_FILE]
+    return found
+
+
+def named_path() -> Path | None:
+    """The configuration file that the options of the current command, or $RELAYMTA_CONFIG, name; it need not exist."""
+    found: Path | None = click.get_current_context().meta[_NAMED]
     return found
 
 

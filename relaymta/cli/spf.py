@@ -10,7 +10,7 @@ from relaymta.proto.address import domain_matches, domain_of, in_a_labels
 if TYPE_CHECKING:
     from relaymta.dns import Resolver
 
-__all__ = ["Way", "includes", "record", "ways"]
+__all__ = ["Way", "includes", "mechanisms", "record", "ways"]
 
 LOOKUPS = 10  # includes that are followed (RFC 7208 4.6.4)
 
@@ -50,14 +50,19 @@ def ways(config: Config, domain: str, application: str = "") -> list[Way]:
     return list(dict.fromkeys(found))
 
 
+def mechanisms(config: Config, domain: str, application: str = "") -> tuple[str, list[str]]:
+    """(What the SPF record of a domain has to have, "" where that is not known; sentences about what else it needs)."""
+    found = ways(config, domain, application)
+    notes = [f"{domain}. SPF: {way.note}" for way in found if way.note]
+    return " ".join(dict.fromkeys(way.mechanism for way in found if way.mechanism)), notes
+
+
 def record(config: Config, domain: str, application: str = "") -> list[str]:
     """Lines for people with the SPF record that a domain needs."""
-    found = ways(config, domain, application)
-    mechanisms = " ".join(dict.fromkeys(way.mechanism for way in found if way.mechanism))
-    notes = [f"{domain}. SPF: {way.note}" for way in found if way.note]
-    if not mechanisms:
+    needed, notes = mechanisms(config, domain, application)
+    if not needed:
         return notes
-    return [f'{domain}. TXT "v=spf1 {mechanisms} -all"  (or add {mechanisms} to an existing record)', *notes]
+    return [f'{domain}. TXT "v=spf1 {needed} -all"  (or add {needed} to an existing record)', *notes]
 
 
 def _routes(config: Config, domain: str, application: str) -> Iterator[Route | None]:

@@ -6,8 +6,8 @@ from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 __all__ = [
-    "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "in_a_labels", "in_dns",
-    "in_u_labels", "is_host", "mail_argument", "normalize_domain", "parse_parameters", "plain", "quoted_if_needed",
+    "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "domain_of_host", "in_a_labels",
+    "in_dns", "in_u_labels", "is_host", "mail_argument", "normalize_domain", "parse_parameters", "plain", "quoted_if_needed",
     "rcpt_argument", "same_host",
 ]  # fmt: skip
 
@@ -342,6 +342,12 @@ def is_host(domain: str) -> bool:
     """Whether a host or mail domain can have a name: several labels of letters, digits, hyphens and underscores, the last not a
     number (RFC 1123 2.1). Address literals are none, nor are templates that were not filled in, such as `${domain}`."""
     return len(domain) <= 253 and _HOST.match(domain) is not None
+
+
+def domain_of_host(hostname: str) -> str:
+    """The domain of a host: of mail.example.org example.org, of example.org itself."""
+    behind = hostname.partition(".")[2]
+    return behind if "." in behind else hostname
 
 
 def parse_parameters(text: str) -> dict[str, str] | None:

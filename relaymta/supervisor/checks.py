@@ -19,7 +19,7 @@ from relaymta.sockets import in_use, reason
 
 __all__ = [
     "busy_ports", "check_files", "check_program", "closed_socket", "exposed_secrets", "import_all", "made_by_root",
-    "missing_variables", "unreadable_secrets", "unusable_places",
+    "missing_variables", "unreadable_secrets", "unusable_places", "why_not_here",
 ]  # fmt: skip
 
 SOCKET_PATH = 107  # octets (unix(7))
@@ -190,7 +190,7 @@ def unusable_places(config: Config, made_by_root: set[str]) -> list[str]:
             found.append((key, check(key in made_by_root)))
         except PermissionError as error:  # a folder on the way
             found.append((key, f"{error.filename}: {error.strerror}"))
-    found += [(key, _address(address)) for key, address in _addresses(config)]
+    found += [(key, why_not_here(address)) for key, address in _addresses(config)]
     return [config.at(key, why) for key, why in found if why]
 
 
@@ -262,7 +262,7 @@ def closed_socket(config: Config) -> list[str]:
     return []
 
 
-def _address(address: str) -> str:
+def why_not_here(address: str) -> str:
     """Why this machine does not have an address, "" if it has. Which program listens on the port is not looked at: it may be the
     relay itself."""
     host, _ = parse_hostport(address)
