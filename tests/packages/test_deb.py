@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
+from tests.e2e.test_init import PASSWORD, smart_host
 from tests.support import sink
 from tests.support.daemon import wait_for
 from tests.support.machine import Machine
@@ -124,13 +126,32 @@ def test_its_processes_have_one_capability_and_a_filter_of_system_calls(machine:
         assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
 
 
+def test_a_newcomer_gets_to_a_signed_message_through_a_smart_host(machine: Machine) -> None:
+    """From the package, by `relaymta init`, to what an application sends: over TLS, with a login."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(machine.path("/etc/ssl/ca.pem")))
+    with machine.network():
+        peer = smart_host(authority)
+    with peer:
+        machine.run(
+            "relaymta", "init", "--force", "--smarthost", f"localhost:{peer.port}", "--username", "me", "--password-stdin",
+            "--ca-file", "/etc/ssl/ca.pem", "--domain", "example.org", "--to", "you@example.net", given=PASSWORD,
+        )  # fmt: skip
+        machine.run("systemctl", "restart", "relaymta")
+        _send(machine, 25, "c@d.example", sender="shop@example.org")
+        wait_for(lambda: len(peer.messages) == 2, what="the test message and ours")
+    sender, _, message = peer.messages[-1]
+    assert sender == "shop@example.org" and b"\nDKIM-Signature: " in b"\n" + message.replace(b"\r", b"")
+    assert machine.run("stat", "-c", "%U", "/etc/relaymta/smarthost.password").stdout == "relaymta\n"
+
+
 def test_what_the_relay_does_is_allowed(machine: Machine) -> None:
     """Signing, logins, mailboxes, a control group, reload, rotation of the log, the rights of a folder of its own."""
     machine.run("relaymta", "dkim", "keygen", "--selector", "one", "--out", "/etc/relaymta/one.pem", "b.example")
     machine.run("chown", "relaymta", "/etc/relaymta/one.pem")  # made before there was a configuration that says who needs it
     _configure(machine)
     machine.run("relaymta", "mailbox", "create", "--password", "ann@here.example", given="secret\n")
-    key = json.loads(machine.run("relaymta", "app", "create", "shop", "--json").stdout)["key"]
+    key = json.loads(machine.run("relaymta", "app", "create", "shop", "--json").stdout)["secret"]
     arrived: list[str] = []
 
     async def exchange() -> None:

@@ -7,10 +7,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import trustme
 
 from relaymta.config import describe
+from tests.e2e.test_init import PASSWORD, smart_host
 from tests.packages.conftest import ROOT
-from tests.support.daemon import Relay, wait_for
+from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 
 pytestmark = [pytest.mark.packages, pytest.mark.timeout(300)]
@@ -47,6 +49,22 @@ def test_it_delivers(venv: Path, tmp_path: Path) -> None:
             relay.send()
             wait_for(lambda: peer.messages)
             assert str(venv) in Path(f"/proc/{relay.worker_pids()[0]}/maps").read_text()
+
+
+def test_a_newcomer_gets_to_a_signed_message_through_a_smart_host(venv: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    with smart_host(authority) as peer:
+        said = subprocess.run(
+            [venv / "bin/relaymta", "init", "--smarthost", f"localhost:{peer.port}", "--username", "me", "--password-stdin",
+             "--ca-file", tmp_path / "ca.pem", "--domain", "example.org", "--to", "you@example.net",
+             "--spool", tmp_path / "spool",
+             "--listen", f"127.0.0.1:{free_port()}", "--set", "metrics.listen=off", "-c", tmp_path / "relaymta.toml"],
+            input=PASSWORD, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin"},
+        )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "test message to you@example.net: delivered to localhost" in said.stdout
+    assert b"DKIM-Signature: " in peer.messages[0][2]
 
 
 def test_it_has_the_files_for_operators(venv: Path, tmp_path: Path) -> None:
