@@ -1,5 +1,7 @@
 """Routes and MX resolution, with a resolver that answers from a dictionary."""
 
+import json
+
 import pytest
 from click.testing import CliRunner
 
@@ -283,6 +285,14 @@ def test_a_listener_that_there_is_not_is_refused():
     assert done.exit_code == 64 and 'no such listener: 127.0.0.1:26 (did you mean "127.0.0.1:25"?)' in done.stderr
     done = CliRunner().invoke(main, [*words, "127.0.0.1:25"])
     assert done.exit_code == 0 and "content          yes" in done.stdout
+
+
+def test_mail_that_is_kept_here_has_no_site():
+    settings = 'route=[{name="here", protocol="mailbox", recipient_domain=["b.test"]}]'
+    words = ["route", "test", "--to", "a@b.test", "--set", 'listener=[{address="127.0.0.1:25"}]', "--set", settings]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0 and "\n  kept here, in mailboxes; " in done.stdout and "bounces" not in done.stdout
+    assert json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)["kept_here"] is True
 
 
 @pytest.mark.parametrize("recipient", ["x@bücher.example", "X@BÜCHER.example", "x@xn--bcher-kva.example"])

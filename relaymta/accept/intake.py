@@ -193,9 +193,9 @@ class Intake:
             return reply.STORE_FULL
         return None
 
-    def accept_recipient(self, origin: Origin, address: str, transaction: Transaction) -> bytes | None:
-        """The check at RCPT: relay rights, or whether a mailbox exists; then rates and quotas. The reply that rejects the
-        recipient, or None."""
+    def accept_recipient(self, origin: Origin, address: str, transaction: Transaction, helo: str = "") -> bytes | None:
+        """The check at RCPT: relay rights, or whether a mailbox exists; then rates and quotas. `helo`: for the log. The
+        reply that rejects the recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
         elif self.local is not None and self.is_local(address):
@@ -207,7 +207,7 @@ class Intake:
             refused = None if origin.may_relay else self._refusal(address)
         if refused is not None:
             self.counters.add(RECIPIENTS_REFUSED, 1)
-            self._rejected(origin.client, "", transaction.sender, [address], refused)
+            self._rejected(origin.client, helo, transaction.sender, [address], refused)
             return refused
         return self._spend(origin.client, origin.identity, transaction)
 

@@ -40,7 +40,7 @@ class FiledTransaction(IncomingTransaction):
 
     def accept(self, address: str) -> bytes | None:
         meant = address if "@" in address else self.origin.postmaster
-        return self._admission.intake.accept_recipient(self.origin, meant or address, self)
+        return self._admission.intake.accept_recipient(self.origin, meant or address, self, self._session.helo)
 
     def _signs(self) -> bool:
         return False  # it has come here by a server of ours, which has signed and verified what it wants to

@@ -97,7 +97,7 @@ class IncomingTransaction(Transaction):
         intake = self._admission.intake
         if self.origin.free and "@" in address and (intake.local is None or not intake.is_local(address)):
             return None
-        return intake.accept_recipient(self.origin, address, self)
+        return intake.accept_recipient(self.origin, address, self, self._session.helo)
 
     async def asked(self, question: Question) -> bytes | None:
         """What filters that follow the client say to a command: the refusal, or None. Cancelled: no filter is left in the middle

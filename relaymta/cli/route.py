@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from relaymta.proto.address import plain
 from relaymta.proto.envelope import Envelope
 
 if TYPE_CHECKING:
+    from relaymta.dns import Resolver
     from relaymta.route.ourselves import Ourselves
     from relaymta.route.sites import Site
 
@@ -69,6 +71,10 @@ def test(
     if found["error"]:
         say(f"  {found['error']}")
         return
+    if found["kept_here"]:
+        command = f"relaymta mailbox show {shlex.quote(recipient)}{read.options}"
+        say(f"  kept here, in mailboxes; whether somebody has the address: {command}")
+        return
     for host in found["hosts"]:
         preference = f"{host['preference']:>3} " if host["preference"] is not None else ""
         say(f"  host  {preference}{host['name']}  {' '.join(host['addresses'])}")
@@ -94,11 +100,10 @@ def _config(read: Configuration) -> Config:
 
 
 async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
-    from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+    from relaymta.dns import Resolver
     from relaymta.proto.mailbox import Malformed
     from relaymta.route.mx import NoRoute
     from relaymta.route.ourselves import Ourselves
-    from relaymta.route.shaping import LIMITS, Shaping
     from relaymta.route.sites import Sites
     from relaymta.route.table import Asked, RouteTable
 
@@ -112,26 +117,14 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
         fail(64, f"--header: {error}")
     ((name, _),) = routes.assign(envelope, attempts)
     found: dict[str, Any] = {"routes": [], "error": "", "hosts": [], "site": "", "counted as": "", "limits": {}}
+    found["kept_here"] = routes.route_of(name).is_local
     mx: list[str] | None = None
     try:
-        site = await sites.find(name)
-        mx = site.names if site.hosts is not None else None
-        for preference, host in site.hosts.pairs if site.hosts is not None else [(None, host) for host in site.route.hosts]:
-            addresses: list[str] = []
-            families = site.route.ip.replace(" ", "")
-            try:
-                if site.hosts is not None:
-                    addresses = await resolver.addresses(host, families)
-                elif not host.startswith("unix:"):
-                    addresses = await resolver.host(parse_hostport(host, 25)[0], families)
-            except (DnsFailure, NoData, NoSuchName) as error:
-                addresses = [f"({type(error).__name__})"]
-            found["hosts"].append({"preference": preference, "name": host, "addresses": addresses})
-        _check_loop(site, found["hosts"], ours, config.delivery.port)
-        shape = Shaping(config).shape(site)
-        limits = {limit: getattr(shape, limit) for limit in LIMITS}
-        found |= {"site": site.key, "counted as": shape.key}
-        found["limits"] = {n: {"value": limit.value, "origin": limit.origin} for n, limit in limits.items() if limit.value}
+        if not found["kept_here"]:
+            site = await sites.find(name)
+            mx = site.names if site.hosts is not None else None
+            await _show_site(found, site, config, resolver)
+            _check_loop(site, found["hosts"], ours, config.delivery.port)
     except NoRoute as error:
         found["error"] = f"{'bounces' if error.permanent else 'waits'}: {error.enhanced} {error}"
     finally:
@@ -139,6 +132,28 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
     asked = Asked.of(envelope, envelope.recipients[0], attempts)
     found["routes"] = [{"route": v.route.label, "matches": v.matches, "by": v.reason} for v in routes.trace(asked, mx)]
     return found
+
+
+async def _show_site(found: dict[str, Any], site: "Site", config: Config, resolver: "Resolver") -> None:
+    """Add the hosts of a site, and its limits."""
+    from relaymta.dns import DnsFailure, NoData, NoSuchName
+    from relaymta.route.shaping import LIMITS, Shaping
+
+    families = site.route.ip.replace(" ", "")
+    for preference, host in site.hosts.pairs if site.hosts is not None else [(None, host) for host in site.route.hosts]:
+        addresses: list[str] = []
+        try:
+            if site.hosts is not None:
+                addresses = await resolver.addresses(host, families)
+            elif not host.startswith("unix:"):
+                addresses = await resolver.host(parse_hostport(host, 25)[0], families)
+        except (DnsFailure, NoData, NoSuchName) as error:
+            addresses = [f"({type(error).__name__})"]
+        found["hosts"].append({"preference": preference, "name": host, "addresses": addresses})
+    shape = Shaping(config).shape(site)
+    limits = {limit: getattr(shape, limit) for limit in LIMITS}
+    found |= {"site": site.key, "counted as": shape.key}
+    found["limits"] = {n: {"value": limit.value, "origin": limit.origin} for n, limit in limits.items() if limit.value}
 
 
 def _check_loop(site: "Site", hosts: list[dict[str, Any]], ours: "Ourselves", port: int) -> None:

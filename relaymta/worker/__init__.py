@@ -198,14 +198,13 @@ class Worker:
             if culprit and shard.queue.quarantined:
                 text = f"message {format_id(culprit)} was probed when a worker died again: it is quarantined"
                 self.log.event("warning", text=text + " (`relaymta queue list --held` shows it, `release` tries it once more)")
-        for owner in (
-            *(shard.queue for shard in self.shards.values()),
-            *(self.mail.shards.values() if self.mail is not None else ()),
-        ):
-            for path in owner.segments.lost:
-                self.log.event(
-                    "warning", text=f"{path} is missing: the messages in it are lost (`relaymta mailbox verify` names them)"
-                )
+        lost = "is missing: the messages in it are lost"
+        for shard in self.shards.values():
+            for path in shard.queue.segments.lost:
+                self.log.event("warning", text=f"{path} {lost} (each is deferred, and says so: `relaymta queue list`)")
+        for mailboxes in self.mail.shards.values() if self.mail is not None else ():
+            for path in mailboxes.segments.lost:
+                self.log.event("warning", text=f"{path} {lost} (`relaymta mailbox verify` names them)")
         await self._listen(self.shards[shards[0]].queue, tickets, descriptors[1:])
 
     def _open_log(self, keeps_mail: bool) -> Log:

@@ -147,12 +147,14 @@ def test_mail_for_unknown_recipients_of_relay_domains_is_rejected(strict):
     known = strict.folder / "recipients"
     assert not [event for event in strict.events("warning") if "backscatter" in event["text"]]
     with smtplib.SMTP("127.0.0.1", strict.port) as client:
-        client.ehlo()
+        client.ehlo("client.example")
         client.mail("x@y.example")
         asked = ["ANN@ours.example", "bob@ours.example", "any@all.example", "x@elsewhere.example", "postmaster"]
         assert [client.rcpt(to)[0] for to in asked] == [250, 550, 250, 550, 550]
         same = ['"ann"@ours.example', "ann@ours.example.", '"any one"@all.example']
         assert [client.rcpt(to)[0] for to in same] == [250] * 3
+        rejected = wait_for(lambda: [event for event in strict.events("rejected") if event["recipients"] == ["bob@ours.example"]])
+        assert rejected[0]["helo"] == "client.example"
         client.rset()
         client.command_encoding = "utf-8"
         client.docmd("MAIL", "FROM:<x@y.example> SMTPUTF8")

@@ -9,6 +9,7 @@ PACKAGES = {
     "unbound": "unbound",
     "smtp-source": "postfix",
     "smtp-sink": "postfix",
+    "postconf": "postfix",
     "sendmail": "postfix",
     "swaks": "swaks",
     "strace": "strace",
