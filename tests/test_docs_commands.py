@@ -139,7 +139,7 @@ def is_of_code(name: str) -> bool:
     """Whether it is a file, or a module of ours and what is in it."""
     module = ROOT / "relaymta" / name.replace(".", "/")
     return any(path.with_suffix(".py").exists() for path in (module, module.parent)) or name.endswith(
-        (".md", ".toml", ".py", ".sock")
+        (".md", ".toml", ".py", ".sock", ".com", ".org", ".net", ".example")
     )
 
 

@@ -82,12 +82,6 @@ def _status(machine: Machine) -> dict[str, object]:
     return found
 
 
-def _configure(machine: Machine, text: str = CONFIG) -> None:
-    machine.path("/etc/relaymta/relaymta.toml").write_text(text)
-    machine.run("relaymta", "config", "check")
-    machine.run("systemctl", "restart", "relaymta")
-
-
 def _send(machine: Machine, port: int, *to: str, login: tuple[str, str] | None = None, sender: str = "a@b.example") -> None:
     with machine.network(), smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=60) as client:
         if login:
@@ -149,9 +143,11 @@ def test_what_the_relay_does_is_allowed(machine: Machine) -> None:
     """Signing, logins, mailboxes, a control group, reload, rotation of the log, the rights of a folder of its own."""
     machine.run("relaymta", "dkim", "keygen", "--selector", "one", "--out", "/etc/relaymta/one.pem", "b.example")
     machine.run("chown", "relaymta", "/etc/relaymta/one.pem")  # made before there was a configuration that says who needs it
-    _configure(machine)
-    machine.run("relaymta", "mailbox", "create", "--password", "ann@here.example", given="secret\n")
+    machine.path("/etc/relaymta/relaymta.toml").write_text(CONFIG)
     key = json.loads(machine.run("relaymta", "app", "create", "shop", "--json").stdout)["secret"]
+    machine.run("relaymta", "config", "check")
+    machine.run("systemctl", "restart", "relaymta")
+    machine.run("relaymta", "mailbox", "create", "--password", "ann@here.example", given="secret\n")
     arrived: list[str] = []
 
     async def exchange() -> None:
