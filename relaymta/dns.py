@@ -92,6 +92,11 @@ class _OnLoop(aiodns.DNSResolver):
 
         return False, pycares.Channel(sock_state_cb=changed, timeout=self._timeout, **options)
 
+    @property
+    def servers(self) -> list[str]:
+        """As `Resolver.nameservers`."""
+        return list(self._channel.servers)
+
     async def ask(self, name: str, kind: str) -> _Answer:
         """Send a query. NoSuchName, NoData, DnsFailure."""
         try:
@@ -116,7 +121,7 @@ class _OnLoop(aiodns.DNSResolver):
         import dns.nameserver
         import dns.resolver
 
-        servers = [server.rpartition(":") for server in self._channel.servers]
+        servers = [server.rpartition(":") for server in self.servers]
         asking = dns.asyncresolver.Resolver(configure=False)
         asking.nameservers = [dns.nameserver.Do53Nameserver(host.strip("[]"), int(port)) for host, _, port in servers]
         asking.timeout = SECONDS
@@ -167,6 +172,11 @@ class Resolver:
     def asking(self) -> int:
         """How many queries are under way: also those whose callers wait no longer."""
         return len(self._asking)
+
+    @property
+    def nameservers(self) -> list[str]:
+        """The nameservers that are asked, `host:port` each."""
+        return [str(server) for server in self._resolver.servers]
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
         """([(preference, exchange)] of a domain's MX records, unsorted; exchange "" is the null MX (RFC 7505), when they

@@ -7,7 +7,7 @@ queue maps all of its tables (LMDB), and the kernel frees such pages when memory
 import os
 from pathlib import Path
 
-__all__ = ["REFUSE", "TIGHT", "share"]
+__all__ = ["REFUSE", "TIGHT", "limit", "share"]
 
 TIGHT = 0.8  # above this share no message data is kept in memory
 REFUSE = 0.95  # above this share new mail is temporarily rejected
@@ -31,10 +31,25 @@ def anonymous(process: int | str = "self") -> int:
     return 0
 
 
-def _cgroups() -> list[Path]:
-    """The folders of our cgroup and of all above it: the limit of each holds."""
+def limit(process: int | str = "self") -> tuple[int, float]:
+    """The lowest limit of the cgroups that a process is in, octets, 0 where none has one; and the memory of the fullest of them
+    as a share of its limit."""
+    folders = _cgroups(process)
+    limits = [most for folder in folders if (most := _limit_of(folder))]
+    return min(limits, default=0), max(map(_of_cgroup, folders))
+
+
+def _limit_of(folder: Path) -> int:
     try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        return int((folder / "memory.max").read_text())
+    except (OSError, ValueError):  # there is none ("max"), or no such cgroup
+        return 0
+
+
+def _cgroups(process: int | str = "self") -> list[Path]:
+    """The folders of a process' cgroup and of all above it: the limit of each holds."""
+    try:
+        group = Path(f"/proc/{process}/cgroup").read_text().rpartition("::")[2].strip()
     except OSError:
         return [_CGROUPS]
     folder = Path(str(_CGROUPS) + os.path.normpath("/" + group))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from relaymta.errors import ConfigError
 
-__all__ = ["account", "acting_as_owner", "append_to", "become", "give", "group", "owner_of", "roots_alone"]
+__all__ = ["account", "acting_as_owner", "append_to", "become", "give", "group", "owner_of", "roots_alone", "user_of"]
 
 _LINKS = 40  # symbolic links in a path, as the kernel's limit
 _ACL = "system.posix_acl_access"
@@ -43,10 +43,15 @@ def group(name: str) -> int:
 def owner_of(path: Path) -> pwd.struct_passwd:
     """The passwd entry of a file's owner; one without a name has the file's group, and no other group."""
     found = path.stat()
+    return user_of(found.st_uid, found.st_gid)
+
+
+def user_of(uid: int, gid: int) -> pwd.struct_passwd:
+    """The passwd entry of a user by number; one without a name has this group, and no other."""
     try:
-        return pwd.getpwuid(found.st_uid)
+        return pwd.getpwuid(uid)
     except KeyError:
-        return pwd.struct_passwd(("", "", found.st_uid, found.st_gid, "", "", ""))
+        return pwd.struct_passwd(("", "", uid, gid, "", "", ""))
 
 
 def become(user: pwd.struct_passwd) -> None:

@@ -15,7 +15,7 @@ from relaymta.watch import Watched
 if TYPE_CHECKING:  # a worker without certificates starts without it
     from cryptography.x509 import Certificate as Leaf
 
-__all__ = ["Certificates", "check"]
+__all__ = ["Certificates", "check", "names_of", "server_context"]
 
 Choose = Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]
 
@@ -70,7 +70,12 @@ class Certificates:
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the certificates' files, read with the rights of the caller."""
-    check_each("certificate", config.certificate, lambda certificate: _load(certificate, lambda *_: None))
+    check_each("certificate", config.certificate, server_context)
+
+
+def server_context(certificate: Certificate) -> ssl.SSLContext:
+    """The context of a certificate by itself. ConfigError, as of `check`."""
+    return _load(certificate, lambda *_: None).context
 
 
 def _load(certificate: Certificate, choose: Choose) -> _Loaded:
@@ -97,7 +102,7 @@ def _load(certificate: Certificate, choose: Choose) -> _Loaded:
     except (OSError, ValueError) as error:
         raise ConfigError([f"certificate.key: {key}: {getattr(error, 'strerror', None) or error}"]) from None
     context.sni_callback = choose
-    return _Loaded(context, _names(leaf))
+    return _Loaded(context, names_of(leaf))
 
 
 @contextlib.contextmanager
@@ -120,7 +125,8 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted; give it without a pass phrase, with access for its owner only")
 
 
-def _names(leaf: "Leaf") -> list[str]:
+def names_of(leaf: "Leaf") -> list[str]:
+    """The DNS names of a certificate, in lower case."""
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 

@@ -310,7 +310,8 @@ class Setup:
 
 async def _pointers(config: "Config") -> list[str]:
     """What is wrong with the names of our own addresses, from which mail is sent."""
-    from relaymta.cli.doctor import addresses_of, reverse
+    from relaymta.cli.doctor import addresses_of
+    from relaymta.cli.doctor_names import reverse
     from relaymta.dns import Resolver
 
     resolver = Resolver(config.delivery.nameservers)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from relaymta.config.filters import Filter
     from relaymta.config.whole import Config
 
-__all__ = ["contradictions", "never_used", "notes"]
+__all__ = ["contradictions", "never_used", "notes", "open_to_all"]
 
 
 # Fields that hosts on the way add.
@@ -33,7 +33,7 @@ def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
         yield "listener", "there is none: give a [[listener]] table, or --listen HOST:PORT"
     if not config.relay.open_relay:
         meant = ". Name your networks, or set relay.open_relay = true if you mean it"
-        yield from ((key, what + meant) for key, what in _open_to_all(config))
+        yield from ((key, what + meant) for key, what in open_to_all(config))
     yield from _sent_in_clear(config)
     yield from _needs_of_listeners(config)
     yield from _needs_of_mailboxes(config)
@@ -107,7 +107,7 @@ def notes(config: "Config") -> list[str]:
             "senders when the next hop rejects the address"
         )
         pairs.append(("relay.domains", what))
-    pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *_for_nobody(config), *never(config)]
+    pairs += [*open_to_all(config), *_doubtful_names(config), *_without_effect(config), *_for_nobody(config), *never(config)]
     pairs += [*_of_filters(config), *_of_mail_rules(config)]
     if config.quarantine.octets < config.limits.message_size:
         what = "a message may be larger than that (limits.message_size), and is deleted as soon as it is there"
@@ -290,7 +290,7 @@ def _relative(config: "Config") -> Iterator[tuple[str, str]]:
             yield key, f"{value!r} is relative to the directory that the relay is started in: write the whole path"
 
 
-def _open_to_all(config: "Config") -> Iterator[tuple[str, str]]:
+def open_to_all(config: "Config") -> Iterator[tuple[str, str]]:
     """Settings that make an open relay: (key, what is wrong). The networks of several places are added up."""
     peers = [(f"network.{number}.networks", peer) for number, peer in enumerate(config.network)]
     relaying = [("relay.networks", config.relay.networks), *((key, peer.networks) for key, peer in peers if peer.relay)]

@@ -196,7 +196,8 @@ class Answers:
         for slot in self._slots:
             ready = slot.number in answers
             state = "ready" if ready else "late" if slot.ready else str(slot.state)
-            rows.append({"worker": slot.number, "ready": ready, "state": state, **answers.get(slot.number, {})})
+            own = {"worker": slot.number, "ready": ready, "state": state, "restarts": max(0, slot.lives - 1)}
+            rows.append(own | answers.get(slot.number, {}))
         counted = [supervisor.shared.counters(slot.number) for slot in self._slots]
         value = {
             "version": __version__,

@@ -18,7 +18,7 @@ from relaymta.route.ourselves import is_local
 from relaymta.sockets import in_use, reason
 
 __all__ = [
-    "busy_ports", "check_files", "check_program", "closed_socket", "exposed_secrets", "import_all", "made_by_root",
+    "addresses", "busy_ports", "check_files", "check_program", "closed_socket", "exposed_secrets", "import_all", "made_by_root",
     "missing_variables", "unreadable_secrets", "unusable_places", "why_not_here",
 ]  # fmt: skip
 
@@ -190,7 +190,7 @@ def unusable_places(config: Config, made_by_root: set[str]) -> list[str]:
             found.append((key, check(key in made_by_root)))
         except PermissionError as error:  # a folder on the way
             found.append((key, f"{error.filename}: {error.strerror}"))
-    found += [(key, why_not_here(address)) for key, address in _addresses(config)]
+    found += [(key, why_not_here(address)) for key, address in addresses(config)]
     return [config.at(key, why) for key, why in found if why]
 
 
@@ -230,7 +230,8 @@ def _socket(path: Path, folder_is_made: bool) -> str:
     return _folder(path.parent, False) if path.parent.exists() else f"{path.parent}: No such file or directory"
 
 
-def _addresses(config: Config) -> list[tuple[str, str]]:
+def addresses(config: Config) -> list[tuple[str, str]]:
+    """(dotted key, host:port) of all that the relay listens on."""
     found = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
     return found if config.metrics.listen == "off" else [*found, ("metrics.listen", config.metrics.listen)]
 
@@ -240,7 +241,7 @@ def busy_ports(config: Config, ours: set[str]) -> list[str]:
     relay of this configuration has. It is no error: the other program may be stopped before the start, as when this relay
     replaces another MTA."""
     found = []
-    for key, address in _addresses(config):
+    for key, address in addresses(config):
         if address not in ours and in_use(address):
             found.append(config.at(key, f"{address}: another program listens on this port now: a start would fail"))
     return found

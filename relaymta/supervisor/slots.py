@@ -79,6 +79,7 @@ class Slot:
         self.process: asyncio.subprocess.Process | None = None
         self.channel: Channel | None = None
         self.loan: _Loan | None = None
+        self.lives = 0  # processes that were executed
         self.proven = False  # a worker of this slot has been ready
         self.first: asyncio.Future[str] | None = None  # "" when it was ready for the first time, or why the first could not start
         self.backoff = BACKOFF_FIRST
@@ -267,6 +268,7 @@ class Slots:
         """Execute a process, attend it until it has ended, and clear what it held. The seconds until the next may be started.
         OSError when it cannot be executed."""
         life = await self._execute(slot)
+        slot.lives += 1
         slot.enter(State.STARTING)
         slot.process = life.process
         if self._stopping.is_set():

@@ -105,6 +105,7 @@ class FakeChannel:
 class FakeSlot:
     def __init__(self, number, answers, ready=True, state="ready"):
         self.number, self.shards, self.ready, self.state = number, [number], ready, state
+        self.lives = 1
         self.channel = FakeChannel(answers) if answers is not None else None
 
 

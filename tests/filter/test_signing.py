@@ -471,7 +471,7 @@ def test_the_doctor_reports_whether_mail_from_here_would_pass(tmp_path):
         f's._domainkey.shop.test. TXT "{record(load_key(own))}"', 'shop.test. TXT "v=spf1 ip4:11.0.0.1 -all"',
         '_dmarc.shop.test. TXT "v=DMARC1; p=reject"', '_dmarc.bare.test. TXT "v=DMARC1; p=reject"', "mail.test. A 11.0.0.1",
     ]  # fmt: skip
-    with nameserver_with(tmp_path, records) as nameserver:
+    with nameserver_with(tmp_path, records, '  local-zone: "11.in-addr.arpa." static\n') as nameserver:
 
         def found(domain: str, address: str) -> tuple[int, dict[str, str]]:
             done = called(
