@@ -43,10 +43,11 @@ def wrong_with(words: tuple[str, ...], whole: bool) -> str:
             return error.format_message()
         except SystemExit as error:
             return f"ends with {error.code}"
-        if not isinstance(command, click.Group):
+        behind = [*context._protected_args, *context.args] if isinstance(command, click.Group) else []
+        if not isinstance(command, click.Group) or (command.invoke_without_command and not behind):
             return ""
         try:
-            _, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+            _, found, rest = command.resolve_command(context, behind)
         except click.UsageError as error:
             return error.format_message()
         assert found is not None
