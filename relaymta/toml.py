@@ -2,17 +2,21 @@
 value is written."""
 
 import json
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Collection, Iterator
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from relaymta.errors import ConfigError
 from relaymta.files import Unreadable, read_text
 
-__all__ = ["keys_of", "lay_over", "read_toml", "written"]
+__all__ = ["CONF_D", "Source", "keys_of", "lay_over", "misnamed", "read_all", "read_toml", "written"]
+
+CONF_D = "conf.d"  # the folder beside a configuration file
 
 Keys = tuple[str | int, ...]
 
@@ -23,6 +27,7 @@ _HEAD = re.compile(r"\s*+(\[\[?)([^\]]+)\]")
 
 _LONE = re.compile("[\ud800-\udfff]")  # surrogates
 _BARE = re.compile(r"[A-Za-z0-9_-]+\Z")
+_MEANT = re.compile(r"\A[^.].*\.(?!toml\Z)(?i:conf|cfg|toml)\Z")
 
 _TWICE = "this table is given twice"
 # Errors of tomllib: (what it says, a pattern of the line or "", what we say instead). The first that matches is used. A NUL in a
@@ -70,6 +75,63 @@ def read_toml(path: Path, several: Collection[str] = ()) -> tuple[str, dict[str,
         raise ConfigError([_syntax_problem(path, text, str(error), several)]) from None
     except RecursionError:
         raise ConfigError([f"{path}: lists or tables are nested too deeply"]) from None
+
+
+class Source(NamedTuple):
+    """A file of a configuration: its text, and its parsed content."""
+
+    path: Path
+    text: str
+    data: dict[str, Any]
+
+
+def read_all(path: Path, several: Collection[str] = ()) -> list[Source]:
+    """The configuration file `path`, and those that are read after it: conf.d/*.toml beside it, without hidden ones, in the order
+    of the octets of their names. ConfigError, as of `read_toml`, with what is wrong in each of them, or with the folder: it may
+    not be read, or (where others can write beside it, as in /tmp) belongs to somebody else than root, the owner of the file, and
+    us."""
+    found, problems = [], []
+    try:
+        paths = [path, *_drop_ins(path)]
+    except ConfigError as error:
+        paths, problems = [path], error.problems
+    for one in paths:
+        try:
+            if one != path and not stat.S_ISREG(one.stat().st_mode):  # reading a pipe might never end
+                raise ConfigError([f"{one}: not a plain file"])
+            found.append(Source(one, *read_toml(one, several)))
+        except OSError as error:
+            problems.append(f"{one}: {error.strerror}")
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _drop_ins(path: Path) -> list[Path]:
+    folder = path.parent / CONF_D
+    try:
+        names = os.listdir(folder)
+        owner, beside = folder.stat().st_uid, path.parent.stat()
+        if beside.st_mode & stat.S_IWOTH and owner not in (0, os.geteuid(), path.stat().st_uid):
+            raise ConfigError([f"{folder}: another user's, and others can write to {path.parent}: it is not read"])
+    except FileNotFoundError as error:
+        if folder.is_symlink():
+            raise ConfigError([f"{folder}: {error.strerror}"]) from None
+        return []
+    except OSError as error:
+        raise ConfigError([f"{folder}: {error.strerror}"]) from None
+    return [folder / name for name in sorted(names, key=os.fsencode) if name.endswith(".toml") and not name.startswith(".")]
+
+
+def misnamed(path: Path) -> list[Path]:
+    """The files in conf.d beside a configuration file that are not read and look as if they should be."""
+    try:
+        names = sorted(os.listdir(path.parent / CONF_D))
+    except OSError:
+        return []
+    return [path.parent / CONF_D / name for name in names if _MEANT.search(name)]
 
 
 def _syntax_problem(path: Path, text: str, error: str, several: Collection[str]) -> str:

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from relaymta.cli import main
 from relaymta.config import Config, Listener, describe, load
-from relaymta.config.describing import is_list, leaves, model_of, when
-from relaymta.config.values import When
+from relaymta.config.describing import leaves
+from relaymta.config.values import When, is_list, model_of, when
 from relaymta.sockets import bound
 from relaymta.supervisor import configuration
 from relaymta.supervisor.checks import exposed_secrets

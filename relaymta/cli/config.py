@@ -3,14 +3,16 @@
 import os
 
 import click
+from pydantic_core import to_jsonable_python
 
 from relaymta import control
-from relaymta.cli.console import say, say_json_lines
-from relaymta.cli.options import Configuration, configured, fail, group, loaded
+from relaymta.cli.console import say, say_json, say_json_lines
+from relaymta.cli.options import Configuration, config_path, configured, fail, group, loaded
 from relaymta.cli.peer import as_json
-from relaymta.config import Config, describe, notes
+from relaymta.config import Config, as_toml, describe, given, notes
 from relaymta.errors import ConfigError, RelayError
 from relaymta.privileges import account, become
+from relaymta.toml import misnamed
 
 __all__ = ["config"]
 
@@ -37,14 +39,18 @@ def check(read: Configuration, no_connect: bool) -> None:
     mapped = [*map_notes(config), *unnamed(config)] if not problems else []  # with our rights, as the rest of the configuration
     ours = _addresses_of_the_relay(config)
     busy = checks.busy_ports(config, ours) if ours is not None else []  # with our rights: root may try them all
+    file = config_path()
+    others = [] if file is None else [f"{path}: not read: its name does not end in .toml" for path in misnamed(file)]
     made_by_root = _as_user(config)
-    remarks = [*notes(config), *mapped, *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
+    remarks = [*others, *notes(config), *mapped, *shaping.check(config), *ourselves.check(config)]
+    remarks += checks.missing_variables(config)
     remarks += [*checks.absent_places(config), *checks.exposed_secrets(config), *busy]
     problems += checks.unreadable_secrets(config)
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")
     else:
         problems += checks.unusable_places(config, made_by_root)
+        remarks += checks.unreadable_files(config)
     try:
         checks.check_files(config)
     except ConfigError as error:
@@ -98,11 +104,22 @@ def _as_user(config: Config) -> set[str] | None:
 
 
 @config.command()
+@click.option("--origin", is_flag=True, help="Show each key that was given, and where: FILE:LINE, or the command line.")
 @as_json
 @configured
-def show(read: Configuration, as_json: bool) -> None:
+def show(read: Configuration, origin: bool, as_json: bool) -> None:
     """Show the effective configuration, with defaults, as JSON: indented, or (--json) in one line."""
-    say_json_lines(loaded(read).model_dump_json(indent=None if as_json else 2).encode() + b"\n")
+    config = loaded(read)
+    if not origin:
+        say_json_lines(config.model_dump_json(indent=None if as_json else 2).encode() + b"\n")
+        return
+    for key, value, lines in given(config):
+        if as_json:
+            places = [{"file": file, "line": line} for file, line in lines]
+            say_json({"key": key, "value": to_jsonable_python(value), "places": places})
+            continue
+        where, *also = (f"{file}:{line}" for file, line in lines) if lines else ("command line",)
+        say(f"{where}: {key} = {as_toml(value)}" + (f"  # also in {', '.join(also)}" if also else ""))
 
 
 @config.command(name="describe")

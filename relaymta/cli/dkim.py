@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.editing import give_to, locked, replace_file
-from relaymta.cli.options import ANY_LISTENER, Configuration, config_path, configured, fail, group, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, seconds_of
 from relaymta.config import Config, Dkim
 from relaymta.errors import ConfigError
@@ -112,12 +112,14 @@ def _show_record(settings: Dkim) -> None:
 @click.option("--wait", "patience", default="0s", metavar="DURATION", help="Time to wait for the DNS record.")
 @configured
 def rotate(read: Configuration, domain: str, selector: str, out: Path, kind: str, patience: str) -> None:
-    """Rotate the key of a domain: create one, print its record, and once the DNS has that, replace the old key in the
-    configuration file. Repeat the command until it succeeds; then run `relaymta reload`, and keep the old record for a week."""
-    config, file = loaded(read, ANY_LISTENER), config_path()
+    """Rotate the key of a domain: create one, print its record, and once the DNS has that, replace the old key in the file of the
+    configuration that has it. Repeat the command until it succeeds; then run `relaymta reload`, and keep the old record for a
+    week."""
+    config = loaded(read, ANY_LISTENER)
     wanted = _settings({"domain": domain, "selector": selector, "key": str(out)})
     domain, selector = wanted.domain, wanted.selector
     olds = [one for one in config.dkim if one.domain == domain and one.selector != selector]
+    file = config.file_of(f"dkim.{config.dkim.index(olds[0])}") if olds else None
     if file is None or len(olds) != 1:
         fail(1, f"there must be a configuration file with exactly one other [[dkim]] of {domain} (there are {len(olds)})")
     seconds = seconds_of("--wait", patience)

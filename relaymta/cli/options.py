@@ -16,7 +16,7 @@ import click
 
 from relaymta.cli.console import say
 from relaymta.errors import ConfigError
-from relaymta.toml import lay_over, read_toml
+from relaymta.toml import read_all
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -66,26 +66,31 @@ class Configuration:
     def control_path(self) -> Path | None:
         """Where the control socket is, read without a look at anything else; None when that takes the whole configuration (as for
         a file that begins with a byte order mark)."""
-        data: Any = {}
+        if self._overrides.keys() - {"spool", "control.socket"}:
+            return None
+        parts: list[dict[str, Any]] = []
         try:
             if self._path is not None:
                 if not self._path.is_file():  # a pipe can be read once only
                     return None
-                data = read_toml(self._path)[1]
-            if self._overrides.keys() - {"spool", "control.socket"}:
-                return None
-            for key, value in self._overrides.items():
-                lay_over(data, key, value)
+                parts += [source.data for source in read_all(self._path)]
         except (OSError, ConfigError):
             return None
-        table = data.get("control")
-        found = {"spool": data.get("spool"), "control.socket": table.get("socket") if isinstance(table, dict) else None}
-        if not all(value is None or isinstance(value, str) for value in found.values()):
+        tables = [part.get("control", {}) for part in parts]
+        if not all(isinstance(table, dict) for table in tables):
             return None
-        socket, spool = found["control.socket"], found["spool"]
+        socket = self._overrides.get("control.socket", _last("socket", tables))
+        spool = self._overrides.get("spool", _last("spool", parts))
+        if not all(value is None or isinstance(value, str) for value in (socket, spool)):
+            return None
         if socket:
             return Path(socket)
         return Path(spool) / "control.sock" if spool else None
+
+
+def _last(key: str, tables: list[dict[str, Any]]) -> Any:
+    """The value of a key in the last table that has it; None: none has."""
+    return next((table[key] for table in reversed(tables) if key in table), None)
 
 
 def fail(status: int, text: str) -> NoReturn:

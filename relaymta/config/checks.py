@@ -27,8 +27,9 @@ TRACE = {
 }  # fmt: skip
 
 
-def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
-    """(dotted key, what is wrong) of each value that other values do not allow."""
+def contradictions(config: "Config") -> Iterator[tuple[str, ...]]:
+    """(dotted key, what is wrong) of each value that other values do not allow; where it is one other that another file may have,
+    also the key of that."""
     if not config.listener:
         yield "listener", "there is none: give a [[listener]] table, or --listen HOST:PORT"
     if not config.relay.open_relay:
@@ -52,8 +53,8 @@ def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
     yield from _overlapping(config)
 
 
-def _twice(config: "Config") -> Iterator[tuple[str, str]]:
-    """What is given twice and must not be."""
+def _twice(config: "Config") -> Iterator[tuple[str, str, str]]:
+    """What is given twice and must not be, with the first of the two."""
     keys = [f"{one.selector}._domainkey.{one.domain} for {one.authors} {one.application}" for one in config.dkim]
     tables: list[tuple[str, str, list[str], str]] = [
         ("route", "name", [route.label for route in config.route], "two routes are called {!r}: give one of them another name"),
@@ -67,11 +68,11 @@ def _twice(config: "Config") -> Iterator[tuple[str, str]]:
     ]
     for table, key, values, what in tables:
         for number, value in repeated(values):
-            yield f"{table}.{number}.{key}", what.format(value)
+            yield f"{table}.{number}.{key}", what.format(value), f"{table}.{values.index(value)}.{key}"
 
 
-def _overlapping(config: "Config") -> Iterator[tuple[str, str]]:
-    """Addresses to listen on that an earlier one includes."""
+def _overlapping(config: "Config") -> Iterator[tuple[str, str, str]]:
+    """Addresses to listen on that an earlier one includes, with that."""
     places = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
     if config.metrics.listen != "off":
         places.append(("metrics.listen", config.metrics.listen))
@@ -86,7 +87,8 @@ def _overlapping(config: "Config") -> Iterator[tuple[str, str]]:
         if other is not None:
             listeners = key.startswith("listener")
             both = listeners and _bound(other[1]) == (host, port)
-            yield key, f"two listeners have the address {address!r}" if both else f"{other[0]} ({other[1]}) has this port already"
+            what = f"two listeners have the address {address!r}" if both else f"{other[0]} ({other[1]}) has this port already"
+            yield key, what, other[0]
         earlier.setdefault((host, port), (key, address))
 
 
@@ -100,7 +102,7 @@ def _bound(address: str) -> tuple[str, int]:
 
 def notes(config: "Config") -> list[str]:
     """Warnings about a valid configuration, one sentence each: values given by old names, and probable mistakes."""
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[str, ...]] = []
     if config.relay.domains and not config.relay.recipients:
         what = (
             "without relay.recipients there is a backscatter risk: mail for any address there is accepted, and bounces to forged "
@@ -113,13 +115,13 @@ def notes(config: "Config") -> list[str]:
         what = "a message may be larger than that (limits.message_size), and is deleted as soon as it is there"
         pairs.append(("quarantine.octets", what))
     if not config.route_map:  # else what it names is not known here
-        pairs += [(f"route.{number}", what) for number, what in never_used(config)]
+        pairs += [(f"route.{number}", what, f"route.{first}") for number, what, first in never_used(config)]
     pairs += _relative(config)
     for number, route in enumerate(config.route):
         if in_clear(route.lookup):
             what = f"{route.lookup}: an attacker on the path can redirect mail; use https://"
             pairs.append((f"route.{number}.lookup", what))
-    return [*config._renamed, *(config.at(key, what) for key, what in pairs)]
+    return [*config._renamed, *config.shortened(), *(config.at(*pair) for pair in pairs)]
 
 
 def _doubtful_names(config: "Config") -> Iterator[tuple[str, str]]:
@@ -138,8 +140,9 @@ def _doubtful_names(config: "Config") -> Iterator[tuple[str, str]]:
             yield f"source.{number}.hostname", what.format(source.hostname)
 
 
-def never_used(config: "Config") -> Iterator[tuple[int, str]]:
-    """(number, why) of routes behind one that matches everything, or the same; a route map may name them all the same."""
+def never_used(config: "Config") -> Iterator[tuple[int, str, int]]:
+    """(number, why, number of the other) of routes behind one that matches everything, or the same; a route map may name them
+    all the same."""
     everything: int | None = None
     earlier: dict[tuple[str, ...], int] = {}
     for number, route in enumerate(config.route):
@@ -147,7 +150,7 @@ def never_used(config: "Config") -> Iterator[tuple[int, str]]:
         for first, why in ((everything, "has no condition"), (alike, "has the same conditions")):
             if first is not None:
                 what = f"route.{first} ({config.route[first].label!r}) {why} and comes first"
-                yield number, f"{route.label!r} is never used: {what}"
+                yield number, f"{route.label!r} is never used: {what}", first
         earlier.setdefault(route.conditions, number)
         if route.catches_all and everything is None:
             everything = number

@@ -2,26 +2,33 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from relaymta.config.values import When
+from relaymta.config.values import When, is_list, model_of, place_of, when
 from relaymta.config.whole import Config
 
-__all__ = ["describe", "given_values", "is_list", "leaves", "model_of", "when"]
+__all__ = ["Given", "as_toml", "describe", "given", "given_values", "leaves"]
 
 HEAD = """\
 # relaymta: every key, with its default. Lines without a value show keys that have none.
+#
+# Files in the folder conf.d beside this one (conf.d/*.toml) are read after it, in the order of their names. A key has the value
+# of the last file that gives it, a list too; tables in double brackets ([[route]]) of all files follow each other. docs/cli.md.
 #
 # `relaymta reload` (or SIGHUP) applies a changed value, except for keys marked (restart): these take effect at the next start.
 """
 
 
-def when(field: FieldInfo) -> When | None:
-    """What a reload does with a key; None for one that is a table, whose keys say it."""
-    return next((mark for mark in field.metadata if isinstance(mark, When)), None)
+class Given(NamedTuple):
+    """A key that was given: dotted, its value, and the lines (file, number) in which it is given, that of the value first; none:
+    on the command line."""
+
+    key: str
+    value: Any
+    lines: list[tuple[str, int]]
 
 
 def leaves(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -34,17 +41,30 @@ def leaves(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[
             yield from leaves(below, f"{prefix}{name}.")
 
 
-def given_values(table: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every key that is not a table itself, defaults included."""
+def given(config: Config) -> Iterator[Given]:
+    """Every key that was given, in the order of the reference."""
+    origin = config._origin
+    for key, value in given_values(config, defaults=False):
+        place = place_of(key)
+        if key == "hostname" and config._unnamed:
+            continue
+        spots = [] if origin.is_overridden(place) else [origin.spot(place), *origin.others(place)]
+        yield Given(key, value, [(str(origin.files[spot.file]), spot.line) for spot in spots if spot.line])
+
+
+def given_values(table: BaseModel, prefix: str = "", defaults: bool = True) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key that is not a table itself. `defaults`: also of those that were not given."""
     for name, field in type(table).model_fields.items():
+        if not defaults and name not in table.model_fields_set:
+            continue
         value, key = getattr(table, name), prefix + (field.alias or name)
         if isinstance(value, BaseModel):
-            yield from given_values(value, f"{key}.")
+            yield from given_values(value, f"{key}.", defaults)
         elif model_of(field.annotation) is None:
             yield key, value
         else:
             for number, row in enumerate(value or []):
-                yield from given_values(row, f"{key}.{number}.")
+                yield from given_values(row, f"{key}.{number}.", defaults)
 
 
 def describe() -> str:
@@ -65,21 +85,10 @@ def _comment(model: type[BaseModel]) -> list[str]:
     return [f"# {line}" for line in inspect.cleandoc(model.__doc__ or "").splitlines()]
 
 
-def is_list(annotation: Any) -> bool:
-    """Whether a key's value is a list."""
-    return getattr(annotation, "__origin__", None) is list
-
-
 def _tables_of(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
     """(key, model) of the keys of a table that are tables themselves."""
     found = [(name, model_of(field.annotation)) for name, field in model.model_fields.items()]
     return [(name, below) for name, below in found if below is not None]
-
-
-def model_of(annotation: Any) -> type[BaseModel] | None:
-    """The model of a key that is a table, or a list of tables; None for other keys."""
-    inner = getattr(annotation, "__args__", (annotation,))[0]
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _describe_fields(model: type[BaseModel]) -> list[str]:
@@ -89,19 +98,20 @@ def _describe_fields(model: type[BaseModel]) -> list[str]:
         if model_of(field.annotation) is None:
             default = None if field.is_required() or field.default_factory is not None else field.default
             restart = " (restart)" if when(field) is When.RESTART else ""
-            lines += [f"# {field.description}{restart}", f"#{field.alias or name} = {_toml(default)}"]
+            lines += [f"# {field.description}{restart}", f"#{field.alias or name} = {as_toml(default)}"]
     return lines
 
 
-def _toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """A value as it stands in a file, in one line; "" for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(as_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {as_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return str(int(value)) if float(value).is_integer() else str(value)

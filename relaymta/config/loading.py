@@ -1,4 +1,4 @@
-"""Reading the file of the configuration, and that of accounts. A problem reads `file:line: key: what (did you mean ...)`."""
+"""Reading the files of the configuration, and that of accounts. A problem reads `file:line: key: what (did you mean ...)`."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from relaymta.config.accounts import Account, AccountsFile
-from relaymta.config.describing import is_list
+from relaymta.config.merging import merge_files
 from relaymta.config.origin import Origin
 from relaymta.config.sentences import problems_of
-from relaymta.config.values import Place
+from relaymta.config.values import Place, Problem, is_list
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
-from relaymta.toml import lay_over, read_toml
+from relaymta.toml import Source, lay_over, read_all, read_toml
 
 __all__ = ["load", "load_accounts"]
 
@@ -25,18 +25,20 @@ _RENAMED: dict[str, dict[str, str]] = {"verify.dmarc": {"tell": "report"}}
 
 
 def load(path: Path | None, overrides: dict[str, Any], found: list[str] | None = None) -> Config:
-    """The configuration of a file (None: no file), overridden by `overrides` (dotted key -> value, or "listener"/"route" ->
-    tables). ConfigError with every problem. With a list `found`, what values do not allow of each other is put there, and not
-    raised."""
-    text, data = read_toml(path, SEVERAL) if path is not None else ("", {})
+    """The configuration of a file (None: no file) and of conf.d/*.toml beside it, overridden by `overrides` (dotted key -> value,
+    or "listener"/"route" -> tables). ConfigError with every problem. With a list `found`, what values do not allow of each other
+    is put there, and not raised."""
+    sources = read_all(path, SEVERAL) if path is not None else []
+    merged = merge_files(Config, sources)
+    data = deepcopy(merged.data)
     for key, value in overrides.items():
         lay_over(data, key, deepcopy(value))  # old names in it are replaced
     renamed = _rename(data)
-    origin = Origin(path, text, overrides)
-    contradictions: list[tuple[Place, str]] = []
+    origin = Origin(path, sources, merged, overrides)
+    contradictions: list[Problem] = []
     config = _validated(Config, origin, data, None if found is None else contradictions)
     if found is not None:
-        found += [origin.sentence(place, what) for place, what in contradictions]
+        found += [origin.sentence(*problem) for problem in contradictions]
     config._origin = origin
     config._renamed = [origin.sentence(place, what) for place, what in renamed]
     return config
@@ -45,7 +47,7 @@ def load(path: Path | None, overrides: dict[str, Any], found: list[str] | None =
 def load_accounts(path: Path) -> list[Account]:
     """The accounts of a file. ConfigError with every problem."""
     text, data = read_toml(path, SEVERAL)
-    return _validated(AccountsFile, Origin(path, text), data).account
+    return _validated(AccountsFile, Origin(path, [Source(path, text, data)]), data).account
 
 
 def _rename(data: dict[str, Any]) -> list[tuple[Place, str]]:

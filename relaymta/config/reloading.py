@@ -9,10 +9,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from relaymta.config.clients import Listener
-from relaymta.config.describing import is_list, leaves, model_of, when
+from relaymta.config.describing import leaves
 from relaymta.config.origin import Origin
 from relaymta.config.sentences import problems_of
-from relaymta.config.values import When
+from relaymta.config.values import When, is_list, model_of, when
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from relaymta.config.describing import is_list, model_of
 from relaymta.config.origin import Origin
-from relaymta.config.values import Place, Problems, near
+from relaymta.config.values import Place, Problems, is_list, model_of, near
 
 __all__ = ["problems_of"]
 
@@ -47,7 +46,10 @@ def _singly(entry: Any) -> list[Any]:
     problems = entry.get("ctx", {}).get("error")
     if not isinstance(problems, Problems):
         return [entry]
-    return [{"type": "value_error", "loc": (*entry["loc"], *place), "msg": what} for place, what in problems.found]
+    return [
+        {"type": "value_error", "loc": (*entry["loc"], *place), "msg": what, "other": other}
+        for place, what, other in problems.found
+    ]
 
 
 def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
@@ -75,7 +77,7 @@ def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
         what = _TYPES.get(entry["type"], what) + _shown(given, what)
         if entry["type"] == "literal_error":
             what += near(str(given), _OPTION.findall(entry["ctx"]["expected"]))
-    return origin.sentence(place, what)
+    return origin.sentence(place, what, entry.get("other", ()))
 
 
 def _name(place: Place) -> str:

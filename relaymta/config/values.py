@@ -6,20 +6,21 @@ import re
 from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cache
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from relaymta.duration import SECONDS, parse_duration, parse_size, seconds_of
 from relaymta.errors import ConfigError, near
 from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
-    "Address", "Domain", "Duration", "Host", "Mailbox", "Name", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate",
-    "Reload", "Restart", "Size", "SocketAddress", "Table", "When", "check_each", "dotted", "hook_url", "in_clear", "in_dns",
-    "is_http", "is_loopback", "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
-    "socket_address",
+    "Address", "Domain", "Duration", "Host", "Mailbox", "Name", "Nameserver", "Network", "Place", "Problem", "Problems", "Quota",
+    "Rate", "Reload", "Restart", "Size", "SocketAddress", "Table", "When", "check_each", "dotted", "hook_url", "in_clear",
+    "in_dns", "is_http", "is_list", "is_loopback", "model_of", "near", "parse_duration", "parse_hostport", "parse_quota",
+    "place_of", "repeated", "socket_address", "when",
 ]  # fmt: skip
 
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
@@ -63,11 +64,19 @@ def place_of(key: str) -> Place:
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
-class Problems(ValueError):
-    """Problems with several keys. `found`: (place of the key, what is wrong with it) of each."""
+class Problem(NamedTuple):
+    """What is wrong with the key at a place; `other`: the key that it does not go with, if it is one."""
 
-    def __init__(self, found: list[tuple[Place, str]]) -> None:
-        super().__init__("; ".join(f"{dotted(place)}: {what}" for place, what in found))
+    place: Place
+    what: str
+    other: Place = ()
+
+
+class Problems(ValueError):
+    """Problems with several keys."""
+
+    def __init__(self, found: list[Problem]) -> None:
+        super().__init__("; ".join(f"{dotted(place)}: {what}" for place, what, _ in found))
         self.found = found
 
 
@@ -82,10 +91,26 @@ class Table(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        found = [(place_of(key), what) for key, what in self.problems()]
+        found = [Problem(place_of(key), what) for key, what in self.problems()]
         if found:
             raise Problems(found)
         return self
+
+
+def when(field: FieldInfo) -> When | None:
+    """What a reload does with a key; None for one that is a table, whose keys say it."""
+    return next((mark for mark in field.metadata if isinstance(mark, When)), None)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a key's value is a list."""
+    return getattr(annotation, "__origin__", None) is list
+
+
+def model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model of a key that is a table, or a list of tables; None for other keys."""
+    inner = getattr(annotation, "__args__", (annotation,))[0]
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def check_each(table: str, rows: Iterable[T], check: Callable[[T], object]) -> None:

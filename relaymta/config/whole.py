@@ -17,7 +17,7 @@ from relaymta.config.names import Hostname, own_name
 from relaymta.config.origin import Origin
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
 from relaymta.config.signing import Dkim, Verify
-from relaymta.config.values import Problems, Reload, Restart, Table, place_of
+from relaymta.config.values import Problem, Problems, Reload, Restart, Table, place_of
 
 __all__ = ["Config"]
 
@@ -76,7 +76,7 @@ class Config(Table):
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> "Config":
         """As of all tables. With a list as the context of the validation, problems are put there, and not raised."""
-        found = [(place_of(key), what) for key, what in contradictions(self)]
+        found = [Problem(place_of(key), what, *map(place_of, other)) for key, what, *other in contradictions(self)]
         if info.context is not None:
             info.context.extend(found)
         elif found:
@@ -87,13 +87,29 @@ class Config(Table):
         """The configuration for another process: only what was given, so that defaults can be told from values (see shaping)."""
         return self.model_dump_json(exclude_unset=True, by_alias=True)
 
-    def at(self, key: str, what: str) -> str:
-        """`file:line: key: what`, for a problem with the key `route.0.hosts` (dotted)."""
-        return self._origin.sentence(place_of(key), what)
+    def at(self, key: str, what: str, other: str = "") -> str:
+        """`file:line: key: what`, for a problem with the key `route.0.hosts` (dotted). `other`: the key that it does not go with;
+        if that is in another file, it says where."""
+        return self._origin.sentence(place_of(key), what, place_of(other) if other else ())
 
-    def line(self, key: str) -> int:
-        """The line of the file in which a key (dotted) was given; 0: it was not given there."""
-        return self._origin.line(place_of(key))
+    def order(self, key: str) -> tuple[int, int]:
+        """The place of a key (dotted) among those that were given, to sort by; those that were not come first."""
+        return self._origin.spot(place_of(key))
+
+    def shortened(self) -> list[str]:
+        """A sentence about each list of values that lacks some which an earlier file gives."""
+        return [self._origin.sentence(place, what) for place, what in self._origin.shortened()]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it was read from, in their order."""
+        return self._origin.files
+
+    def file_of(self, key: str) -> Path | None:
+        """The file in which a key (dotted) was given; None: in none."""
+        place = place_of(key)
+        spot = self._origin.spot(place)
+        return self.files[spot.file] if spot.line and not self._origin.is_overridden(place) else None
 
     def located(self, problems: list[str]) -> list[str]:
         """Problems that begin with a key, each with its place in front (`at`); others are left as they are. `listener.address:

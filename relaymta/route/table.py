@@ -217,7 +217,8 @@ def unnamed(config: Config) -> list[str]:
     if not config.route_map:
         return []  # those are notes of the configuration itself
     named = {words[-1] for _, words in _map_lines(Path(config.route_map))}
-    return [config.at(f"route.{n}", why) for n, why in never_used(config) if config.route[n].label not in named]
+    found = never_used(config)
+    return [config.at(f"route.{n}", why, f"route.{first}") for n, why, first in found if config.route[n].label not in named]
 
 
 def _map_lines(path: Path) -> Iterator[tuple[int, list[str]]]:

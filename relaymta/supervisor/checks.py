@@ -16,10 +16,11 @@ from relaymta.errors import ConfigError
 from relaymta.files import read_secret
 from relaymta.route.ourselves import is_local
 from relaymta.sockets import in_use, reason
+from relaymta.toml import CONF_D
 
 __all__ = [
     "addresses", "busy_ports", "check_files", "check_program", "closed_socket", "exposed_secrets", "import_all", "made_by_root",
-    "missing_variables", "unreadable_secrets", "unusable_places", "why_not_here",
+    "missing_variables", "unreadable_files", "unreadable_secrets", "unusable_places", "why_not_here",
 ]  # fmt: skip
 
 SOCKET_PATH = 107  # octets (unix(7))
@@ -64,6 +65,16 @@ def check_files(config: Config) -> None:
             problems.append(f"route_map: {config.route_map}: {error.strerror or error}")
     if problems:
         raise ConfigError(config.located(problems))
+
+
+def unreadable_files(config: Config) -> list[str]:
+    """Warnings about files of the configuration itself that the current user cannot read: the relay does at each reload, when it
+    is not root any more."""
+    return [
+        f"{path}: {config.user or 'the relay'} cannot read it: a reload would be refused"
+        for path in (*config.files, *(path.parent / CONF_D for path in config.files[:1]))
+        if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
+    ]
 
 
 def unreadable_secrets(config: Config) -> list[str]:
@@ -116,8 +127,8 @@ def _secrets(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _placed(config: Config, found: list[tuple[str, str]]) -> list[str]:
-    """(key, what is wrong), each with its place, in the order of the file."""
-    return [config.at(key, what) for key, what in sorted(found, key=lambda pair: config.line(pair[0]))]
+    """(key, what is wrong), each with its place, in the order of the files."""
+    return [config.at(key, what) for key, what in sorted(found, key=lambda pair: config.order(pair[0]))]
 
 
 def check_program(config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import trustme
 
 from relaymta import control
+from tests.support import commands
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import SILENT, FakeMx
 from tests.support.resolver import nameserver_with
@@ -100,6 +101,29 @@ def test_what_needs_a_restart_is_named_and_stays(tmp_path):
         assert "delivered" in relay.cli("message", "history", queued["id"]).stdout, "the history is kept as before"
         assert relay.worker_pids() == before
         assert relay.reload("") == "reloaded; applied: limits.message_size"
+
+
+def test_files_of_conf_d_are_read_at_each_reload(tmp_path):
+    folder = tmp_path / "conf.d"
+    folder.mkdir()
+    socket = tmp_path / "control.sock"
+    (folder / "10-a.toml").write_text(f'[limits]\nmessage_size = 2000\n[control]\nsocket = "{socket}"\n')
+    with Reloaded(tmp_path, "[limits]\nmessage_size = 1000\n", "127.0.0.1:1") as relay:
+
+        def reloaded() -> str:
+            done = commands.run(["reload", "-c", str(relay.file)], 60)  # which finds the socket by conf.d, too
+            return done.stdout + done.stderr
+
+        assert relay.sizes(1) == {"2000"}
+        (folder / "20-b.toml").write_text("\nlimits.message_size = 3000\n")
+        assert reloaded() == "reloaded; applied: limits.message_size\n" and relay.sizes(1) == {"3000"}
+        (folder / "30-c.toml").write_text("limits.message_size = -1\n")
+        answer = reloaded()
+        assert answer.startswith(f"refused, the old configuration stays:\n{folder}/30-c.toml:1: limits.message_size: ")
+        assert answer.endswith(f" (also in {relay.file}:2, {folder}/10-a.toml:2, {folder}/20-b.toml:2)\n")
+        (folder / "30-c.toml").unlink()
+        (folder / "20-b.toml").rename(folder / "20-b.toml~")
+        assert reloaded() == "reloaded; applied: limits.message_size\n" and relay.sizes(1) == {"2000"}
 
 
 def test_one_worker_that_cannot_read_a_file_keeps_all_on_the_old_configuration(tmp_path):

@@ -538,7 +538,10 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
     status, said = run("keygen", "shop.test", "--selector", "one", "--out", str(tmp_path / "one.pem"))
     assert status == 0 and (tmp_path / "one.pem").stat().st_mode & 0o777 == 0o600
     line, _, table = said.partition("\n")
-    config.write_text(config.read_text() + table + "\n# a remark\n[limits]\nconnections = 9\n")
+    (tmp_path / "conf.d").mkdir()
+    keys = tmp_path / "conf.d/keys.toml"  # of several files, that which has the key is changed
+    keys.write_text(table + "\n# a remark\n[limits]\nconnections = 9\n")
+    first = config.read_text()
     create = ("app", "create", "shop", "--sender", "@shop.test", "--config", str(config))
     made = relay.cli(*create, "--set", f"accounts.file={tmp_path}/accounts.toml").stdout
     assert 'shop.test. TXT "v=spf1 a:' in made and line in made  # the record of its key
@@ -556,18 +559,19 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
         assert run("check", nameserver=nameserver)[0] == 0
         status, said = run("rotate", "shop.test", "--selector", "two", "--out", str(tmp_path / "two.pem"), nameserver=nameserver)
         assert status == 0 and "remove one._domainkey.shop.test" in said
-        text = config.read_text()
+        text = keys.read_text()
+        assert config.read_text() == first and said.splitlines()[1].startswith(f"{keys}: shop.test uses the selector two now")
         assert 'selector = "two"' in text and "two.pem" in text and "one.pem" not in text and "# a remark" in text
         assert run("check", nameserver=nameserver)[0] == 0
     # What lets no signature be verified: the same key by other names, each with a record of its own.
     spoilt = {"hash": ("v=DKIM1; ", "h=sha1; "), "service": ("v=DKIM1; ", "s=a; "), "version": ("DKIM1", "DKIM2"),
               "kind": ("k=rsa", "k=dsa")}  # fmt: skip
-    used = config.read_text()
+    used = keys.read_text()
     _, mark, table = used.partition("[[dkim]]")
     table = mark + table.partition("\n[")[0]
     assert 'selector = "two"' in table
     others = [table.replace('selector = "two"', f'selector = "{name}"') for name in spoilt]
-    config.write_text(used + "\n" + "\n".join(others))
+    keys.write_text(used + "\n" + "\n".join(others))
     zone = [second, *(second.replace("two.", f"{name}.", 1).replace(*change) for name, change in spoilt.items())]
     with nameserver_with(tmp_path, zone) as nameserver:
         status, said = run("check", "--json", nameserver=nameserver)
@@ -576,6 +580,6 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
         assert states.keys() == spoilt.keys()
         for name, state in states.items():
             assert "the record lets no signature be verified" in state, name
-    config.write_text(used)
+    keys.write_text(used)
     with nameserver_with(tmp_path, [records[0].replace("one.", "two.")]) as nameserver:
         assert "the record is another key's" in run("check", "--json", nameserver=nameserver)[1]
