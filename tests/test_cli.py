@@ -87,7 +87,7 @@ def test_options_stand_before_the_verb_or_behind_it_and_those_behind_it_win(tmp_
 # Exit statuses
 
 ARGUMENTS = {  # what a verb needs to get as far as its configuration
-    ("abuse", "why"): ["n"], ("abuse", "clear"): ["n"], ("assets",): ["k"],
+    ("abuse", "why"): ["n"], ("abuse", "clear"): ["n"], ("assets",): ["k"], ("completion",): ["bash"],
     ("app", "create"): ["n"], ("app", "expire"): ["n"], ("app", "rotate"): ["n"], ("app", "remove"): ["n"],
     ("user", "add"): ["n", "--password", "x"], ("user", "password"): ["n", "--password", "x"], ("user", "remove"): ["n"],
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],
@@ -113,7 +113,19 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
-NO_DAEMON = {"app", "assets", "user", "config", "dkim", "doctor", "init", "route", "serve", "sink"}  # verbs that do not ask it
+NO_DAEMON = {
+    "app",
+    "assets",
+    "completion",
+    "user",
+    "config",
+    "dkim",
+    "doctor",
+    "init",
+    "route",
+    "serve",
+    "sink",
+}  # verbs that do not ask it
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),

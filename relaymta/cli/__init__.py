@@ -1,11 +1,12 @@
 """The command line: `relaymta VERB`. Options, output and exit statuses are the same for all verbs: docs/cli.md."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -13,9 +14,13 @@ from relaymta import __version__
 from relaymta.cli.console import OutputFailed, check_streams, give_up
 from relaymta.cli.options import for_all_verbs, note_given
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+__all__ = ["COMPLETE", "main"]
 
 USAGE, UNWRITTEN = 64, 74  # EX_USAGE, EX_IOERR of sysexits.h
+COMPLETE = "_RELAYMTA_COMPLETE"  # by which a shell asks for completions
 BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE has ended
 
 
@@ -31,6 +36,7 @@ VERBS = {
     "abuse": Verb("abuse", "Accounts whose mail is not like their own any more."),
     "app": Verb("account", "Manage applications that log in with a key to send mail."),
     "assets": Verb("assets", "Write the units, the reference configuration and the dashboard to a folder."),
+    "completion": Verb("completion", "Print the script by which a shell completes verbs and options."),
     "config": Verb("config", "Check, show or describe the configuration."),
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),
     "doctor": Verb("doctor", "Check what runs here; with a subject, what other servers see of this one."),
@@ -79,8 +85,17 @@ class Verbs(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, VERBS[name].line) for name in self.list_commands(ctx) if VERBS[name].line])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """The verbs and options that begin so, without an import of any verb."""
+        from click.shell_completion import CompletionItem
+
+        verbs = [CompletionItem(name, help=VERBS[name].line) for name in self.list_commands(ctx) if VERBS[name].line]
+        return [one for one in verbs if one.value.startswith(incomplete)] + click.Command.shell_complete(self, ctx, incomplete)
+
     def main(self, *args: Any, **extra: Any) -> Any:
         """As click's; help that cannot be written ends with UNWRITTEN, too."""
+        if COMPLETE in os.environ:
+            import_module("relaymta.cli.completion")  # has a class for bash
         try:
             check_streams()
             return super().main(*args, **extra)

@@ -8,7 +8,7 @@ import click
 
 import relaymta
 from relaymta.cli.console import say
-from relaymta.cli.options import Configuration, absolute, configured, fail
+from relaymta.cli.options import Configuration, absolute, configured, fail, folders
 
 __all__ = ["assets"]
 
@@ -17,7 +17,7 @@ PROGRAM = "/usr/bin/relaymta"  # as the units name it
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path), shell_complete=folders)
 @click.option("--force", is_flag=True, help="Overwrite files that are there and are different.")
 @configured
 def assets(read: Configuration, folder: Path, force: bool) -> None:

@@ -1,18 +1,22 @@
-"""`relaymta config`: check, show and describe the configuration."""
+"""`relaymta config`: check, show and describe the configuration.
+
+What takes long to import is imported where it is used: a shell asks for the options of these verbs.
+"""
 
 import os
+from typing import TYPE_CHECKING
 
 import click
-from pydantic_core import to_jsonable_python
 
 from relaymta import control
 from relaymta.cli.console import say, say_json, say_json_lines
 from relaymta.cli.options import Configuration, config_path, configured, fail, group, loaded
 from relaymta.cli.peer import as_json
-from relaymta.config import Config, as_toml, describe, given, notes
 from relaymta.errors import ConfigError, RelayError
-from relaymta.privileges import account, become
 from relaymta.toml import misnamed
+
+if TYPE_CHECKING:
+    from relaymta.config import Config
 
 __all__ = ["config"]
 
@@ -30,7 +34,8 @@ def check(read: Configuration, no_connect: bool) -> None:
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes: so is a port on which a program
     listens now that is not the relay of this configuration, and a filter that does not answer. Whether another program uses the
     spool is not checked."""
-    from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
+    from relaymta.config import notes
+    from relaymta.route import ourselves, shaping
     from relaymta.route.table import map_notes, unnamed
     from relaymta.supervisor import checks
 
@@ -75,7 +80,7 @@ def check(read: Configuration, no_connect: bool) -> None:
     say("the configuration is valid")
 
 
-def _addresses_of_the_relay(config: Config) -> set[str] | None:
+def _addresses_of_the_relay(config: "Config") -> set[str] | None:
     """Where a running relay with this control socket listens; nothing when none runs. None: one may run, and does not tell."""
     try:
         found = control.ask(config.control_path, "status")
@@ -86,9 +91,10 @@ def _addresses_of_the_relay(config: Config) -> set[str] | None:
     return {*found["listeners"], found["metrics"]}
 
 
-def _as_user(config: Config) -> set[str] | None:
+def _as_user(config: "Config") -> set[str] | None:
     """Become the user that the relay runs as, to look at files with its rights: `checks.made_by_root`. None: this is another
     user, and not root."""
+    from relaymta.privileges import account, become
     from relaymta.supervisor.checks import import_all, made_by_root
 
     import_all(config)
@@ -109,6 +115,10 @@ def _as_user(config: Config) -> set[str] | None:
 @configured
 def show(read: Configuration, origin: bool, as_json: bool) -> None:
     """Show the effective configuration, with defaults, as JSON: indented, or (--json) in one line."""
+    from pydantic_core import to_jsonable_python
+
+    from relaymta.config import as_toml, given
+
     config = loaded(read)
     if not origin:
         say_json_lines(config.model_dump_json(indent=None if as_json else 2).encode() + b"\n")
@@ -126,4 +136,6 @@ def show(read: Configuration, origin: bool, as_json: bool) -> None:
 @configured
 def describe_keys(read: Configuration) -> None:
     """Write the reference configuration file: every key with its description and default."""
+    from relaymta.config import describe
+
     say(*describe().removesuffix("\n").split("\n"))

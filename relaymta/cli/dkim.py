@@ -1,25 +1,25 @@
 """`relaymta dkim`: creates, checks and rotates the keys that sign mail."""
 
-import asyncio
 import itertools
 import os
 import re
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import ValidationError
 
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.editing import give_to, locked, replace_file
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, seconds_of
-from relaymta.config import Config, Dkim
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
 from relaymta.toml import written
+
+if TYPE_CHECKING:
+    from relaymta.config import Config, Dkim
 
 __all__ = ["checked", "dkim", "new_key", "record_of"]
 
@@ -59,8 +59,12 @@ def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path
     say("", "[[dkim]]", *(f"{key} = {written(value)}" for key, value in values.items()))
 
 
-def _settings(values: dict[str, object]) -> Dkim:
+def _settings(values: dict[str, object]) -> "Dkim":
     """A [[dkim]] table of these values; ends the program (64) if one is invalid."""
+    from pydantic import ValidationError  # imported here: a shell that completes options need not wait for it
+
+    from relaymta.config import Dkim
+
     try:
         return Dkim.model_validate(values)
     except ValidationError as error:
@@ -89,14 +93,14 @@ def _make(path: Path, kind: str, user: str) -> None:
         give_to(descriptor, user)
 
 
-def record_of(settings: Dkim) -> tuple[str, str]:
+def record_of(settings: "Dkim") -> tuple[str, str]:
     """The name and value of a key's DNS record. ConfigError when its file cannot be used."""
     from relaymta.filter.keys import load_key, record
 
     return f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))
 
 
-def _show_record(settings: Dkim) -> None:
+def _show_record(settings: "Dkim") -> None:
     from relaymta.filter.keys import zone_line
 
     say(zone_line(*record_of(settings)))
@@ -115,6 +119,8 @@ def rotate(read: Configuration, domain: str, selector: str, out: Path, kind: str
     """Rotate the key of a domain: create one, print its record, and once the DNS has that, replace the old key in the file of the
     configuration that has it. Repeat the command until it succeeds; then run `relaymta reload`, and keep the old record for a
     week."""
+    import asyncio
+
     config = loaded(read, ANY_LISTENER)
     wanted = _settings({"domain": domain, "selector": selector, "key": str(out)})
     domain, selector = wanted.domain, wanted.selector
@@ -135,7 +141,9 @@ def rotate(read: Configuration, domain: str, selector: str, out: Path, kind: str
     say(f"remove {olds[0].selector}._domainkey.{domain} from the DNS in a week, when all mail signed with it has been delivered")
 
 
-async def _published(config: Config, settings: Dkim, seconds: float) -> str:
+async def _published(config: "Config", settings: "Dkim", seconds: float) -> str:
+    import asyncio
+
     until = time.monotonic() + seconds
     while True:
         (row,) = await checked(config.model_copy(update={"dkim": [settings]}))
@@ -144,7 +152,7 @@ async def _published(config: Config, settings: Dkim, seconds: float) -> str:
         await asyncio.sleep(min(10.0, max(0.1, until - time.monotonic())))
 
 
-def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
+def _put_in_place(file: Path, old: "Dkim", new: "Dkim") -> None:
     """Replace selector and key in the lines of a [[dkim]] table. The new text is parsed before it replaces the file, so that
     nothing but these two values can change."""
     with locked(file, ""):
@@ -170,7 +178,7 @@ def _tables(text: str) -> dict[str, Any]:
         return {}
 
 
-def _with(text: str, old: Dkim, new: Dkim) -> str:
+def _with(text: str, old: "Dkim", new: "Dkim") -> str:
     """The text of a configuration file with a key's selector and key replaced; unchanged if its table is not found."""
     lines = text.splitlines(keepends=True)
     heads = [n for n, line in enumerate(lines) if line.strip().startswith("[")] + [len(lines)]
@@ -190,6 +198,8 @@ def _with(text: str, old: Dkim, new: Dkim) -> str:
 def check_keys(read: Configuration, as_json: bool) -> None:
     """Check that the DNS has the record of each key, and that a sample signed with the key is verified with it (by dkimpy). Exit
     status 1 when a record is missing, belongs to another key, or lets no signature be verified."""
+    import asyncio
+
     config = loaded(read, ANY_LISTENER)
     rows = asyncio.run(checked(config))
     if as_json:
@@ -203,7 +213,7 @@ def check_keys(read: Configuration, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-async def checked(config: Config) -> list[dict[str, str]]:
+async def checked(config: "Config") -> list[dict[str, str]]:
     """The DNS record of each key: `record` (its name), `key` (the file), `state` ("ok", or what is wrong)."""
     from relaymta.dns import Resolver
 
@@ -214,7 +224,7 @@ async def checked(config: Config) -> list[dict[str, str]]:
         await resolver.close()
 
 
-async def _check_one(resolver: object, settings: Dkim) -> dict[str, str]:
+async def _check_one(resolver: object, settings: "Dkim") -> dict[str, str]:
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
     from relaymta.filter.keys import load_key, record
     from relaymta.filter.opinion import trouble

@@ -13,7 +13,7 @@ from relaymta.auth.identity import plain_address
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.lessons import again as also_again
 from relaymta.cli.lessons import learning, taught
-from relaymta.cli.options import Configuration, config_with, configured, fail, group
+from relaymta.cli.options import Configuration, config_with, configured, fail, files, group
 from relaymta.cli.peer import (
     GivenPath,
     absent,
@@ -237,7 +237,7 @@ def test(
 
 @filter.command()
 @click.argument("what", type=click.Choice(["spam", "ham"]))
-@click.argument("messages", nargs=-1, required=True, callback=given, metavar="FILE|ID...")
+@click.argument("messages", nargs=-1, required=True, callback=given, metavar="FILE|ID...", shell_complete=files)
 @click.option("--only", default="", callback=given, metavar="FILTER", help="Teach this filter alone.")
 @also_again
 @as_json

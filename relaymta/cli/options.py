@@ -19,11 +19,13 @@ from relaymta.errors import ConfigError
 from relaymta.toml import read_all
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from relaymta.config import Config
 
 __all__ = [
-    "ANY_LISTENER", "Configuration", "absolute", "config_path", "config_with", "configured", "fail", "for_all_verbs", "group",
-    "home", "incomplete", "loaded", "missing", "named_path", "note_given", "note_missing", "usual_path",
+    "ANY_LISTENER", "Configuration", "absolute", "config_path", "config_with", "configured", "fail", "files", "folders",
+    "for_all_verbs", "group", "home", "incomplete", "loaded", "missing", "named_path", "note_given", "note_missing", "usual_path",
 ]  # fmt: skip
 
 _FILE, _NAMED, _MISSING, _INCOMPLETE, _GIVEN = (
@@ -94,7 +96,11 @@ def _last(key: str, tables: list[dict[str, Any]]) -> Any:
 
 
 def fail(status: int, text: str) -> NoReturn:
-    """End the program with a message of one or several lines on standard error."""
+    """End the program with a message of one or several lines on standard error; while a shell completes a word, only what was
+    given is taken as missing."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.resilient_parsing:
+        raise click.UsageError(text)
     say(*text.split("\n"), err=True)
     sys.exit(status)
 
@@ -122,6 +128,22 @@ def usual_path() -> Path:
     return Path(CONFIG_PATH) if os.geteuid() == 0 else home("XDG_CONFIG_HOME", ".config") / "relaymta" / "relaymta.toml"
 
 
+def folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """For a shell that completes an option or argument which is a folder."""
+    return _paths(incomplete, "dir")
+
+
+def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """For a shell that completes an option or argument which may be a file."""
+    return _paths(incomplete, "file")
+
+
+def _paths(incomplete: str, kind: str) -> "list[CompletionItem]":
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type=kind)]
+
+
 def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that may stand before a verb as well as behind it."""
     for option in reversed((
@@ -129,7 +151,7 @@ def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Configuration file (default: $RELAYMTA_CONFIG, then the first that exists of, not as root, "
                      f"$XDG_CONFIG_HOME/relaymta/relaymta.toml, and {CONFIG_PATH})."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a key; overrides the file. Repeatable."),
-        click.option("--spool", metavar="DIR", help="Directory of the queue."),
+        click.option("--spool", metavar="DIR", shell_complete=folders, help="Directory of the queue."),
     )):  # fmt: skip
         function = option(function)
     return function

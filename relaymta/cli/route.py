@@ -1,6 +1,5 @@
 """`relaymta route test`: where a message would be sent, and why."""
 
-import asyncio
 import re
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,12 @@ import click
 from relaymta.cli.console import say, say_json
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, no_such
-from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.proto.address import plain
 from relaymta.proto.envelope import Envelope
 
 if TYPE_CHECKING:
+    from relaymta.config import Config
     from relaymta.dns import Resolver
     from relaymta.route.ourselves import Ourselves
     from relaymta.route.sites import Site
@@ -49,6 +48,8 @@ def test(
     attempts: int, headers: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
+    import asyncio  # imported here: a shell that completes options need not wait for it
+
     sender, recipient = _address("--from", sender), _address("--to", recipient)
     for field in headers:
         if not re.match(r"[!-9;-~]+[ \t]*:", field):
@@ -91,7 +92,7 @@ def _address(option: str, given: str) -> str:
     return found or ""
 
 
-def _config(read: Configuration) -> Config:
+def _config(read: Configuration) -> "Config":
     """The configuration, with its listeners where it has some: a host may be one of them."""
     try:
         return read()
@@ -99,7 +100,7 @@ def _config(read: Configuration) -> Config:
         return loaded(read, ANY_LISTENER)
 
 
-async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
+async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
     from relaymta.dns import Resolver
     from relaymta.proto.mailbox import Malformed
     from relaymta.route.mx import NoRoute
@@ -134,8 +135,9 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
     return found
 
 
-async def _show_site(found: dict[str, Any], site: "Site", config: Config, resolver: "Resolver") -> None:
+async def _show_site(found: dict[str, Any], site: "Site", config: "Config", resolver: "Resolver") -> None:
     """Add the hosts of a site, and its limits."""
+    from relaymta.config import parse_hostport
     from relaymta.dns import DnsFailure, NoData, NoSuchName
     from relaymta.route.shaping import LIMITS, Shaping
 
@@ -158,6 +160,7 @@ async def _show_site(found: dict[str, Any], site: "Site", config: Config, resolv
 
 def _check_loop(site: "Site", hosts: list[dict[str, Any]], ours: "Ourselves", port: int) -> None:
     """NoRoute where the first host that has an address is this relay itself."""
+    from relaymta.config import parse_hostport
     from relaymta.route.mx import NoRoute
 
     for host in hosts:

@@ -8,7 +8,7 @@ import click
 from relaymta.auth.identity import plain_address
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.filter import message_text, show_rows
-from relaymta.cli.options import Configuration, config_with, configured, fail, group, missing
+from relaymta.cli.options import Configuration, config_with, configured, fail, files, group, missing
 from relaymta.cli.peer import (
     absent,
     as_json,
@@ -74,7 +74,7 @@ def why(read: Configuration, ident: str, as_json: bool) -> None:
 
 
 @rule.command()
-@click.argument("message", metavar="FILE|ID", callback=given)
+@click.argument("message", metavar="FILE|ID", callback=given, shell_complete=files)
 @click.option("--from", "sender", default="", callback=given_sender, metavar="ADDRESS", help="The envelope sender.")
 @click.option("--to", "recipients", multiple=True, callback=given_address, metavar="ADDRESS", help="A recipient; repeatable.")
 @click.option("--client", default="192.0.2.1", callback=given, metavar="IP", help="The client's address; default: 192.0.2.1.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from relaymta.cli.console import say, say_message
-from relaymta.cli.options import Configuration, absolute, configured, fail
+from relaymta.cli.options import Configuration, absolute, configured, fail, folders
 from relaymta.config import parse_hostport
 from relaymta.proto import reply
 from relaymta.proto.smtp_server import Host, Limits, ServerSession, Transaction
@@ -92,7 +92,9 @@ async def _run(host: str, port: int, show: bool, save: Store | None) -> None:
 @click.command()
 @click.option("--listen", default="127.0.0.1:2526", show_default=True, metavar="HOST:PORT", help="Address to accept mail on.")
 @click.option("--show", is_flag=True, help="Print each message, too.")
-@click.option("--maildir", type=click.Path(path_type=Path), metavar="DIR", help="Save each message in this maildir.")
+@click.option(
+    "--maildir", type=click.Path(path_type=Path), metavar="DIR", shell_complete=folders, help="Save each message in this maildir."
+)
 @configured
 def sink(read: Configuration, listen: str, show: bool, maildir: Path | None) -> None:
     """Run a smart host for tests: it accepts every message, prints a line about it, and (without --maildir) discards it."""
