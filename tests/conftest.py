@@ -51,3 +51,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=False)
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """An overlay file system, in `tmp_path`. (Its layers are in a tmpfs: an overlay cannot be one of another.)"""
+    layers, made = tmp_path / "layers", tmp_path / "overlay"
+    for folder in (layers, made):
+        folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", layers], check=True)
+    try:
+        for name in ("lower", "upper", "work"):
+            (layers / name).mkdir()
+        options = f"lowerdir={layers}/lower,upperdir={layers}/upper,workdir={layers}/work"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", made], check=True)
+        yield made
+    finally:
+        for folder in (made, layers):
+            subprocess.run(["umount", "-l", folder], check=False)

@@ -57,7 +57,7 @@ def test_workers_do_not_ask_for_the_name_of_the_host_again():
 def checked(path: Path, text: str) -> tuple[int, list[str]]:
     """The exit status of `config check`, and its lines."""
     path.write_text(text)
-    done = CliRunner().invoke(main, ["config", "check", "-c", str(path)])
+    done = CliRunner().invoke(main, ["config", "check", "-c", str(path), "--set", "ephemeral=true"])
     return done.exit_code, (done.stderr or done.stdout).splitlines()
 
 

@@ -156,7 +156,7 @@ action = "bounce"
 """
     )
     assert load(path, {}).rule[0].match == "^4\\.7\\.1"
-    done = CliRunner().invoke(main, ["config", "check", "-c", str(path)])
+    done = CliRunner().invoke(main, ["config", "check", "-c", str(path), "--set", "ephemeral=true"])
     assert done.exit_code == 0, done.output
     notes = [line.removeprefix(f"note: {path}:") for line in done.output.splitlines() if line.startswith("note: ")]
     assert [note.partition(": ")[0] + " " + note.split(": ")[1] for note in notes] == [

@@ -1,1 +1,1 @@
-"""HTTP for monitoring: /metrics and /health."""
+"""HTTP for monitoring: /metrics, /health, /livez and /readyz."""

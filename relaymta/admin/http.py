@@ -1,4 +1,4 @@
-"""The HTTP server for monitoring: /metrics (Prometheus) and /health, on one address, by aiohttp."""
+"""The HTTP server for monitoring: /metrics (Prometheus), /health, /livez and /readyz, on one address, by aiohttp."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -82,6 +82,7 @@ async def serve_http(
     sites: Callable[[], Awaitable[Rows]],
     quotas: Callable[[], Awaitable[Rows]],
     healthy: Callable[[], str],
+    reasons: Callable[[], list[dict[str, str]]],
     down: Callable[[], tuple[int, Rows]] = lambda: (0, []),
     filters: Callable[[], dict[str, FilterTotals]] = dict,
     zones: Callable[[], dict[str, list[list[int]]]] = dict,
@@ -89,10 +90,10 @@ async def serve_http(
     abuse: Callable[[], dict[str, tuple[int, int, int]]] = dict,
 ) -> web.AppRunner:
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
-    of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `down()`: the sites that are
-    down, as `supervisor.outages` counts them; `filters()`: of each configured filter; `zones()`: the counters of each list
-    in the DNS; `rules()`: of each rule about mail; `abuse()`: as of `Accounts.counts`. OSError when the address is in
-    use."""
+    of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `reasons()`: why the
+    relay is not ready, as of `supervisor.readiness`; `down()`: the sites that are down, as `supervisor.outages` counts them;
+    `filters()`: of each configured filter; `zones()`: the counters of each list in the DNS; `rules()`: of each rule about
+    mail; `abuse()`: as of `Accounts.counts`. OSError when the address is in use."""
     registry = CollectorRegistry(auto_describe=False)
     collector = _Collector(blocks, down, filters, zones, rules, abuse)
     registry.register(collector)  # type: ignore[arg-type]
@@ -109,8 +110,16 @@ async def serve_http(
         wrong = healthy()
         return web.Response(text=(wrong or "ok") + "\n", status=503 if wrong else 200)
 
+    async def livez(request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")  # whoever reads this has been answered: the event loop runs
+
+    async def readyz(request: web.Request) -> web.Response:
+        why = reasons()
+        return web.json_response({"ready": not why, "reasons": why}, status=503 if why else 200)
+
     app = web.Application()
-    app.add_routes([web.get("/metrics", metrics), web.get("/health", health)])
+    answers = {"/metrics": metrics, "/health": health, "/livez": livez, "/readyz": readyz}
+    app.add_routes([web.get(path, answer) for path, answer in answers.items()])
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()

@@ -1,6 +1,7 @@
 """The command line: `relaymta VERB`. Options, output and exit statuses are the same for all verbs: docs/cli.md."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ __all__ = ["COMPLETE", "main"]
 
 USAGE, UNWRITTEN = 64, 74  # EX_USAGE, EX_IOERR of sysexits.h
 COMPLETE = "_RELAYMTA_COMPLETE"  # by which a shell asks for completions
-BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE has ended
+BROKEN_PIPE, TERMINATED = 141, 143  # as a shell has it for a program that SIGPIPE, SIGTERM has ended
 
 
 class Verb(NamedTuple):
@@ -94,6 +95,7 @@ class Verbs(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """As click's; help that cannot be written ends with UNWRITTEN, too."""
+        _end_on_sigterm()
         if COMPLETE in os.environ:
             import_module("relaymta.cli.completion")  # has a class for bash
         try:
@@ -121,6 +123,12 @@ class Verbs(click.Group):
                 return super().invoke(ctx)
         except OutputFailed as error:
             sys.exit(UNWRITTEN if give_up(error) else BROKEN_PIPE)
+
+
+def _end_on_sigterm() -> None:
+    """As process 1, of a container, end on SIGTERM until somebody else handles it: the kernel ends that one by no signal."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
 def _by_echo(error: OSError) -> bool:

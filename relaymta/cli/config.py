@@ -48,9 +48,9 @@ def check(read: Configuration, no_connect: bool) -> None:
     others = [] if file is None else [f"{path}: not read: its name does not end in .toml" for path in misnamed(file)]
     made_by_root = _as_user(config)
     remarks = [*others, *notes(config), *mapped, *shaping.check(config), *ourselves.check(config)]
-    remarks += checks.missing_variables(config)
-    remarks += [*checks.absent_places(config), *checks.exposed_secrets(config), *busy]
-    problems += checks.unreadable_secrets(config)
+    remarks += [*checks.missing_variables(config), *checks.absent_places(config), *checks.exposed_secrets(config)]
+    remarks += [*checks.fleeting_spool(config), *busy]
+    problems += [*checks.ephemeral_spool(config), *checks.unreadable_secrets(config)]
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")
     else:

@@ -19,8 +19,9 @@ __all__ = ["serve"]
     help="Send all mail there. Repeatable, for fallbacks.",
 )
 @click.option("--workers", type=int, help="Worker processes; 0: one for each core.")
+@click.option("--ephemeral", is_flag=True, help="Start even if the spool, and the mail in it, ends with this container.")
 @configured
-def serve(read: Configuration, listen: tuple[str, ...], smarthost: tuple[str, ...], workers: int | None) -> None:
+def serve(read: Configuration, listen: tuple[str, ...], smarthost: tuple[str, ...], workers: int | None, ephemeral: bool) -> None:
     """Run the relay until SIGTERM or Ctrl-C, then drain; SIGHUP reloads the configuration.
 
     Without a file: relaymta serve --listen 127.0.0.1:2525 --smarthost mail.example.net:587 --spool DIR
@@ -34,6 +35,8 @@ def serve(read: Configuration, listen: tuple[str, ...], smarthost: tuple[str, ..
         extra["route"] = [{"name": "smarthost", "hosts": list(smarthost)}]
     if workers is not None:
         extra["workers"] = workers
+    if ephemeral:
+        extra["ephemeral"] = True
     config = loaded(read, extra)
     try:
         status, failure = run(config, lambda: read(extra))

@@ -31,6 +31,10 @@ class Config(Table):
     user: Restart[str] = Field("", description="user to run as when started as root; empty: stay root, with a warning")
     workers: Restart[int] = Field(0, ge=0, le=255, description="worker processes; 0: one for each core")
     spool: Restart[str] = Field("/var/lib/relaymta", description="directory of the queue")
+    ephemeral: Restart[bool] = Field(
+        False,
+        description="start even if the spool is on an overlay file system, which ends with its container: docs/containers.md",
+    )
     listener: list[Listener] = Field([], description="addresses to accept mail on")
     route: list[Route] = Field([], description="where mail is sent; none: to the MX of each recipient's domain")
     route_map: Reload[str] = Field(

@@ -31,9 +31,11 @@ from relaymta.sockets import bound, control_socket, notify, reason, remove_socke
 from relaymta.supervisor.abuse import Accounts
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.busiest import busiest
-from relaymta.supervisor.checks import check_files, check_program
+from relaymta.supervisor.checks import check_files, check_program, ephemeral_spool
 from relaymta.supervisor.configuration import Configuration
+from relaymta.supervisor.first import bury_adopted
 from relaymta.supervisor.machine import Machine
+from relaymta.supervisor.readiness import reasons
 from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
 
@@ -65,6 +67,8 @@ class Supervisor:
         _raise_descriptor_limit()
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
+        if problems := ephemeral_spool(config):
+            raise ConfigError(problems)
         control, sockets, http = await self._opened_as_root(workers)
         self._prepare_spool(spool)
         control = control or control_socket(config.control_path, None, group_of(config))
@@ -86,11 +90,8 @@ class Supervisor:
         for number, own in enumerate(sockets):
             orphans = [shard for shard in existing if shard >= workers and shard % workers == number]
             self.slots.add(Slot(number, own, [number, *orphans]))
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
-        loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
+        self._hear_signals()
+        self._spawn(bury_adopted())
         self._spawn(_signs_of_life())
         server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
         if self.mail is not None:
@@ -187,7 +188,7 @@ class Supervisor:
         make_folder(spool)
         if not os.access(spool, os.W_OK | os.X_OK):
             user = self.config.user
-            hint = f": `chown -hR {user} {spool}`, if that is what you want" if user else ""
+            hint = f": `chown -hR {user} {spool}`, if that is what you want" if user else f" for user {os.geteuid()}"
             raise ConfigError([f"spool: {spool} is not writable{hint}"])
         try:
             keep_secret(spool)
@@ -208,6 +209,7 @@ class Supervisor:
                 lambda: busiest(self.slots, SITES_SHOWN),
                 lambda: usage(self),
                 self.slots.health,
+                lambda: reasons(self.slots, self.shared, self.stopping),
                 lambda: self.machine.outages.rows(_smart_sites(self.config)),
                 lambda: {one.name: FilterTotals(self.shared.named().of(one.name), one.timeout) for one in self.config.filter},
                 lambda: {zone: self.shared.named().of(list_name(zone)) for zone in _zones(self.config)},
@@ -216,6 +218,13 @@ class Supervisor:
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
+
+    def _hear_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
+        loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
 
     def _reopen_logs(self) -> None:
         """SIGUSR1: open the log file again, in all processes, after it was rotated."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import relaymta
 from relaymta import privileges
 from relaymta.config import Config, given_values, parse_hostport
+from relaymta.disk.mounts import IN_LAYERS, IN_MEMORY, mount_of
 from relaymta.errors import ConfigError
 from relaymta.files import read_secret
 from relaymta.route.ourselves import is_local
@@ -19,8 +20,9 @@ from relaymta.sockets import in_use, reason
 from relaymta.toml import CONF_D
 
 __all__ = [
-    "addresses", "busy_ports", "check_files", "check_program", "closed_socket", "exposed_secrets", "import_all", "made_by_root",
-    "missing_variables", "unreadable_files", "unreadable_secrets", "unusable_places", "why_not_here",
+    "addresses", "busy_ports", "check_files", "check_program", "closed_socket", "ephemeral_spool", "exposed_secrets",
+    "fleeting_spool", "import_all", "made_by_root", "missing_variables", "unreadable_files", "unreadable_secrets",
+    "unusable_places", "why_not_here",
 ]  # fmt: skip
 
 SOCKET_PATH = 107  # octets (unix(7))
@@ -173,6 +175,30 @@ def absent_places(config: Config) -> list[str]:
             except OSError as error:
                 found.append((f"route.{number}.hosts", f"{path}: {error.strerror or error}"))
     return _placed(config, found)
+
+
+def ephemeral_spool(config: Config) -> list[str]:
+    """Why the mail in the spool would not outlive this container, where it is on a file system of layers, unless `ephemeral`
+    allows that: then it must not be used."""
+    mount = None if config.ephemeral else mount_of(Path(config.spool))
+    if mount is None or mount.kind not in IN_LAYERS:
+        return []
+    what = f"{config.spool} is on an overlay file system ({mount.kind}), which ends with its container, and the mail in it, too"
+    return [config.at("spool", f"{what}: mount a volume there; if mail may be lost, start with --ephemeral (ephemeral = true)")]
+
+
+def fleeting_spool(config: Config) -> list[str]:
+    """A warning when the mail in the spool outlives the relay, but not this machine's restart, or is not the next container's."""
+    mount = None if config.ephemeral else mount_of(Path(config.spool))
+    if mount is None:
+        return []
+    if mount.kind in IN_MEMORY:
+        what = f"is in memory ({mount.kind}): the mail in it is lost when this machine, or the container, restarts"
+        return [config.at("spool", f"{config.spool} {what}")]
+    if mount.unnamed:
+        what = "is on a volume of this container or pod alone, which the next one will not have"
+        return [config.at("spool", f"{config.spool} {what}: mount one that has a name, or a claim")]
+    return []
 
 
 def made_by_root(config: Config) -> set[str]:

@@ -23,6 +23,7 @@ from relaymta.supervisor.checks import (
     check_files,
     closed_socket,
     exposed_secrets,
+    fleeting_spool,
     missing_variables,
     unreadable_secrets,
 )
@@ -217,6 +218,7 @@ def _warnings(config: Config) -> list[str]:
         *missing_variables(config),
         *absent_places(config),
         *exposed_secrets(config),
+        *fleeting_spool(config),
         *closed_socket(config),
     ]
 

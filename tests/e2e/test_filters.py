@@ -225,7 +225,7 @@ def test_a_reload_adds_a_filter_to_a_running_relay(tmp_path, scanner):
             f'[metrics]\nlisten = "127.0.0.1:{relay.metrics_port}"\n'
         )
         config.write_text(base)
-        relay.command = lambda: [relay.python, "-m", "relaymta", "-c", str(config), "serve"]  # type: ignore[method-assign]
+        relay.command = lambda: [relay.python, "-m", "relaymta", "-c", str(config), "serve", "--ephemeral"]  # type: ignore[method-assign]
         with relay:
             relay.send(VIRUS)
             added = f'[[filter]]\nname = "virus"\ntype = "clamd"\naddress = ["{scanner.address}"]\nenforce = false\n'

@@ -193,7 +193,7 @@ def test_without_the_filter_nothing_waits_for_it(tmp_path):
         )
         one = f'[[filter]]\nname = "virus"\ntype = "clamd"\naddress = ["{scanner.address}"]\nstage = "queued"\n'
         config.write_text(base + one)
-        relay.command = lambda: [relay.python, "-m", "relaymta", "-c", str(config), "serve"]  # type: ignore[method-assign]
+        relay.command = lambda: [relay.python, "-m", "relaymta", "-c", str(config), "serve", "--ephemeral"]  # type: ignore[method-assign]
         with relay:
             scanner.send(signal.SIGKILL)
             relay.send()

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -65,10 +63,7 @@ main()
 
 
 def health(relay: Relay) -> str:
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/health", timeout=10).read().decode().strip()
-    except urllib.error.HTTPError as error:
-        return error.read().decode().strip()
+    return relay.monitored("/health")[1].strip()
 
 
 def test_a_stopped_workers_clients_are_served_by_another_until_it_is_replaced(tmp_path, ledger):
@@ -78,10 +73,12 @@ def test_a_stopped_workers_clients_are_served_by_another_until_it_is_replaced(tm
         os.kill(first, signal.SIGSTOP)
         wait_for(lambda: health(relay) == "workers not ready: 0 (late, its sockets are lent to worker 1)")
         assert relay.worker_pids() == [second], "status does not wait for it"
+        assert relay.unready() == ["workers"] and relay.monitored("/livez") == (200, "ok\n")
         for number in range(20):  # the kernel gives half of them to the stopped worker's socket
             relay.send(f"X-Ledger: n{number}\r\n\r\nx\r\n")
         wait_for(lambda: len(relay.worker_pids()) == 2 and first not in relay.worker_pids(), what="its successor")
         wait_for(lambda: health(relay) == "ok")
+        assert relay.unready() == []
         wait_for(lambda: len(ledger.counts()) == 20)
         assert any("it is killed" in event["text"] for event in relay.events("warning"))
 

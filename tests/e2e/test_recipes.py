@@ -212,7 +212,7 @@ class Running(Relay):
 
     def command(self) -> list[str]:
         metrics = f"metrics.listen=127.0.0.1:{self.metrics_port}"
-        return [self.python, "-m", "relaymta", "-c", str(self.config), "serve", "--workers", "1", "--set", metrics]
+        return [self.python, "-m", "relaymta", "-c", str(self.config), "serve", "--ephemeral", "--workers", "1", "--set", metrics]
 
 
 def test_from_a_trial_to_enforcement(folder, virus, spam):

@@ -37,7 +37,7 @@ def test_a_message_passes_with_its_trace_and_is_counted(relay, ledger):
     text = urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/metrics", timeout=10).read()
     assert b"relaymta_messages_received_total 1.0" in text
     assert b'relaymta_recipients_total{result="delivered"} 1.0' in text
-    assert urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/health", timeout=10).status == 200
+    assert relay.monitored("/health") == (200, "ok\n") and relay.unready() == []
     done = subprocess.run([need("promtool"), "check", "metrics"], input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -65,7 +65,7 @@ class Reloading(Relay):
         )
 
     def command(self) -> list[str]:
-        return [self.python, "-m", "relaymta", "-c", str(self.config), "serve"]
+        return [self.python, "-m", "relaymta", "-c", str(self.config), "serve", "--ephemeral"]
 
     def post(self, data: bytes) -> str:
         """The reply to a message."""

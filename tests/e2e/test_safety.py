@@ -202,6 +202,7 @@ def test_a_relay_that_stops_takes_no_connection_and_answers_operators(tmp_path):
         wait_for(refused)
         found = relay.cli("status")
         assert "it is stopping" in found.stdout
+        assert relay.unready() == ["stopping"] and relay.monitored("/livez") == (200, "ok\n")
         (row,) = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
         assert "being delivered" in relay.cli("message", "explain", row["id"]).stdout
         assert json.loads(relay.cli("site", "list", "--json").stdout)["in flight"] == 1
@@ -313,6 +314,7 @@ def test_as_the_disk_fills_mail_slows_down_then_is_rejected_then_the_log_stops(t
         leave(5 << 20)
         wait_for(lambda: relay.metric("relaymta_store_full") == 1)
         assert b"\r\n452 4.3.1" in dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nQUIT\r\n")
+        assert relay.unready() == ["disk"]
         leave(2 << 20)
         wait_for(lambda: relay.metric("relaymta_log_dropped_total") > 0)  # the attempts at the dead host
         dropped = relay.metric("relaymta_log_dropped_total")
@@ -321,6 +323,7 @@ def test_as_the_disk_fills_mail_slows_down_then_is_rejected_then_the_log_stops(t
         assert relay.log.stat().st_size == size
         filler.unlink()
         wait_for(lambda: relay.metric("relaymta_store_full") == relay.metric("relaymta_store_slow") == 0)
+        assert relay.unready() == []
         relay.send()
         wait_for(lambda: len(ledger.taken) == 5)
         wait_for(lambda: any("log records dropped" in event["text"] for event in relay.events("warning")))

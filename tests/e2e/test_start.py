@@ -45,7 +45,7 @@ def test_a_mistake_that_a_start_finds_has_its_line(tmp_path: Path, taken: str, t
     more = "" if "[metrics]" in text else '[metrics]\nlisten = "off"\n'
     path.write_text(start + text.format(**words) + more)
     done = subprocess.run(
-        [sys.executable, "-m", "relaymta", "serve", "-c", str(path), "--workers", "1"],
+        [sys.executable, "-m", "relaymta", "serve", "--ephemeral", "-c", str(path), "--workers", "1"],
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert done.returncode == 78 and "Traceback" not in done.stderr

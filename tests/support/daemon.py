@@ -1,6 +1,7 @@
 """Real relays for tests: started as a user starts them, killed as a power cut kills them."""
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -69,7 +70,7 @@ class Relay:
 
     def command(self) -> list[str]:
         """The command line."""
-        found = [*self.wrap, self.python, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}"]
+        found = [*self.wrap, self.python, "-m", "relaymta", "serve", "--ephemeral", "--listen", f"127.0.0.1:{self.port}"]
         if self.smarthost is not None:
             found += ["--smarthost", self.smarthost]
         found += ["--spool", str(self.spool), "--workers", str(self.workers)]
@@ -120,7 +121,8 @@ class Relay:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `relaymta ARGUMENTS --spool ...`."""
-        done = commands.run([*arguments, "--spool", str(self.spool)], PATIENCE)
+        anywhere = ["--set", "ephemeral=true"] if {"config", "check"} <= set(arguments) else []  # tests may run in a container
+        done = commands.run([*arguments, "--spool", str(self.spool), *anywhere], PATIENCE)
         if check:
             done.check_returncode()
         return done
@@ -159,6 +161,22 @@ class Relay:
         """The value of one sample of /metrics, such as `name{label="x"}`."""
         text = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
         return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[0] == sample)
+
+    def monitored(self, path: str) -> tuple[int, str]:
+        """Status and text of the answer to GET /path at the address of /metrics."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+    def unready(self) -> list[str]:
+        """What keeps it from being ready, as /readyz says; nothing: it is ready."""
+        status, text = self.monitored("/readyz")
+        found = json.loads(text)
+        assert (status, found["ready"]) == ((503, False) if found["reasons"] else (200, True))
+        assert all(reason["text"] for reason in found["reasons"])
+        return [reason["what"] for reason in found["reasons"]]
 
     def worker_pids(self) -> list[int]:
         """The workers' process ids."""

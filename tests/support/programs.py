@@ -34,6 +34,7 @@ PACKAGES = {
     "debootstrap": "debootstrap",
     "systemd-nspawn": "systemd-container",
     "systemd-analyze": "systemd",
+    "podman": "podman crun",
 }
 
 
