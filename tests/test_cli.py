@@ -88,6 +88,7 @@ def test_options_stand_before_the_verb_or_behind_it_and_those_behind_it_win(tmp_
 
 ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("abuse", "why"): ["n"], ("abuse", "clear"): ["n"], ("assets",): ["k"], ("completion",): ["bash"],
+    ("manual",): ["k"],
     ("app", "create"): ["n"], ("app", "expire"): ["n"], ("app", "rotate"): ["n"], ("app", "remove"): ["n"],
     ("user", "add"): ["n", "--password", "x"], ("user", "password"): ["n", "--password", "x"], ("user", "remove"): ["n"],
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],
@@ -113,19 +114,8 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
-NO_DAEMON = {
-    "app",
-    "assets",
-    "completion",
-    "user",
-    "config",
-    "dkim",
-    "doctor",
-    "init",
-    "route",
-    "serve",
-    "sink",
-}  # verbs that do not ask it
+# Verbs that do not ask it.
+NO_DAEMON = {"app", "assets", "completion", "config", "dkim", "doctor", "init", "manual", "route", "serve", "sink", "user"}
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),
@@ -634,6 +624,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
 }  # fmt: skip
 SLOW = {
+    ("manual",),
     ("serve",),
     ("sink",),
     ("config", "check"),

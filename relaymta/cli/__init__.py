@@ -44,6 +44,7 @@ VERBS = {
     "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
     "init": Verb("init", "Set up a relay: ask for what it needs, write its configuration, and send a test message."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
+    "manual": Verb("manual", "Write the manual pages of all verbs and of the configuration."),
     "message": Verb("message", "Inspect one message."),
     "policy": Verb("policy", "Hold or bounce mail for a time, both queued and new mail."),
     "quarantine": Verb("quarantine", "Mail that filters, rules about mail or DMARC hold."),

@@ -14,7 +14,7 @@ from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, Toke
 from relaymta.config.checks import notes
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
-from relaymta.config.describing import as_toml, describe, given, given_values
+from relaymta.config.describing import as_toml, describe, given, given_values, reference
 from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.loading import load, load_accounts
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
@@ -32,5 +32,5 @@ __all__ = [
     "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
     "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable",
     "Verify", "as_toml", "check_each", "describe", "everywhere", "given", "given_values", "header_condition", "load",
-    "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota",
+    "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota", "reference",
 ]  # fmt: skip

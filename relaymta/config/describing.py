@@ -1,6 +1,7 @@
 """The keys, as data: which there are, what a reload does with each, and the reference file of all of them."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from pydantic.fields import FieldInfo
 from relaymta.config.values import When, is_list, model_of, place_of, when
 from relaymta.config.whole import Config
 
-__all__ = ["Given", "as_toml", "describe", "given", "given_values", "leaves"]
+__all__ = ["Described", "Given", "Key", "as_toml", "describe", "given", "given_values", "leaves", "reference"]
 
 HEAD = """\
 # relaymta: every key, with its default. Lines without a value show keys that have none.
@@ -20,6 +21,23 @@ HEAD = """\
 #
 # `relaymta reload` (or SIGHUP) applies a changed value, except for keys marked (restart): these take effect at the next start.
 """
+
+
+class Key(NamedTuple):
+    """A key of the reference; `default`: as it stands in a file, "" where there is none."""
+
+    name: str
+    text: str
+    default: str
+    restart: bool
+
+
+class Described(NamedTuple):
+    """A table of the reference: its head as it is written ("": none), what it is for, and its keys."""
+
+    head: str
+    text: str
+    keys: list[Key]
 
 
 class Given(NamedTuple):
@@ -69,20 +87,28 @@ def given_values(table: BaseModel, prefix: str = "", defaults: bool = True) -> I
 
 def describe() -> str:
     """The reference configuration file: every key with its description and default, as comments."""
-    lines = [*HEAD.splitlines(), ""]
-    lines += _describe_fields(Config)
-    for name, model in _tables_of(Config):
-        repeated = is_list(Config.model_fields[name].annotation)
-        lines += ["", *_comment(model), f"#[[{name}]]" if repeated else f"[{name}]"]
-        lines += _describe_fields(model)
-        for inner, below in _tables_of(model):
-            several = is_list(model.model_fields[inner].annotation)
-            lines += ["", *_comment(below), f"#[[{name}.{inner}]]" if several else f"#[{name}.{inner}]", *_describe_fields(below)]
+    lines = HEAD.splitlines()
+    for table in reference():
+        mark = "" if re.fullmatch(r"\[\w+\]", table.head) else "#"  # the head of a table that there is once is no comment
+        lines += ["", *(f"# {line}" for line in table.text.splitlines()), *([mark + table.head] if table.head else [])]
+        for key in table.keys:
+            lines += [f"# {key.text}{' (restart)' * key.restart}", f"#{key.name} = {key.default}"]
     return "\n".join(lines) + "\n"
 
 
-def _comment(model: type[BaseModel]) -> list[str]:
-    return [f"# {line}" for line in inspect.cleandoc(model.__doc__ or "").splitlines()]
+def reference() -> Iterator[Described]:
+    """All tables, in their order: first the keys that stand in front of the first one."""
+    yield Described("", "", _keys(Config))
+    for name, model in _tables_of(Config):
+        yield _described(name, model, Config)
+        for inner, below in _tables_of(model):
+            described = _described(inner, below, model)
+            yield described._replace(head=described.head.replace(inner, f"{name}.{inner}"))
+
+
+def _described(name: str, model: type[BaseModel], above: type[BaseModel]) -> Described:
+    head = f"[[{name}]]" if is_list(above.model_fields[name].annotation) else f"[{name}]"
+    return Described(head, inspect.cleandoc(model.__doc__ or ""), _keys(model))
 
 
 def _tables_of(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
@@ -91,15 +117,14 @@ def _tables_of(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
     return [(name, below) for name, below in found if below is not None]
 
 
-def _describe_fields(model: type[BaseModel]) -> list[str]:
-    """The lines about the keys of a table that are not tables."""
-    lines = []
+def _keys(model: type[BaseModel]) -> list[Key]:
+    """The keys of a table that are not tables."""
+    found = []
     for name, field in model.model_fields.items():
         if model_of(field.annotation) is None:
             default = None if field.is_required() or field.default_factory is not None else field.default
-            restart = " (restart)" if when(field) is When.RESTART else ""
-            lines += [f"# {field.description}{restart}", f"#{field.alias or name} = {as_toml(default)}"]
-    return lines
+            found.append(Key(field.alias or name, field.description or "", as_toml(default), when(field) is When.RESTART))
+    return found
 
 
 def as_toml(value: Any) -> str:

@@ -52,5 +52,6 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need("systemd-nspawn")
     need("debootstrap")
     root = tmp_path_factory.mktemp("debian") / "root"
-    debootstrap(root, "python3", "adduser", "ca-certificates", "logrotate", "systemd", "systemd-sysv")
+    needed = ("python3", "adduser", "ca-certificates", "logrotate", "systemd", "systemd-sysv")
+    debootstrap(root, *needed, "bash-completion", "fish", "man-db", "zsh")
     return root

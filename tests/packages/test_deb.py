@@ -109,6 +109,27 @@ def test_it_installs_without_a_network_and_runs(machine: Machine) -> None:
     assert machine.run("relaymta", "--version").stdout.startswith("relaymta")
 
 
+def test_shells_complete_and_manual_pages_are_there(machine: Machine) -> None:
+    bash = """
+. /usr/share/bash-completion/bash_completion
+_completion_loader relaymta
+COMP_LINE="relaymta queue list --un" COMP_POINT=24
+_relaymta_completion relaymta "" ""
+echo "${COMPREPLY[@]}"
+"""
+    assert machine.run("bash", "--norc", "-c", bash).stdout == "--unseen\n"
+    assert machine.run("fish", "-c", 'complete -C "relaymta queue list --un"').stdout.startswith("--unseen\t")
+    zsh = "autoload -Uz compinit; compinit -u -D; print -r -- $_comps[relaymta]; autoload +X _relaymta"
+    assert machine.run("zsh", "-f", "-c", zsh).stdout == "_relaymta\n"
+    machine.run("zsh", "-n", "/usr/share/zsh/vendor-completions/_relaymta")
+    pages = machine.run("sh", "-c", "ls /usr/share/man/man1/relaymta*.1.gz /usr/share/man/man5/relaymta*").stdout.split()
+    assert len(pages) > 90
+    for name, told in (("relaymta-queue-list", "--unseen"), ("relaymta", "EXIT STATUS"), ("relaymta.toml", "message_size")):
+        assert told in machine.run("man", name).stdout
+    assert machine.run("man", "--warnings", "relaymta.toml").stderr == ""
+    assert machine.run("whatis", "relaymta.toml").stdout.startswith("relaymta.toml (5)")
+
+
 def test_its_processes_have_one_capability_and_a_filter_of_system_calls(machine: Machine) -> None:
     owner = machine.run("id", "-u", "relaymta").stdout.strip()
     files = machine.run("sh", "-c", f"grep -l '^Uid:.{owner}' /proc/[0-9]*/status").stdout.split()
