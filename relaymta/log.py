@@ -1,4 +1,4 @@
-"""The log: one JSON object a line, one for each change of a message's state (docs/log.md has the schema).
+"""The log: one JSON object a line, one for each change of a message's state, or the same as Postfix has it (docs/log.md).
 
 Records pass through a bounded buffer to a thread, so that a slow disk or pipe never delays mail: what does not fit is dropped and
 counted. The thread writes to the log and to the history, each of which drops and counts what it cannot write. The counts are
@@ -14,20 +14,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import msgspec
 
+from relaymta.log_forms import Render, as_json, as_postfix, for_journal, is_journal, postfix_writer
 from relaymta.privileges import append_to
 from relaymta.proto.printable import printable_json
 
-__all__ = ["EVENTS", "USERS", "History", "Log", "find_history", "history_of_user"]
+if TYPE_CHECKING:
+    from relaymta.config import Config
+    from relaymta.proto.maillog import Writer
+
+__all__ = ["EVENTS", "USERS", "History", "Log", "find_history", "history_of_user", "record_of", "schema"]
 
 BUFFER = 50_000  # records
 USERS = "users"  # the folder of the history of users, in that of messages
 LINE_MOST = 4 << 20  # octets of a record that is read
 
-# Every event and the fields it has beside ts (seconds, UTC), v (schema version), event and worker.
+# Every event and the fields it has beside event, ts (seconds, UTC) and worker.
 EVENTS: dict[str, tuple[str, ...]] = {
     "started": ("pid", "listeners"),
     "stopped": ("reason",),
@@ -49,12 +54,12 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "unseen",
         "held",
     ),
-    "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
+    "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id", "stays"),
     "quota_warning": ("user", "filled"),
     "sieve": ("id", "user", "actions", "cause"),
     "changed": ("protocol", "client", "user", "action", "mailbox", "into", "messages"),
     "session": ("protocol", "client", "user", "seconds", "retrieved", "commands", "program"),
-    "login": ("client", "user", "good", "reply"),
+    "login": ("client", "user", "good", "reply", "mechanism"),
     "filtered": (
         "id",
         "client",
@@ -73,11 +78,39 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "quarantine": ("id", "sender", "recipients", "result", "by", "reason", "to"),
     "abuse": ("account", "check", "watch", "value", "limit", "verdict", "enforced", "reason", "ends"),
     "filter": ("filter", "state", "reason"),
-    "rejected": ("client", "helo", "sender", "recipients", "reply"),
-    "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt", "users"),
+    "rejected": ("client", "helo", "protocol", "phase", "sender", "recipients", "reply"),
+    "delivered": (
+        "id",
+        "recipients",
+        "route",
+        "peer",
+        "address",
+        "port",
+        "tls",
+        "cipher",
+        "reply",
+        "delay",
+        "attempt",
+        "users",
+        "stays",
+    ),
     "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt"),
-    "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "attempt"),
-    "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "dsn", "attempt"),
+    "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "delay", "attempt"),
+    "bounced": (
+        "id",
+        "sender",
+        "recipient",
+        "route",
+        "phase",
+        "peer",
+        "reply",
+        "cause",
+        "dsn",
+        "delay",
+        "attempt",
+        "expired",
+        "stays",
+    ),
     # `ends`: seconds; `until`: the same in milliseconds, for one version more.
     "site": ("route", "state", "reason", "fault", "cause", "until", "ends"),
     "shaping": ("site", "tenant", "action", "by", "reply", "until", "ends"),
@@ -88,19 +121,32 @@ EVENTS: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 
 # Fields that an event has only got after 0.1: "" where they are not given.
-ADDED = {"message_id", "users", "retrieved", "commands", "program"}
+ADDED = {"message_id", "users", "retrieved", "commands", "program", "mechanism"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to"}
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stays", "expired"}
+
+# The types of fields that are no strings, in all events.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("pid", "size", "filled", "messages", "changes", "port", "attempt"), int),
+    **dict.fromkeys(("seconds", "value", "limit", "ends", "until", "delay", "next"), float),
+    **dict.fromkeys(("good", "enforced", "stays", "expired"), bool),
+    **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to"), list[str]),
+    **dict.fromkeys(("users", "actions"), list[str] | str),
+    **dict.fromkeys(("retrieved", "commands"), int | str),
+    "score": float | None,
+}
 
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
     """The struct of an event. It is faster to create and encode than a dictionary, and an unknown field is an error."""
     head: list[Any] = [("ts", float), ("worker", int)]
-    defaults = dict.fromkeys(ADDED, "") | dict.fromkeys(LEFT_OUT, msgspec.UNSET)
-    tail: list[Any] = [(field, Any, defaults[field]) if field in defaults else (field, Any) for field in fields]
+    types = {field: TYPES.get(field, str) for field in fields}
+    tail: list[Any] = [(field, types[field]) for field in fields if field not in ADDED and field not in LEFT_OUT]
+    tail += [(field, types[field], "") for field in fields if field in ADDED]
+    tail += [(field, types[field] | msgspec.UnsetType, msgspec.UNSET) for field in fields if field in LEFT_OUT]
     renamed = RENAMED.get(name, {})
-    tail += [(old, Any, None) for old in renamed]
+    tail += [(old, types[new], "") for old, new in renamed.items()]
 
     def fill(record: Any) -> None:
         for old, new in renamed.items():
@@ -118,27 +164,22 @@ _OF_USERS = frozenset(name for name, fields in EVENTS.items() if "user" in field
 _RECORDS = {name: _record(name, fields) for name, fields in EVENTS.items()}
 _KEPT = frozenset(_RECORDS[name] for name in _OF_MESSAGES)
 _KEPT_OF_USERS = frozenset(_RECORDS[name] for name in _OF_USERS)
-_encode = msgspec.json.Encoder().encode
-
-
 _NEWLINE = 0x0A
 
 
-def _lines(records: list[msgspec.Struct]) -> list[bytes]:
-    """Records as lines of JSON. Lone surrogates in them (octets that are not UTF-8) are replaced."""
-    try:
-        return [_encode(record) + b"\n" for record in records]
-    except UnicodeEncodeError:
-        return [_encode(_sound(msgspec.to_builtins(record))) + b"\n" for record in records]
+_Record = Union[tuple(_RECORDS.values())]  # type: ignore[valid-type] # noqa: UP007 # as many as there are
 
 
-def _sound(value: Any) -> Any:
-    """A value with lone surrogates, which cannot be encoded, replaced by "?"."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {key: _sound(part) for key, part in value.items()}
-    return [_sound(part) for part in value] if isinstance(value, (list, tuple)) else value
+def record_of(line: bytes) -> Any:
+    """The record that a line of JSON is, as a struct with its fields. msgspec.DecodeError: it is not as the schema says."""
+    return msgspec.json.decode(line, type=_Record)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (2020-12) of a record. Later versions may add fields and events, so there may be more in a record than it
+    names."""
+    found = msgspec.json.schema(_Record)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "relaymta: a record of the log", **found}
 
 
 class History:
@@ -260,17 +301,17 @@ def _lines_of(paths: Iterable[Path], since: float) -> Iterator[bytes]:
 
 
 class _Sink:
-    """Where lines are written: the log, or the history. `write(octets)` returns how many were written, or raises OSError. Used by
-    the log's thread only, but for reading `dropped`."""
+    """Where records are written: the log, or the history. `write(octets)` returns how many were written, or raises OSError. Used
+    by the log's thread only, but for reading `dropped`."""
 
     def __init__(self, write: Callable[[bytes], int]) -> None:
         self._write = write
         self._cut = False  # the last line is incomplete
-        self.dropped = 0  # lines
+        self.dropped = 0  # records
 
     def write(self, lines: list[bytes], warnings: list[bytes]) -> bool:
-        """Write lines, then warnings (lines that are not counted); what cannot be written is dropped. Whether all were
-        written."""
+        """Write records, each in lines, then warnings (records that are not counted); what cannot be written is dropped. Whether
+        all were written."""
         text = printable_json(b"".join(lines + warnings))
         if self._cut and text:
             text = b"\n" + text
@@ -280,18 +321,28 @@ class _Sink:
                 self._cut = text[written - 1] != _NEWLINE
                 text = text[written:]
         except OSError:
-            self.dropped += min(max(0, text.count(b"\n") - len(warnings)), len(lines))
+            missing = text.count(b"\n") - sum(line.count(b"\n") for line in warnings)
+            for line in reversed(lines):
+                self.dropped += missing > 0
+                missing -= line.count(b"\n")
         return not text
 
 
 class Log:
     """The log of one process. `file`: path, "-" for standard error. `worker`: the number of the process in each record, -1 for
-    the supervisor. `history`, `users`: get the events of messages, and those of users, too."""
+    the supervisor. `history`, `users`: get the events of messages, and those of users, too. `form`: "json" or "postfix"."""
 
-    def __init__(self, file: str, worker: int, history: History | None = None, users: History | None = None) -> None:
+    def __init__(
+        self, file: str, worker: int, history: History | None = None, users: History | None = None, form: str = "json"
+    ) -> None:
         self._file = file
         self._worker = worker
         self._descriptor = self._open()
+        in_journal = file == "-" and is_journal(self._descriptor)
+        self._writer: Writer | None = postfix_writer(in_journal) if form == "postfix" else None
+        self._render: Render = as_json if self._writer is None else as_postfix(self._writer)
+        if in_journal:
+            self._render = for_journal(self._render)
         self._log = _Sink(lambda text: os.write(self._descriptor, text))
         kept = ((history, _KEPT), (users, _KEPT_OF_USERS))
         self._kept = [(_Sink(one.write), records) for one, records in kept if one is not None]
@@ -313,6 +364,12 @@ class Log:
         """The number of records that could not be written to the history, which are in the log."""
         return sum(sink.dropped for sink, _ in self._kept)
 
+    def routes(self, config: "Config") -> None:
+        """The configuration has these routes from now on: what delivers is named by them in the form of Postfix."""
+        if self._writer is not None:
+            programs = {"lmtp": "lmtp", "mailbox": "virtual"}
+            self._writer.programs = {one.label: programs[one.protocol] for one in config.route if one.protocol in programs}
+
     def _open(self) -> int:
         if self._file == "-":
             return sys.stderr.fileno()
@@ -331,7 +388,7 @@ class Log:
             self._wanted.set()
 
     def _write(self) -> None:
-        reported = (0, 0)
+        reported, render = (0, 0), self._render
         while True:
             self._wanted.wait()
             self._wanted.clear()
@@ -339,11 +396,11 @@ class Log:
             batch = [self._pending.popleft() for _ in range(len(self._pending))]
             if self._pending:  # appended meanwhile, to a buffer that was not empty: nobody else wakes us
                 self._wanted.set()
-            lines = _lines(batch)
+            lines = as_json(batch) if self._kept or render is as_json else []
             for sink, records in self._kept:
                 sink.write([line for line, record in zip(lines, batch, strict=True) if type(record) in records], [])
             missing = self.dropped, self.history_dropped
-            if self._log.write(lines, _lines(self._lost(missing, reported))):
+            if self._log.write(lines if render is as_json else render(batch), render(self._lost(missing, reported))):
                 reported = missing
             if self._closing and not self._pending:
                 return

@@ -115,7 +115,21 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
 # Verbs that do not ask it.
-NO_DAEMON = {"app", "assets", "completion", "config", "dkim", "doctor", "init", "manual", "route", "serve", "sink", "user"}
+NO_DAEMON = {
+    "app",
+    "assets",
+    "completion",
+    "config",
+    "dkim",
+    "doctor",
+    "init",
+    "logs",
+    "manual",
+    "route",
+    "serve",
+    "sink",
+    "user",
+}
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),
@@ -621,7 +635,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify", "export", "import")},
     ("mailbox", "history"): CONFIG | {"lmdb", "asyncio"},
     **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
-    ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
+    ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG, ("logs", "tail"): CONFIG,
 }  # fmt: skip
 SLOW = {
     ("manual",),

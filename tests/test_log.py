@@ -1,7 +1,9 @@
 """The log, and the history of messages, which is kept in addition to it."""
 
+import ast
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from relaymta.log import USERS, History, Log, find_history, history_of_user
+from relaymta.log import EVENTS, USERS, History, Log, find_history, history_of_user, schema
+from relaymta.log_forms import is_journal
+from relaymta.proto.maillog import Writer
 from tests.support.daemon import wait_for
 
 OF_NOBODY = {"client": "", "helo": "", "user": "", "application": "", "message_id": ""}
@@ -155,6 +159,113 @@ def test_a_full_disk_under_the_log_takes_nothing_from_the_history(tmp_path):
     assert [record.get("id") for record in records(tmp_path / "log")] == ["B", None]
     lost = warnings(tmp_path / "log")
     assert len(lost) == 1 and int(lost[0].split()[0]) == log.dropped == 20, "all that were lost, not those of the last attempt"
+
+
+def test_a_record_of_several_lines_is_one_that_is_dropped(tmp_path, file_limit):
+    """In the form of Postfix. A warning says how many there are, which is in that form, too."""
+    log = Log(str(tmp_path / "log"), 0, form="postfix")
+    for number in range(20):
+        queued(log, f"A{number}")
+    wait(lambda: (tmp_path / "log").read_bytes().count(b"\n") == 40)
+    size = (tmp_path / "log").stat().st_size
+    file_limit(size + 100)  # of the first line, and a part of the second
+    for number in range(3):
+        queued(log, f"B{number}", "x" * 100)
+        wait(lambda number=number: log.dropped > number)
+    file_limit(1 << 30)
+    queued(log, "C")
+    log.close()
+    lines = [line.partition("]: ")[2] for line in (tmp_path / "log").read_text()[size:].splitlines()]
+    assert log.dropped == 3 and [line for line in lines if line.startswith(("C", "warning"))] == [
+        "C: message-id=<>", "C: from=<a>, size=1, nrcpt=1 (queue active)",
+        "warning: 3 log records dropped: they could not be written",
+    ]  # fmt: skip
+
+
+def test_the_history_is_json_whatever_the_form_of_the_log(tmp_path):
+    log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20), form="postfix")
+    queued(log, "ONE")
+    log.close()
+    (event,) = find_history(tmp_path / "history", "ONE")
+    assert event["event"] == "queued" and "postfix/qmgr[" in (tmp_path / "log").read_text()
+
+
+def test_a_defect_of_the_form_of_postfix_costs_no_record_and_not_the_thread(tmp_path, monkeypatch):
+    def broken(self, record):
+        raise ValueError("ours")
+
+    log = Log(str(tmp_path / "log"), 0, form="postfix")
+    monkeypatch.setattr(Writer, "program", broken)
+    log.event("next_host", id="ONE", recipients=["\udcff"], route="r", phase="rcpt", peer="p", reply="no", attempt=1)
+    log.event("warning", text="after it")
+    log.close()
+    first, second = [line.partition("]: ")[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert first.startswith('warning: ValueError: ours: {"event":"next_host"') and second == "warning: after it"
+
+
+SITE = {"route": "r", "reason": "", "fault": "", "cause": "", "until": 0, "ends": 0}
+LEVELED = [
+    (6, "login", {"client": "c", "user": "u", "good": True, "reply": "235"}),
+    (4, "login", {"client": "c", "user": "u", "good": False, "reply": "535 5.7.8 no"}),
+    (4, "warning", {"text": "x"}), (4, "site", SITE | {"state": "down"}), (5, "site", SITE | {"state": "up"}),
+    (3, "store", {"state": "full", "reason": ""}), (5, "store", {"state": "ok", "reason": ""}),
+    (3, "stopped", {"reason": "a worker"}), (5, "stopped", {"reason": "signal"}),
+    (6, "queued", {"id": "A", "sender": "a", "recipients": ["b"], "size": 1, **OF_NOBODY, "client": "192.0.2.1"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["json", "postfix"])
+@pytest.mark.parametrize("journal", [True, False], ids=["journal", "elsewhere"])
+def test_lines_for_the_journal_have_their_level_and_no_time(monkeypatch, capfd, form, journal):
+    found = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino if journal else found.st_ino + 1}")
+    monkeypatch.setattr("sys.stderr", os.fdopen(2, "w", closefd=False))
+    log = Log("-", 0, form=form)
+    for _, name, fields in LEVELED:
+        log.event(name, **fields)
+    log.close()
+    lines = capfd.readouterr().err.splitlines()
+    levels = [level for level, _, _ in LEVELED]
+    assert len(lines) == len(LEVELED) + 2 * (form == "postfix")
+    if journal:
+        assert [int(line[1]) for line in lines] == levels + [6, 6] * (form == "postfix")
+        lines = [re.fullmatch(r"<\d>(.*)", line)[1] for line in lines]  # type: ignore[index]
+    if form == "json":
+        assert [json.loads(line)["event"] for line in lines] == [name for _, name, _ in LEVELED]
+    else:
+        assert all(line.startswith("postfix/") is journal and "postfix/" in line for line in lines)
+
+
+def test_standard_error_that_is_no_stream_of_the_journal(monkeypatch):
+    for value in ("", "x", "1:2", ":", f"{os.fstat(2).st_dev}"):
+        monkeypatch.setenv("JOURNAL_STREAM", value)
+        assert not is_journal(2)
+    monkeypatch.delenv("JOURNAL_STREAM")
+    assert not is_journal(2)
+
+
+def emitted() -> dict[str, set[str]]:
+    """The events that the code logs, with the fields that are named where it does."""
+    found: dict[str, set[str]] = {}
+    for path in (Path(__file__).parents[1] / "relaymta").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".event", "partial")) and node.args:
+                (name,) = [one.value for one in node.args if isinstance(one, ast.Constant)] or [None]
+                if isinstance(name, str) and "event" in ast.unparse(node):
+                    found.setdefault(name, set()).update(key.arg for key in node.keywords if key.arg)
+    return found
+
+
+def test_each_event_that_is_logged_is_in_the_schema():
+    made = schema()
+    definitions = {name: made["$defs"][name] for name in (one["$ref"].rpartition("/")[2] for one in made["anyOf"])}
+    assert emitted().keys() == EVENTS.keys() == definitions.keys()
+    for name, fields in emitted().items():
+        known = definitions[name]["properties"]
+        assert fields <= known.keys(), name
+        assert {"event", "ts", "worker", *EVENTS[name]} <= known.keys()
+        assert definitions[name]["properties"]["event"]["enum"] == [name]
+        assert {"event", "ts", "worker"} <= set(definitions[name]["required"])
 
 
 @pytest.fixture

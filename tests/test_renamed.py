@@ -48,10 +48,19 @@ def test_counters_are_exposed_under_both_names():
 
 
 def test_an_event_has_its_old_fields_beside_the_new_ones(tmp_path):
-    common = {"recipient": "b", "route": "r", "phase": "rcpt", "peer": "p", "reply": "no", "attempt": 1, "cause": "reply"}
+    common = {
+        "recipient": "b",
+        "route": "r",
+        "phase": "rcpt",
+        "peer": "p",
+        "reply": "no",
+        "attempt": 1,
+        "cause": "reply",
+        "delay": 1,
+    }
     log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20))
-    log.event("bounced", id="ONE", dsn="TWO", **common)
-    log.event("bounced", id="ONE", dsn="", **common)
+    log.event("bounced", id="ONE", sender="a", dsn="TWO", **common)
+    log.event("bounced", id="ONE", sender="a", dsn="", **common)
     log.close()
     for rows in ([json.loads(line) for line in (tmp_path / "log").read_text().splitlines()],
                  find_history(tmp_path / "history", "ONE")):  # fmt: skip

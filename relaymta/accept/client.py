@@ -21,6 +21,7 @@ from relaymta.config import Listener
 from relaymta.errors import redacted
 from relaymta.metrics import index
 from relaymta.proto import reply
+from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.sasl import Claim
 
 __all__ = ["KEPT", "STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection"]
@@ -46,6 +47,7 @@ class AnySession(Protocol):
     parting: bool
     errors: int
     claim: Claim | None
+    exchange: AuthExchange | None
 
     def greet(self) -> bytes:
         """The greeting."""
@@ -364,8 +366,11 @@ class ClientConnection(Line, Generic[S]):
     async def _check_login(self, session: S, claim: Claim) -> None:
         admission, rights, began = self.admission, self.rights, self.admission.now()
         assert rights is not None
+        mechanism = session.exchange.mechanism if session.exchange is not None else ""
         try:
-            identity, answer = await admission.endpoint.logins.check(claim, rights.client.address, rights.client.behind)
+            identity, answer = await admission.endpoint.logins.check(
+                claim, rights.client.address, rights.client.behind, mechanism
+            )
         except Exception as error:  # after an internal error, too, the client gets a reply
             identity, answer = None, self._unchecked(error)
         if answer.startswith(b"535"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
-from relaymta.accept.origin import Client, Origin, Taken, protocol_of
+from relaymta.accept.origin import Client, Origin, Taken, protocol_of, spoken
 from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity, group_of, plain_address
 from relaymta.config import Config, PeerNetwork
@@ -193,9 +193,9 @@ class Intake:
             return reply.STORE_FULL
         return None
 
-    def accept_recipient(self, origin: Origin, address: str, transaction: Transaction, helo: str = "") -> bytes | None:
-        """The check at RCPT: relay rights, or whether a mailbox exists; then rates and quotas. `helo`: for the log. The
-        reply that rejects the recipient, or None."""
+    def accept_recipient(self, origin: Origin, address: str, transaction: Transaction, session: Session) -> bytes | None:
+        """The check at RCPT: relay rights, or whether a mailbox exists; then rates and quotas. The reply that rejects the
+        recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
         elif self.local is not None and self.is_local(address):
@@ -207,7 +207,7 @@ class Intake:
             refused = None if origin.may_relay else self._refusal(address)
         if refused is not None:
             self.counters.add(RECIPIENTS_REFUSED, 1)
-            self._rejected(origin.client, helo, transaction.sender, [address], refused)
+            self._rejected("rcpt", origin, session, transaction.sender, [address], refused)
             return refused
         return self._spend(origin.client, origin.identity, transaction)
 
@@ -252,26 +252,33 @@ class Intake:
         transaction.counted = True
         return None
 
-    def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
+    def refused(self, transaction: Transaction, origin: Origin, session: Session, answer: bytes) -> None:
         """Count and log a message that was rejected after its message data. `answer`: the reply, 4xx or 5xx."""
         if answer.startswith(b"5"):  # 4xx was counted where it arose
             self.counters.add(REFUSED_CONTENT, 1)
-        self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
+        self._rejected("data", origin, session, transaction.sender, transaction.recipients, answer)
 
-    def not_wanted(self, transaction: Transaction, client: Client, helo: str, recipient: str, answer: bytes) -> None:
+    def not_wanted(self, transaction: Transaction, origin: Origin, session: Session, recipient: str, answer: bytes) -> None:
         """Count and log that a filter refuses a recipient ("": the sender, or, where there are recipients, the message)."""
         if recipient:
             self.counters.add(RECIPIENTS_REFUSED, 1)
-        self._rejected(client, helo, transaction.sender, [recipient] if recipient else transaction.recipients, answer)
+        recipients = [recipient] if recipient else transaction.recipients
+        phase = "rcpt" if recipient else "data" if recipients else "mail"
+        self._rejected(phase, origin, session, transaction.sender, recipients, answer)
 
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
         self.counters.add(CONNECTIONS_REFUSED, 1)
-        self._rejected(client, helo, "", [], reply.NOT_SMTP)
+        self.log.event(
+            "rejected", phase="connect", client=client.address, helo=helo, protocol="", sender="", recipients=[],
+            reply=reply.NOT_SMTP.decode().strip(),
+        )  # fmt: skip
 
-    def _rejected(self, client: Client, helo: str, sender: str, recipients: list[str], answer: bytes) -> None:
-        answered = answer.decode("utf-8", "replace").strip()
-        self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=answered)
+    def _rejected(self, phase: str, origin: Origin, session: Session, sender: str, recipients: list[str], answer: bytes) -> None:
+        self.log.event(
+            "rejected", phase=phase, client=origin.client.address, helo=session.helo, protocol=spoken(origin, session),
+            sender=sender, recipients=recipients, reply=answer.decode("utf-8", "replace").strip(),
+        )  # fmt: skip
 
     def edited(self, origin: Origin, start: bytes, whole: bool) -> bytes | None:
         """Message data, or the start of a large message (`whole` is false), as it is stored behind our fields: without `From `
@@ -474,25 +481,25 @@ class Intake:
         add(OCTETS, size)
         add(RECIPIENTS, recipients)
 
-    def landed(self, ident: int, transaction: Transaction, origin: Origin, helo: str, size: int, taken: Taken) -> None:
+    def landed(self, ident: int, transaction: Transaction, origin: Origin, session: Session, size: int, taken: Taken) -> None:
         """Count and log a message of an LMTP client, as it is answered."""
         for address, answer in taken.refused:
             self.counters.add(RECIPIENTS_REFUSED, 1)
-            self._rejected(origin.client, helo, transaction.sender, [address], answer)
+            self._rejected("data", origin, session, transaction.sender, [address], answer)
         if not taken.recipients:
             return
         self.accepted(size, len(taken.recipients))
-        name = format_id(ident)
+        name, stays = format_id(ident), {"stays": True} if taken.queued else {}
         self.log.event(
             "received", id=name, sender=transaction.sender, recipients=taken.recipients, size=size, client=origin.client.address,
-            helo=helo, user=origin.user, application=origin.application, message_id=transaction.message_id,
+            helo=session.helo, user=origin.user, application=origin.application, message_id=transaction.message_id, **stays,
         )  # fmt: skip
         if taken.filed:
             self.counters.add(DELIVERED, len(taken.filed))
             self.counters.add(DELIVERED_OCTETS, size)
             self.log.event(
                 "delivered", id=name, recipients=taken.filed, route="", peer="mailbox", address="", port=0, tls="", cipher="",
-                reply="250 2.1.5 filed", delay=taken.delay, attempt=1, users=taken.users,
+                reply="250 2.1.5 filed", delay=taken.delay, attempt=1, users=taken.users, **stays,
             )  # fmt: skip
 
     def failed(self, error: StoreError) -> bytes:

@@ -40,7 +40,7 @@ class FiledTransaction(IncomingTransaction):
 
     def accept(self, address: str) -> bytes | None:
         meant = address if "@" in address else self.origin.postmaster
-        return self._admission.intake.accept_recipient(self.origin, meant or address, self, self._session.helo)
+        return self._admission.intake.accept_recipient(self.origin, meant or address, self, self._session)
 
     def _signs(self) -> bool:
         return False  # it has come here by a server of ours, which has signed and verified what it wants to
@@ -119,8 +119,9 @@ class FiledTransaction(IncomingTransaction):
             self._units.keep()
         seconds = admission.now() - self._completed_at
         intake.accept_seconds(seconds)
-        helo = self._session.helo
-        intake.landed(self._ident, self, self.origin, helo, self.octets, self._taken(answers, round(seconds, 3)))
+        queued = error is None and any(one.rest for one in self._landed)
+        taken = self._taken(answers, round(seconds, 3), queued)
+        intake.landed(self._ident, self, self.origin, self._session, self.octets, taken)
         self._flow.answer(self, answers)  # not within `complete`: what files and what queues call back in turns of their own
 
     def _said(self, address: str, landed: Landed) -> bytes:
@@ -131,7 +132,7 @@ class FiledTransaction(IncomingTransaction):
             return reply.format_reply(250, "2.0.0", f"<{address}> queued as {name}")
         return reply.format_reply(said.code, said.enhanced, f"<{address}> {said.text} as {name}")
 
-    def _taken(self, answers: list[bytes], delay: float) -> Taken:
+    def _taken(self, answers: list[bytes], delay: float, queued: bool) -> Taken:
         recipients, filed, users, refused = list[str](), list[str](), dict[str, None](), list[tuple[str, bytes]]()
         for address, answer, one in zip(self.recipients, answers, self._landed, strict=True):
             if not answer.startswith(b"2"):
@@ -141,7 +142,7 @@ class FiledTransaction(IncomingTransaction):
             if one.users:
                 filed.append(address)
                 users |= dict.fromkeys(one.users)
-        return Taken(recipients, filed, list(users), refused, delay)
+        return Taken(recipients, filed, list(users), refused, delay, queued)
 
     def end(self) -> None:
         super().end()

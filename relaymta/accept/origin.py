@@ -11,7 +11,7 @@ from relaymta.proto.transaction import Limits
 if TYPE_CHECKING:
     from relaymta.filter.chain import Chain
 
-__all__ = ["Client", "Origin", "Taken", "protocol_of"]
+__all__ = ["Client", "Origin", "Taken", "protocol_of", "spoken"]
 
 _NOBODY = Identity("")
 
@@ -93,13 +93,20 @@ class Origin(NamedTuple):
 
 class Taken(NamedTuple):
     """What an LMTP client is told of a message: `recipients` whose mail is taken, of these the `filed` ones, in the mailboxes of
-    `users`; `refused`: the others, each with the reply. `delay`: seconds since the end of its message data."""
+    `users`; `refused`: the others, each with the reply. `delay`: seconds since the end of its message data; `queued`: it is in
+    the queue, too."""
 
     recipients: list[str]
     filed: list[str]
     users: list[str]
     refused: list[tuple[str, bytes]]
     delay: float
+    queued: bool
+
+
+def spoken(origin: Origin, session: Session) -> str:
+    """The protocol of a session: SMTP, ESMTP or LMTP."""
+    return "LMTP" if origin.lmtp else "ESMTP" if session.extended else "SMTP"
 
 
 def protocol_of(origin: Origin, session: Session, smtputf8: bool) -> str:

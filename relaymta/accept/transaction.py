@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.large import Large
-from relaymta.accept.origin import Origin
+from relaymta.accept.origin import Origin, spoken
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
 from relaymta.filter.judgement import Mail, Text, Verdict
@@ -97,7 +97,7 @@ class IncomingTransaction(Transaction):
         intake = self._admission.intake
         if self.origin.free and "@" in address and (intake.local is None or not intake.is_local(address)):
             return None
-        return intake.accept_recipient(self.origin, address, self, self._session.helo)
+        return intake.accept_recipient(self.origin, address, self, self._session)
 
     async def asked(self, question: Question) -> bytes | None:
         """What filters that follow the client say to a command: the refusal, or None. Cancelled: no filter is left in the middle
@@ -113,7 +113,7 @@ class IncomingTransaction(Transaction):
         if found is None:
             return None
         answer = chain.reply(found)
-        intake.not_wanted(self, self.origin.client, self._session.helo, question.address, answer)
+        intake.not_wanted(self, self.origin, self._session, question.address, answer)
         return answer
 
     def rejects(self, address: str, answer: bytes) -> None:
@@ -133,7 +133,7 @@ class IncomingTransaction(Transaction):
             format_id(self._ident), self.sender, self.recipients, origin.client.address, session.helo, user, session.tls, text,
             mechanism=mechanism, listener=origin.listener, parameters=tuple(self.parameters.split()),
             announced=self.announced,
-            protocol="LMTP" if origin.lmtp else "ESMTP" if session.extended else "SMTP",
+            protocol=spoken(origin, session),
             dmarc="" if self._verdict is None else self._verdict.dmarc.result, application=origin.application,
             rewritten=partial(self._rewritten, len(text.head)),
         )  # fmt: skip
@@ -207,7 +207,7 @@ class IncomingTransaction(Transaction):
         self._flow.written()
 
     def refused(self, answer: bytes) -> None:
-        self._admission.intake.refused(self, self.origin.client, self._session.helo, answer)
+        self._admission.intake.refused(self, self.origin, self._session, answer)
 
     # Completing
 

@@ -192,16 +192,16 @@ class Logins:
         """A name as the directory of the mailboxes compares it."""
         return comparable(user) if self._mail_user is not None and "@" in user else user
 
-    async def check(self, claim: Claim, address: str, behind: str = "") -> tuple[Identity | None, bytes]:
+    async def check(self, claim: Claim, address: str, behind: str = "", mechanism: str = "") -> tuple[Identity | None, bytes]:
         """The identity of a client at `address` (an unknown one: `behind` that proxy) and the reply to its AUTH command (235,
-        454 or 535); None if not authenticated."""
+        454 or 535); None if not authenticated. `mechanism`: of SASL, for the log; "": a command of another kind, such as USER."""
         by_back_end = not isinstance(claim, Password) or self._uses_back_end(claim.user)
         try:
             attempt = await self._login_limits.begin(
                 self._canonical(claim.user), address, ASKED_AT_ONCE if by_back_end else AT_ONCE, behind
             )
             if attempt is None:
-                return self._finish(None, claim, address, reply.TOO_MANY_LOGINS, LIMITED)
+                return self._finish(None, claim, address, mechanism, reply.TOO_MANY_LOGINS, LIMITED)
             wrong = False
             try:
                 found = await self._identify(claim, address, attempt)
@@ -210,10 +210,10 @@ class Logins:
                 attempt.end(wrong, self._canonical(claim.user))
         except (Busy, Unavailable) as error:
             self._warn(str(error))
-            return self._finish(None, claim, address, reply.LOGIN_UNAVAILABLE, UNAVAILABLE)
+            return self._finish(None, claim, address, mechanism, reply.LOGIN_UNAVAILABLE, UNAVAILABLE)
         if found is None:
-            return self._finish(None, claim, address, reply.WRONG_CREDENTIALS, WRONG)
-        return self._finish(found, claim, address, reply.LOGGED_IN, GOOD)
+            return self._finish(None, claim, address, mechanism, reply.WRONG_CREDENTIALS, WRONG)
+        return self._finish(found, claim, address, mechanism, reply.LOGGED_IN, GOOD)
 
     def _uses_back_end(self, user: str) -> bool:
         """Whether a user's password is verified by the back end: not if the account has secrets in the file, even expired ones,
@@ -337,12 +337,12 @@ class Logins:
             self._log.event("warning", text=f"logins are temporarily rejected (454): {redacted(reason)}")
 
     def _finish(
-        self, found: Identity | None, claim: Claim, address: str, answer: bytes, counter: int
+        self, found: Identity | None, claim: Claim, address: str, mechanism: str, answer: bytes, counter: int
     ) -> tuple[Identity | None, bytes]:
         self._counters.add(counter, 1)
         answered = answer.decode().strip()
         user = found.name if found is not None else claim.user
-        self._log.event("login", client=address, user=user, good=found is not None, reply=answered)
+        self._log.event("login", client=address, user=user, good=found is not None, reply=answered, mechanism=mechanism)
         return found, answer
 
 

@@ -43,6 +43,7 @@ VERBS = {
     "doctor": Verb("doctor", "Check what runs here; with a subject, what other servers see of this one."),
     "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
     "init": Verb("init", "Set up a relay: ask for what it needs, write its configuration, and send a test message."),
+    "logs": Verb("logs", "Show the log: what has happened to mail, and why."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
     "manual": Verb("manual", "Write the manual pages of all verbs and of the configuration."),
     "message": Verb("message", "Inspect one message."),

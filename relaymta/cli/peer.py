@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Daemon", "GivenPath", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given",
-    "given_address", "given_domain", "given_sender", "lasting", "no_such", "number_of", "read_file", "read_pieces", "routes",
-    "seconds_of", "size", "spool_of", "until", "unused_spool", "when",
+    "given_address", "given_domain", "given_sender", "lasting", "no_such", "number_of", "process_of", "read_file", "read_pieces",
+    "routes", "seconds_of", "size", "spool_of", "until", "unused_spool", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -146,6 +147,18 @@ def _reach(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(CONNECT_SECONDS)
         sock.connect(str(path))
+
+
+def process_of(path: Path) -> int:
+    """The id of the process that listens at a control socket; 0: none does, or it is not ours to ask."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect(str(path))
+            pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    except OSError:
+        return 0
+    return int(pid)
 
 
 def _answers(path: Path) -> bool:

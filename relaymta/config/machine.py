@@ -48,9 +48,12 @@ class Control(Table):
 
 
 class Log(Table):
-    """The log: one JSON object a line. `[log]`"""
+    """The log. `[log]`"""
 
     file: Restart[str] = Field("-", description='path, "-" for standard error')
+    format: Restart[Literal["json", "postfix"]] = Field(
+        "json", description="json: one object a line; postfix: the lines that pflogsumm and fail2ban read; docs/log.md"
+    )
     history: Restart[Size] = Field(
         256 << 20,
         description="octets of the history that `message history` shows, of all workers together; 0: off. Where mail is kept in "

@@ -105,11 +105,12 @@ class Outcome:
     """The outcome of an attempt: a result for each recipient of the entry (`results`, by index, or `success` for all of
     them), and when (`retry_at`, ms of the queue's clock) and in which queue (`name`) the deferred ones wait. `failed`: address,
     last attempt and whether it expired, for the DSN. `sent`: messages that the recipients' Sieve scripts send; they are in the
-    queue by the commit that records the outcome. `refused`: why it was not recorded ("": it was); `gone`: because the message had
-    left the queue before."""
+    queue by the commit that records the outcome. `stays`: the message is in the queue after it. `refused`: why it was not
+    recorded ("": it was); `gone`: because the message had left the queue before."""
 
     __slots__ = (
-        "dsn", "entry", "expired", "failed", "gone", "moved", "name", "refused", "results", "retry_at", "sent", "success",
+        "dsn", "entry", "expired", "failed", "gone", "moved", "name", "refused", "results", "retry_at", "sent", "stays",
+        "success",
     )  # fmt: skip
 
     def __init__(
@@ -132,6 +133,7 @@ class Outcome:
         self.sent = sent
         self.dsn: Put | None = None
         self.moved: Body | None = None
+        self.stays = False
         self.refused = ""
         self.gone = False
 

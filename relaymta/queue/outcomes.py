@@ -127,6 +127,7 @@ class Outcomes:
             again = Placement(waits.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
             self._wait(change, entry.ident, envelope, others, again)
         envelope.placements = others
+        outcome.stays = bool(others)
         if not others:
             change.finish_message(entry.ident, envelope, histories=True)
             self.free_body(entry.ident, envelope.body)

@@ -258,7 +258,7 @@ def _raise_descriptor_limit() -> None:
 
 def _opened_log(config: Config) -> Log:
     try:
-        return Log(config.log.file, -1)
+        return Log(config.log.file, -1, form=config.log.format)
     except OSError as error:
         raise ConfigError([f"log.file: {config.log.file}: {error.strerror or error}"]) from None
 

@@ -212,7 +212,9 @@ class Worker:
         kept, folder = self.config.log.history // self.workers, Path(self.config.spool) / "history"
         history = History(folder, self.slot, kept) if kept else None
         users = History(folder / USERS, self.slot, kept // USERS_SHARE) if kept and keeps_mail else None
-        return Log(self.config.log.file, self.slot, history, users)
+        log = Log(self.config.log.file, self.slot, history, users, self.config.log.format)
+        log.routes(self.config)
+        return log
 
     async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""

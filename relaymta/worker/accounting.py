@@ -30,6 +30,7 @@ Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS ve
 NOWHERE: Link = ("", 0, "", "")
 # The peer that has taken an entry for all of its recipients, its reply, and the connection to it.
 NO_ROUTE = ("", (0, b""), NOWHERE)
+_STAYS = {"stays": True}  # what an event says where the message is in the queue after it
 
 
 def _shown(code: int, text: bytes) -> str:
@@ -103,21 +104,23 @@ class Witness(Events):
             self._log.event(
                 "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=_shown(*answer),
-                delay=round(delay, 3), attempt=entry.attempts + 1,
+                delay=round(delay, 3), attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
             )  # fmt: skip
             return
+        last, expired = next(reversed(outcome.results), -1), {id(attempt) for _, attempt, late in outcome.failed if late}
         for position, attempt in outcome.results.items():
-            self._recipient_ended(outcome, position, attempt)
+            stays = outcome.stays or position != last
+            self._recipient_ended(outcome, position, attempt, _STAYS if stays else {}, id(attempt) in expired)
         if outcome.dsn is not None:
             self._add(DSNS, 1)
         elif outcome.failed:
             self._add(DSNS_DROPPED, 1)
 
-    def _recipient_ended(self, outcome: Outcome, position: int, attempt: Any) -> None:
+    def _recipient_ended(self, outcome: Outcome, position: int, attempt: Any, stays: dict[str, bool], expired: bool) -> None:
         entry = outcome.entry
         common = {
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
-            "reply": attempt.cause,
+            "reply": attempt.cause, "delay": round(time.time() - entry.envelope.arrived / 1000, 3),
         }  # fmt: skip
         address = entry.envelope.recipients[position]
         # What an operator or a policy bounces has not failed because of who has sent it.
@@ -125,9 +128,8 @@ class Witness(Events):
             self.conduct.ended(entry.envelope, attempt.kind == SUCCESS, attempt.kind != SUCCESS)
         if attempt.kind == SUCCESS:
             self._add(DELIVERED, 1)
-            delay = time.time() - entry.envelope.arrived / 1000
             place = dict(zip(("address", "port", "tls", "cipher"), _link(entry, position), strict=True))
-            self._log.event("delivered", recipients=[address], delay=round(delay, 3), **place, **common)
+            self._log.event("delivered", recipients=[address], **place, **common, **stays)
         elif attempt.kind == TRANSIENT:
             self._add(DEFERRED, 1)
             again = self._next_try(outcome) / 1000
@@ -137,7 +139,10 @@ class Witness(Events):
         else:
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
-            self._log.event("bounced", recipient=address, phase=attempt.phase, cause=attempt.because, dsn=dsn, **common)
+            self._log.event(
+                "bounced", sender=entry.envelope.sender, recipient=address, phase=attempt.phase, cause=attempt.because, dsn=dsn,
+                **common, **stays, **({"expired": True} if expired else {}),
+            )  # fmt: skip
 
     def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
         why = envelope.quarantine

@@ -82,6 +82,7 @@ class Reloading:
         assert worker.intake is not None and worker.acceptor is not None
         other_answers = worker.resolver.reconfigure(config.delivery.nameservers)
         worker.config, worker.routes = config, routes
+        worker.log.routes(config)
         worker.intake.configure(config, routes)
         worker.watch_conduct()
         worker.acceptor.config = config

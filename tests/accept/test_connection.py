@@ -17,6 +17,7 @@ from relaymta.auth.identity import Identity
 from relaymta.config import Listener
 from relaymta.metrics import index
 from relaymta.proto import reply
+from relaymta.proto.session import Host, Session
 from relaymta.proto.transaction import Limits, Transaction
 from relaymta.watch import Watched
 from tests.accept.test_transactions import connected, idle
@@ -480,9 +481,10 @@ def test_a_message_above_a_quota_stays_held():
     identity = Identity("ann", quotas={"recipients": "1/h", "octets": "1/d"}, hold=True)
     transaction = Transaction("a@b", False, Limits())
     origin = Origin.of(of.intake.client("127.0.0.1"), identity, LISTENER)
+    session = Session("relay.example", Host())
     why = "quota: recipients 1/h of ann is used up"
     for held in ("", why, why):
-        assert of.intake.accept_recipient(origin, "a@d.example", transaction) is None and transaction.held == held
+        assert of.intake.accept_recipient(origin, "a@d.example", transaction, session) is None and transaction.held == held
     with of.intake.quotas.units() as units:
         assert units.account(identity, "octets", 2, transaction) is None
     assert transaction.held == why, "the first reason is the one that is told"

@@ -77,7 +77,8 @@ def test_an_http_client_queues_nothing(tmp_path_factory, relays, method):
             sock.sendall(body)
         assert b"".join(iter(lambda: _octets(sock), b"")).startswith(b"421 4.7.0 This is an SMTP server")
     assert relays.cli("queue", "summary", "--json").stdout == "" and not relays.events("queued")
-    wait_for(lambda: any(event["reply"].startswith("421 4.7.0 This is") for event in relays.events("rejected")))
+    refused = wait_for(lambda: [one for one in relays.events("rejected") if one["reply"].startswith("421 4.7.0 This is")])
+    assert {(one["phase"], one["protocol"]) for one in refused} == {("connect", "")}
 
 
 def _octets(sock: socket.socket) -> bytes:

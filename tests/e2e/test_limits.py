@@ -120,4 +120,5 @@ def test_messages_rejected_after_their_data_are_counted_and_logged(tmp_path, led
         events = wait_for(lambda: len(found := relay.events("rejected")) == 3 and found)
         assert [event["reply"].encode() for event in events] == refused
         assert all(event["sender"] == "a@b" and event["recipients"] == ["c@d"] and event["helo"] == "x" for event in events)
+        assert {(event["phase"], event["protocol"]) for event in events} == {("data", "ESMTP")}
         assert relay.metric('relaymta_messages_refused_total{reason="content"}') == 3

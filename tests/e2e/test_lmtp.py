@@ -163,6 +163,7 @@ def test_addresses_elsewhere_get_it_by_way_of_the_queue(tmp_path):
             assert shown(relay, "carol")["INBOX"] == ["1", "Your mailbox is 100 % full"]
             wait_for(lambda: relay.events("deferred"), what="the deferral")
             assert relay.events("deferred")[0]["recipient"] == "carol@local.example"
+            assert [event.get("stays") for event in relay.events("received")] == [True, True, None, True], "for those elsewhere"
             wait_for(lambda: not list((relay.spool / "shard-0/bodies/big").iterdir()), what="the file to go")
 
 

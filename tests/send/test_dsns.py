@@ -372,6 +372,7 @@ def test_a_dsn_holds_no_secrets(tmp_path):
             bounced = wait_for(lambda: found if len(found := events_by_domain(relay, "bounced")) == len(LEAKS) else None)
             for name, (_, cause) in LEAKS.items():
                 assert filled(cause) in bounced[name]["reply"], (name, "operators read the cause")
+                assert bounced[name]["expired"] is True and bounced[name]["sender"] == f"a@{name}.test"
                 told_to_sender, data = dsns[name].partition(b"Content-Type: text/rfc822-headers")[0], dsns[name]
                 for secret in SECRETS:
                     assert secret.encode() not in told_to_sender, (name, secret, data.decode())

@@ -290,7 +290,7 @@ class Machine(Admission):
         lmtp = listener.protocol == "lmtp"
         return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient, xforward=xforward, lmtp=lmtp)
 
-    async def login(self, claim: object, address: str, behind: str) -> tuple[Identity | None, bytes]:
+    async def login(self, claim: object, address: str, behind: str, mechanism: str = "") -> tuple[Identity | None, bytes]:
         found = self.logs_in if getattr(claim, "password", "") != WRONG else None
         return found, reply.LOGGED_IN if found is not None else reply.WRONG_CREDENTIALS
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relaymta import control
+from relaymta.log import record_of
 from tests.support import commands
 
 # Below the ports that the system gives to outgoing connections; each of several test processes has a range of its own.
@@ -49,6 +50,16 @@ def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE, what: str 
         if waited > max(seconds, PATIENCE):
             raise AssertionError(f"waited {waited:.0f} s for {what}")
         time.sleep(min(0.1, max(0.01, waited / 10)))  # a look costs CPU, here and in the relay: seldom, where it takes long
+
+
+def check_records(text: bytes) -> None:
+    """Each record of a log is as the schema says, and has no field that it does not name. What is no JSON, or cut off, is passed
+    over."""
+    for line in text.splitlines():
+        if line.startswith(b'{"event":') and line.endswith(b"}"):
+            record = record_of(line)
+            known = {"event", *type(record).__struct_fields__}
+            assert json.loads(line).keys() <= known, line
 
 
 class Relay:
@@ -118,6 +129,8 @@ class Relay:
     def __exit__(self, *exc: object) -> None:
         if self.process is not None and self.process.poll() is None:
             self.kill()
+        if exc[0] is None and self.log.exists():
+            check_records(self.log.read_bytes())
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `relaymta ARGUMENTS --spool ...`."""

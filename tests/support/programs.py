@@ -32,6 +32,8 @@ PACKAGES = {
     "clamd": "clamav-daemon",
     "amavisd": "amavisd-new",
     "debootstrap": "debootstrap",
+    "pflogsumm": "pflogsumm",
+    "fail2ban-regex": "fail2ban",
     "systemd-nspawn": "systemd-container",
     "systemd-analyze": "systemd",
     "podman": "podman crun",
