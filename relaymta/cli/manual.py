@@ -31,6 +31,7 @@ STATUSES = {
     77: "no permission to open the control socket or the spool",
     78: "the configuration is invalid or its file is missing, or a reload was refused",
     141: "who reads the output has gone",
+    143: "SIGTERM has ended the first process of a container (`serve`: before it had started)",
 }
 FILES = {
     CONFIG_PATH: "the configuration, where neither `-c` nor RELAYMTA_CONFIG names another file",

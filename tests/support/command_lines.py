@@ -73,7 +73,13 @@ def outside_of_code(text: str, inline: bool = True) -> str:
 def command_lines(path: Path) -> list[Line]:
     """All that a page has, in each of their forms: of `a|b` both, with and without what is in brackets."""
     text, found = path.read_text(encoding="utf-8"), []
+    asked = 0  # the last line of a session: a command behind "$ ", or what it has said
     for number, line in blocks(text):
+        if line.startswith("$ "):
+            asked = number
+        elif asked and number <= asked + 1:
+            asked = number
+            continue
         line = line.removeprefix("$ ")
         if not line.startswith("#"):
             shown = _without_remark(line)
