@@ -1,8 +1,6 @@
 """The image, built and run for real by buildah and podman, from a Debian that debootstrap installs."""
 
 import json
-import platform
-import re
 import resource
 import shutil
 import subprocess
@@ -12,6 +10,7 @@ from typing import Any
 
 from relaymta.disk.mounts import IN_LAYERS, mount_of
 from tests.support.dockerfile import ROOT
+from tests.support.machine import debootstrap
 from tests.support.programs import need
 
 __all__ = ["BASE", "Engine"]
@@ -58,8 +57,7 @@ class Engine:
         """Make the image that the Dockerfile is based on."""
         need("debootstrap")
         root, archive = self.folder / "base", self.folder / "base.tar"
-        mirror, suite = _mirror()
-        _run(["debootstrap", "--variant=minbase", suite, str(root), mirror])
+        debootstrap(root)
         _run(["tar", "-C", str(root), "-cf", str(archive), "."])
         _run(["podman", *self._store, "import", "--quiet", str(archive), BASE])
         archive.unlink()
@@ -124,16 +122,6 @@ def _limit(kind: int) -> int:
     """One that a process without privileges may have, too: podman's own are higher."""
     hard = resource.getrlimit(kind)[1]
     return 10_000 if hard == resource.RLIM_INFINITY else min(hard, 10_000)
-
-
-def _mirror() -> tuple[str, str]:
-    """The first address in apt's lists, and the suite."""
-    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    lists = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
-    text = "".join(path.read_text() for path in lists if path.exists())
-    found = re.search(r"^(?:URIs:|deb (?:\[.*?\] )?)\s*(\S+://\S+)", text, re.M)
-    assert found is not None, "apt has no mirror"
-    return found[1], suite
 
 
 def _pip() -> tuple[list[str], str]:

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -19,7 +20,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def debootstrap(folder: Path, *packages: str) -> None:
     """Install Debian's base and `packages` into a folder, from the mirror that this machine uses."""
     mirror, suite = _mirror()
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", suite, str(folder), mirror]
+    included = [f"--include={','.join(packages)}"] if packages else []
+    command = ["debootstrap", "--variant=minbase", *included, suite, str(folder), mirror]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -27,15 +29,11 @@ def debootstrap(folder: Path, *packages: str) -> None:
 def _mirror() -> tuple[str, str]:
     """The first address in apt's lists, and the suite."""
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    lists = sorted(Path("/etc/apt/sources.list.d").glob("*"))
-    if Path("/etc/apt/sources.list").exists():
-        lists.insert(0, Path("/etc/apt/sources.list"))
-    for path in lists:
-        for line in path.read_text().splitlines():
-            words = [word for word in line.split() if "=" not in word]
-            if line.startswith("URIs:") or (line.startswith("deb ") and "://" in line):
-                return next(word for word in words if "://" in word), suite
-    raise AssertionError("apt has no mirror")
+    lists = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
+    text = "".join(path.read_text() for path in lists if path.exists())
+    found = re.search(r"^(?:URIs:|deb (?:\[.*?\] )?)\s*(\S+://\S+)", text, re.M)
+    assert found is not None, "apt has no mirror"
+    return found[1], suite
 
 
 class Machine:
