@@ -46,7 +46,7 @@ VERBS = {
     "logs": Verb("logs", "Show the log: what has happened to mail, and why."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
     "manual": Verb("manual", "Write the manual pages of all verbs and of the configuration."),
-    "message": Verb("message", "Inspect one message."),
+    "message": Verb("message", "Find messages, and inspect one."),
     "policy": Verb("policy", "Hold or bounce mail for a time, both queued and new mail."),
     "quarantine": Verb("quarantine", "Mail that filters, rules about mail or DMARC hold."),
     "queue": Verb("queue", "List the messages in the queue, and change them."),

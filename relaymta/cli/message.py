@@ -1,4 +1,4 @@
-"""`relaymta message`: show one message, explain why it is in the queue, and its history."""
+"""`relaymta message`: find messages, show one, explain why it is in the queue, and its history."""
 
 from itertools import chain
 from typing import Any
@@ -6,12 +6,28 @@ from typing import Any
 import click
 
 from relaymta.cli.console import record, say, say_json, say_message
-from relaymta.cli.options import Configuration, configured, group, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, due, no_such, number_of, read_pieces, size, until, when
+from relaymta.cli.options import Configuration, configured, fail, group, missing
+from relaymta.cli.peer import (
+    absent,
+    as_json,
+    asked,
+    connect,
+    due,
+    given,
+    given_domain,
+    given_sender,
+    no_such,
+    number_of,
+    read_pieces,
+    size,
+    until,
+    when,
+)
 
 __all__ = ["message", "waiting"]
 
 IN_QUEUE = "message in the queue"
+STATUSES = ["queued", "deferred", "held", "delivered", "bounced", "gone"]  # what `find` may be asked for
 RESULTS = {"success": "delivered", "transient": "deferred", "permanent": "failed"}  # of an attempt, as people say
 
 
@@ -25,7 +41,7 @@ _of = click.argument("ident", metavar="ID", callback=_ident)
 
 @group
 def message() -> None:
-    """Inspect one message."""
+    """Find messages, and inspect one."""
 
 
 @message.command(name="show")
@@ -194,3 +210,93 @@ def _left_quarantine(event: dict[str, Any]) -> str:
 
 
 _SAID = {"filtered": _filtered, "scanned": _scanned, "rule": _ruled, "quarantine": _left_quarantine}
+
+
+def _recipient(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from relaymta.proto.address import plain
+
+    address = given(context, parameter, value).removeprefix("<").removesuffix(">")
+    if value and not plain(address):
+        fail(64, f"--to {value}: not an address")
+    return str(address)
+
+
+@message.command()
+@click.option(
+    "--from",
+    "sender",
+    default="",
+    callback=given_sender,
+    metavar="ADDRESS",
+    help="From this sender; '<>': the null sender, as of DSNs.",
+)
+@click.option("--to", "recipient", default="", callback=_recipient, metavar="ADDRESS", help="To this recipient.")
+@click.option(
+    "--domain", "recipient_domain", default="", callback=given_domain, metavar="DOMAIN", help="With a recipient in this domain."
+)
+@click.option("--app", "application", default="", callback=given, metavar="APP", help="Of this application.")
+@click.option(
+    "--since",
+    default="",
+    callback=given,
+    metavar="TIME",
+    help='Accepted since then: 2h (ago), 09:30, 2026-11-27, "2026-11-27 09:30".',
+)
+@click.option("--until", "before", default="", callback=given, metavar="TIME", help="Accepted before then.")
+@click.option("--id", "ident", default="", callback=given, metavar="ID", help="With this id, or this Message-ID.")
+@click.option(
+    "--subject", default="", callback=given, metavar="TEXT", help="With this text in the Subject; of messages in the queue only."
+)
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    type=click.Choice(STATUSES),
+    metavar="STATUS",
+    help=f"With this status: {', '.join(STATUSES[:-1])} or {STATUSES[-1]}; repeatable.",
+)
+@click.option("--limit", "most", default=100, type=click.IntRange(1), metavar="N", help="The newest N at most; default: 100.")
+@as_json
+@configured
+def find(
+    read: Configuration, since: str, before: str, ident: str, subject: str, statuses: tuple[str, ...], most: int, as_json: bool,
+    **chosen: Any,
+) -> None:  # fmt: skip
+    """Find messages: those in the queue, and those that have left it, as far back as log.history reaches. The newest first: id,
+    time, state, sender and recipient, and the last reply. The daemon need not run.
+
+    A message that is not in the queue is delivered (to all recipients), bounced (to one at least) or gone: deleted by an
+    operator, discarded by a filter, or its end is not in the history."""
+    from relaymta.cli.finding import Finder, Search, moment
+
+    found: dict[str, Any] = dict(chosen)
+    if since:
+        found["newer"] = max(1, int(moment("--since", since) * 1000))
+    if before:
+        found["older"] = max(1, int(moment("--until", before) * 1000))
+    if ident and "@" not in ident:
+        found["ident"] = number_of(ident)
+    search = Search(found, statuses, ident if "@" in ident else "", subject)
+    finder, count = Finder(connect(read), search), 0
+    for row in finder.find(most):
+        count += 1
+        if as_json:
+            say_json(row)
+        else:
+            record(*_found(row, search.concerned(row)))
+    if not count and not as_json:
+        say("no such messages", err=True)
+    for note in finder.notes(count, most):
+        say(f"note: {note}", err=True)
+
+
+def _found(row: dict[str, Any], concerned: list[dict[str, Any]]) -> list[str]:
+    """A message that was found, in parts that are one line in all, or one each."""
+    one = concerned[0] if concerned else {"address": "", "reply": ""}
+    more = f" +{len(row['recipients']) - 1}" if len(row["recipients"]) > 1 else ""
+    return [
+        f"{row['id']}  {when(row['arrived']):>10}  {row['state']:<11}",
+        f"<{row['sender']}> -> <{one['address']}>{more}",
+        row["subject"] or "",
+        row["why"] or one["reply"],
+    ]

@@ -90,6 +90,20 @@ class OfMessage(_Arguments, frozen=True):
     ident: str
 
 
+class HistoryPiece(_Arguments, frozen=True):
+    """The lines of the file `name` that end at the octet `end`."""
+
+    name: Text
+    end: Number
+
+
+class Messages(_Arguments, frozen=True):
+    """Messages of a shard."""
+
+    shard: Number
+    idents: list[Number]
+
+
 class Known(_Arguments, frozen=True):
     """Texts (filter/lessons.py), and whether they are spam."""
 
@@ -349,7 +363,10 @@ REQUESTS: dict[str, Request] = {
         Request("message", OfMessage, Where.FIRST, offline=True),
         Request("raw", OfMessage, Where.FIRST, 30, offline=True, pieces=True),
         Request("explain", OfMessage, Where.FIRST),
+        Request("subjects", Messages, Where.OWNER, 15, offline=True),
         Request("history", OfMessage, Where.SUPERVISOR, 60, offline=True),
+        Request("history_files", Nothing, Where.SUPERVISOR, offline=True),
+        Request("history_piece", HistoryPiece, Where.SUPERVISOR, offline=True),
         Request("sites", Nothing, Where.ALL, 15, _sites),
         Request("site_states", Nothing, Where.SUPERVISOR),
         Request("suspend", Suspension, Where.SUPERVISOR, changes=True),

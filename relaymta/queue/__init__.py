@@ -149,6 +149,7 @@ class Queue:
         view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries, self.quarantine)
         self.summary, self.page, self.shape, self.names = view.summary, view.page, view.shape, view.names
         self.message, self.places, self.raw, self.watch_totals = view.message, view.places, view.raw, view.watch_totals
+        self.subjects = view.subjects
         data = Bodies(self.segments, self._readers, self.entries)
         self.read, self.stream = data.read, data.stream
 

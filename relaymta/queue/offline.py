@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import lmdb
 import xxhash
 
 from relaymta.control.filters import Filter
-from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
+from relaymta.control.requests import REQUESTS, HistoryPiece, Messages, Nothing, OfMessage, Page
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.lock import lock
 from relaymta.disk.segments import FRAME, body_file, check_frame, read_frame
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError, StoreError
+from relaymta.history import history_files, history_piece
 from relaymta.ident import format_id, parse_id
 from relaymta.log import find_history
 from relaymta.privileges import become, owner_of
 from relaymta.proto.envelope import Body
 from relaymta.queue import inspect, listing
-from relaymta.queue.raw import PIECE, Found, pieces
+from relaymta.queue.raw import PIECE, Found, pieces, subjects
 from relaymta.queue.store import Store
 
 __all__ = ["answer"]
@@ -118,6 +120,18 @@ class Spool:
         """The message's data in pieces; none when it is in no shard. The shard is locked until the first."""
         ident = _number(args.ident)
         return pieces(lambda: self._first(lambda path, store, clock: _find(path, store, ident)))
+
+    def subjects(self, args: Messages) -> list[str | None]:
+        """As `raw.subjects`."""
+        return self._opened(args.shard, lambda path, store, clock: subjects(args.idents, partial(_find, path, store)))  # type: ignore[no-any-return]
+
+    def history_files(self, args: Nothing) -> list[tuple[str, int]]:
+        """As `history.history_files`."""
+        return history_files(self._path / "history")
+
+    def history_piece(self, args: HistoryPiece) -> bytes:
+        """As `history.history_piece`."""
+        return history_piece(self._path / "history", args.name, args.end)
 
     def history(self, args: OfMessage) -> list[dict[str, Any]]:
         """As `log.find_history`."""

@@ -1,16 +1,21 @@
-"""A message's data as operators see it, in pieces, verified before the first of them."""
+"""A message's data as operators see it, in pieces, verified before the first of them; and the Subject of many."""
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 
 from relaymta.disk.segments import FRAME, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
+from relaymta.proto.header import header_end
+from relaymta.proto.subject import subject
 from relaymta.queue.store import Store
 
-__all__ = ["find", "pieces"]
+__all__ = ["find", "pieces", "subjects"]
 
 PIECE = 256 << 10
+SECONDS = 0.05  # for the subjects of one answer
+SUBJECT_SHOWN = 500  # characters
 
 # All of it, or where it lies: a descriptor (the caller's to close) and the offset behind which the file holds nothing else.
 Found = bytes | tuple[int, int]
@@ -33,7 +38,7 @@ def find(store: Store, segments: Segments, ident: int) -> Found | None:
                 raise  # else it may have moved or ended meanwhile: read its row again
 
 
-def pieces(search: Callable[[], Found | None]) -> Iterator[bytes]:
+def pieces(search: Callable[[], Found | None]) -> Generator[bytes, None, None]:
     """The message data that `search()` finds, at least one piece; no piece when that is None. Each step blocks; StoreError when
     the file cannot be read."""
     found = search()
@@ -53,3 +58,26 @@ def pieces(search: Callable[[], Found | None]) -> Iterator[bytes]:
             raise StoreError(f"cannot read the message: {error.strerror}") from None
         finally:
             os.close(descriptor)
+
+
+def subjects(idents: list[int], search: Callable[[int], Found | None]) -> list[str | None]:
+    """The Subject of each message, as far as SECONDS reach, of one at least; None: it is not there (any more), or is damaged.
+    `search(ident)`: its message data. Blocks."""
+    found: list[str | None] = []
+    until = time.monotonic() + SECONDS
+    for ident in idents:
+        found.append(_subject(lambda ident=ident: search(ident)))  # type: ignore[misc]
+        if time.monotonic() > until:
+            break
+    return found
+
+
+def _subject(search: Callable[[], Found | None]) -> str | None:
+    steps = pieces(search)
+    try:
+        first = next(steps, None)  # a header is shorter than a piece, or nothing behind that is looked at
+    except StoreError:
+        return None
+    finally:
+        steps.close()
+    return None if first is None else subject(first[: header_end(first)], SUBJECT_SHOWN)

@@ -71,6 +71,10 @@ class View:
         while (piece := await self._readers.run(next, steps, None)) is not None:
             yield piece
 
+    async def subjects(self, idents: list[int]) -> list[str | None]:
+        """As `raw.subjects`."""
+        return await self._readers.run(raw.subjects, idents, partial(raw.find, self._store, self._segments))
+
     def watch_totals(self, then: Callable[[inspect.Totals], None]) -> None:
         """Count the shard's messages and octets on a reader thread, then call `then(totals)` on the loop."""
         self._readers.read_rows(

@@ -20,6 +20,7 @@ from relaymta.control import Answer, Late, converse, sentence
 from relaymta.control.requests import (
     REQUESTS,
     Clearing,
+    HistoryPiece,
     Known,
     Learned,
     MailboxAddress,
@@ -43,6 +44,7 @@ from relaymta.control.requests import (
 )
 from relaymta.errors import RelayError
 from relaymta.filter.lessons import KEY
+from relaymta.history import history_files, history_piece
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.metrics import RESULTS
@@ -223,6 +225,15 @@ class Answers:
         """As `log.find_history`."""
         folder = Path(self._supervisor.config.spool) / "history"
         return await asyncio.to_thread(find_history, folder, format_id(_number(args.ident)))
+
+    async def history_files(self, args: Nothing) -> list[tuple[str, int]]:
+        """As `history.history_files`."""
+        return await asyncio.to_thread(history_files, Path(self._supervisor.config.spool) / "history")
+
+    async def history_piece(self, args: HistoryPiece) -> bytes:
+        """As `history.history_piece`."""
+        folder = Path(self._supervisor.config.spool) / "history"
+        return await asyncio.to_thread(history_piece, folder, args.name, args.end)
 
     async def abuse(self, args: Nothing) -> list[dict[str, Any]]:
         """As `Accounts.rows`."""

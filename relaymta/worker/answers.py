@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relaymta.control import sentence
 from relaymta.control.filters import Filter
-from relaymta.control.requests import REQUESTS, Change, Move, Nothing, OfMessage, OfUser, Page, Queues
+from relaymta.control.requests import REQUESTS, Change, Messages, Move, Nothing, OfMessage, OfUser, Page, Queues
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
 from relaymta.proto.address import plain
@@ -158,6 +158,10 @@ class Answers:
             async with aclosing(shard.queue.raw(ident)) as pieces:
                 async for piece in pieces:
                     yield piece
+
+    async def subjects(self, args: Messages) -> list[str | None]:
+        """As `raw.subjects`."""
+        return await self._shard(args.shard).queue.subjects(args.idents)
 
     async def sites(self, args: Nothing) -> list[Any]:
         """As `send.explain.site_rows`, of all shards."""
