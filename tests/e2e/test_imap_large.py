@@ -303,7 +303,7 @@ def test_sessions_of_another_worker_go_on_while_the_owner_is_killed(relay):
     told = idle.until("EXISTS")
     while told[-1].number != FEW + len(subjects):
         told = idle.until("EXISTS")
-    assert {one.name for one in idle.said[-len(told) :]} <= {"EXISTS", "RECENT", "FETCH", "OK"}
+    assert {one.name for one in idle.said[-len(told) :]} <= {"EXISTS", "RECENT", "FETCH", "FLAGS", "OK"}
 
 
 # Clients that do not read
