@@ -295,6 +295,24 @@ def test_mail_that_is_kept_here_has_no_site():
     assert json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)["kept_here"] is True
 
 
+def test_mail_that_staging_redirects_is_shown_where_it_goes():
+    """To whom it is addressed is not where a test system sends it."""
+    settings = (
+        'listener=[{address="127.0.0.1:25"}]', 'staging={redirect="all@sink.test", allow=["qa.test"]}',
+        'route=[{name="sink", hosts=["127.0.0.1:9"], recipient_domain=["sink.test"]}, {name="out", hosts=["127.0.0.1:8"]}]',
+    )  # fmt: skip
+    words = ["route", "test", *(word for one in settings for word in ("--set", one)), "--to"]
+    done = CliRunner().invoke(main, [*words, "a@b.test"])
+    assert (
+        done.exit_code == 0
+        and "redirected to <all@sink.test> (staging.redirect)\n" in done.stdout
+        and "site  sink" in done.stdout
+    )
+    assert json.loads(CliRunner().invoke(main, [*words, "a@b.test", "--json"]).stdout)["redirected_to"] == "all@sink.test"
+    done = CliRunner().invoke(main, [*words, "ann@qa.test"])
+    assert done.exit_code == 0 and "redirected" not in done.stdout and "site  out" in done.stdout
+
+
 @pytest.mark.parametrize("recipient", ["x@bücher.example", "X@BÜCHER.example", "x@xn--bcher-kva.example"])
 @pytest.mark.parametrize(
     "pattern",

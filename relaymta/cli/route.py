@@ -67,13 +67,15 @@ def test(
         say_json(found)
         return
     say(f"<{recipient}>" + (f" of {application}" if application else "") + (f" from <{sender}>" if sender else ""))
+    if found["redirected_to"]:
+        say(f"  redirected to <{found['redirected_to']}> (staging.redirect)")
     for row in found["routes"]:
         say(f"  route {row['route']:<16} {'yes' if row['matches'] else 'no: ' + row['by']}")
     if found["error"]:
         say(f"  {found['error']}")
         return
     if found["kept_here"]:
-        command = f"relaymta mailbox show {shlex.quote(recipient)}{read.options}"
+        command = f"relaymta mailbox show {shlex.quote(found['redirected_to'] or recipient)}{read.options}"
         say(f"  kept here, in mailboxes; whether somebody has the address: {command}")
         return
     for host in found["hosts"]:
@@ -106,8 +108,14 @@ async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], 
     from relaymta.route.mx import NoRoute
     from relaymta.route.ourselves import Ourselves
     from relaymta.route.sites import Sites
+    from relaymta.route.staging import Redirection
     from relaymta.route.table import Asked, RouteTable
 
+    redirected = ""
+    if config.staging.redirect:  # as `Intake` does before it asks for routes
+        wanted = envelope.recipients[0]
+        (envelope.recipients[0],) = Redirection(config.staging.redirect, config.staging.allow).recipients([wanted])
+        redirected = envelope.recipients[0] if envelope.recipients[0] != wanted else ""
     routes = RouteTable(config)
     resolver = Resolver(config.delivery.nameservers)
     ours = Ourselves.of(config)
@@ -117,7 +125,15 @@ async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], 
     except Malformed as error:
         fail(64, f"--header: {error}")
     ((name, _),) = routes.assign(envelope, attempts)
-    found: dict[str, Any] = {"routes": [], "error": "", "hosts": [], "site": "", "counted as": "", "limits": {}}
+    found: dict[str, Any] = {
+        "redirected_to": redirected,
+        "routes": [],
+        "error": "",
+        "hosts": [],
+        "site": "",
+        "counted as": "",
+        "limits": {},
+    }
     found["kept_here"] = routes.route_of(name).is_local
     mx: list[str] | None = None
     try:
