@@ -105,7 +105,7 @@ def test_policies_hold_and_bounce_queued_and_new_mail(tmp_path):
             assert relay.cli("policy", "remove", "hold", "application=other", check=False).returncode == 1
             relay.cli("policy", "remove", "hold", "application=news")
             wait_for(lambda: len(peer.messages) == 6)
-            assert sum(row["held"] for row in relay.summary()) == 1
+            wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
 
             relay.cli("policy", "bounce", "--domain", "d.example", "--for", "30m", "--reason", "the list was stolen")
             relay.send()

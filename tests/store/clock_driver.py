@@ -38,6 +38,7 @@ class Watched:
     async def work(self, shift: int) -> None:
         """File a message in INBOX, and one in a new mailbox."""
         shard, rows = self.shard, self.shard.rows
+        self.stamps.append(shard.clock.now())  # before the commit, whose time is what a restart goes on from
         (result,) = await shard.file([b"x"], [Target(1, once=(self.boxes, 0, 1))])
         (again,) = await shard.file([b"x"], [Target(1, once=(self.boxes, 0, 1))])
         assert result.filed is not None and again.filed is None and not again.code
@@ -50,7 +51,6 @@ class Watched:
         found = (result.filed.uid, result.filed.modseq, created.filed.uidvalidity, row.object)
         assert all(new > old for new, old in zip(found, self.last, strict=True)), (found, self.last)
         self.last = found
-        self.stamps.append(shard.clock.now())
 
 
 async def main(folder: Path) -> None:
