@@ -280,11 +280,16 @@ def _scanned(fate: _Fate, event: _Event) -> None:
         fate.why = fate.why or f"discarded: {event.reason}"
 
 
+def _deleted(fate: _Fate, event: _Event) -> None:
+    fate.why = fate.why or f"deleted by the {event.by}"
+
+
 _NOTES: dict[str, Callable[[_Fate, _Event], None]] = {
     "delivered": _delivered,
     "bounced": _bounced,
     "deferred": _deferred,
     "quarantine": _left_quarantine,
+    "deleted": _deleted,
     "scanned": _scanned,
 }
 

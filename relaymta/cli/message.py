@@ -209,7 +209,17 @@ def _left_quarantine(event: dict[str, Any]) -> str:
     return f": {event['result']} ({event['by']}: {event['reason']})"
 
 
-_SAID = {"filtered": _filtered, "scanned": _scanned, "rule": _ruled, "quarantine": _left_quarantine}
+def _changed(event: dict[str, Any]) -> str:
+    """Who has changed a message in the queue, and why: `, by operator (uid 0): by the operator (queue hold)`."""
+    return f", by {event['by']}" + (f": {event['reason']}" if event.get("reason") else "")
+
+
+_SAID = dict.fromkeys(("held", "released", "rerouted", "deleted"), _changed) | {
+    "filtered": _filtered,
+    "scanned": _scanned,
+    "rule": _ruled,
+    "quarantine": _left_quarantine,
+}
 
 
 def _recipient(context: click.Context, parameter: click.Parameter, value: str) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
 
 import click
 from click.core import ParameterSource
@@ -21,7 +21,10 @@ from relaymta.errors import NoSuch, RelayError, SpoolBusy
 from relaymta.ident import parse_id
 
 if TYPE_CHECKING:
+    from relaymta.cli.stopped import Stopped
     from relaymta.config import Config
+
+    Peer = Union["Daemon", "Offline", Stopped]  # noqa: UP007 # names that are not known yet
 
 __all__ = [
     "Daemon", "GivenPath", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given",
@@ -178,7 +181,7 @@ def _forbidden(error: PermissionError, path: str | Path) -> NoReturn:
     fail(77, f"{absolute(path)}: {error.strerror}: run this as root, or as the user that the relay runs as")
 
 
-def asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:
+def asked(peer: "Peer", op: str, **args: Any) -> Any:
     """The answer to a request; ends the program with the error when there is none: 1 when what it is about does not exist, 69
     when the daemon does not answer or refuses, 75 when a process has the spool, 77 when we may not read it."""
     return answered(lambda: peer.ask(op, **args))
@@ -196,9 +199,9 @@ def answered(ask: Callable[[], T]) -> T:
         fail(69, f"the daemon does not answer: {error}")
 
 
-def routes(peer: Daemon | Offline) -> list[str]:
+def routes(peer: "Peer") -> list[str]:
     """The names of all routes."""
-    return peer.routes if isinstance(peer, Offline) else asked(peer, "routes")
+    return asked(peer, "routes") if isinstance(peer, Daemon) else peer.routes
 
 
 def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[Any]:

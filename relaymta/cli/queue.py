@@ -7,9 +7,10 @@ import json
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +18,6 @@ from relaymta.cli.console import record, say, say_json, say_json_lines, table
 from relaymta.cli.options import Configuration, configured, fail, group, incomplete, missing
 from relaymta.cli.peer import (
     Daemon,
-    Offline,
     absent,
     answered,
     as_json,
@@ -39,6 +39,10 @@ from relaymta.control.requests import AGES
 from relaymta.errors import NoSuch
 from relaymta.ident import format_id
 from relaymta.proto.address import same_host
+
+if TYPE_CHECKING:
+    from relaymta.cli.peer import Peer
+    from relaymta.cli.stopped import Stopped
 
 __all__ = [
     "KINDS", "SITES", "change", "is_named", "list_in_order", "names_of_sites", "pages", "queue", "reload", "result", "status",
@@ -130,7 +134,7 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
 FILTERS = "--queue, --route, --site, --app, --from, --user, --domain, --held, --unseen"
 
 
-def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
+def pages(peer: "Peer", chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
     """The messages that match a filter and are in the queue now, page by page: (shard, ids, each message as a line of JSON). The
     next page is requested while one is processed. Mail that arrives meanwhile (such as DSNs for messages that are bounced) does
     not match. The shards of a worker that does not answer are left out."""
@@ -138,7 +142,7 @@ def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int,
         yield from _pages_of(peer, shard, chosen)
 
 
-def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
+def _pages_of(peer: "Peer", shard: int, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
     def ask(after: int) -> Callable[[], dict[str, Any]]:
         return answered(lambda: peer.begin("page", shard=shard, after=after, chosen=chosen))
 
@@ -155,7 +159,7 @@ def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Ite
             return
 
 
-def in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[bytes]]:
+def in_order(peer: "Peer", chosen: dict[str, Any]) -> Iterator[list[bytes]]:
     """The messages of all shards that match a filter, the oldest first, as lines of JSON, many at a time."""
     sources = [_pages_of(peer, shard, chosen) for shard in asked(peer, "shards")]
     waiting: list[list[tuple[int, bytes]]] = [[] for _ in sources]  # of each shard: (id, line) not yet returned
@@ -174,9 +178,7 @@ def in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[by
             waiting = [part[count:] for part, count in zip(waiting, counts, strict=True)]
 
 
-def list_in_order(
-    peer: Daemon | Offline, chosen: dict[str, Any], as_json: bool, parts: Callable[[dict[str, Any]], list[str]]
-) -> bool:
+def list_in_order(peer: "Peer", chosen: dict[str, Any], as_json: bool, parts: Callable[[dict[str, Any]], list[str]]) -> bool:
     """Write the messages that match, the oldest first; `parts`: those of a message's line. Whether there were any."""
     some = False
     for lines in in_order(peer, chosen):
@@ -223,7 +225,7 @@ def _why(row: dict[str, Any]) -> str:
     return "; ".join(text for text in (row["held_for"], waits) if text)
 
 
-def unknown_name(peer: Daemon | Offline, chosen: dict[str, Any]) -> str:
+def unknown_name(peer: "Peer", chosen: dict[str, Any]) -> str:
     """After nothing has matched a filter: the sentence about a queue, route or site in it that does not exist; "": all do."""
     names = [row["queue"] for row in asked(peer, "summary")] if chosen.get("queue") or chosen.get("route") else []
     if chosen.get("queue") and chosen["queue"] not in names:
@@ -247,7 +249,7 @@ def is_named(row: dict[str, Any], name: str) -> bool:
     return name in names_of_row(row) or any(same_host(name, host) for host in row["hosts"])
 
 
-def names_of_sites(peer: Daemon | Offline, rows: list[dict[str, Any]] | None = None) -> set[str]:
+def names_of_sites(peer: "Peer", rows: list[dict[str, Any]] | None = None) -> set[str]:
     """The names of all sites that have mail or connections, or a decision about them. `rows`: the sites, if they are known."""
     rows, states = asked(peer, "sites") if rows is None else rows, asked(peer, "site_states")
     found = set[str]().union(*map(names_of_row, rows))
@@ -321,20 +323,18 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
         if not (ids or everything or any(chosen.values())):
             fail(64, f"which messages? Give ids, a filter ({FILTERS}), or --all: relaymta queue {verb} --help")
         filters = [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen]
-        peer = connect(read)
-        if isinstance(peer, Offline):
-            fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
-        found = change(peer, verb, filters, dry_run, word)
-        if as_json:
-            say_json(found)
-        else:
-            say(f"{verb}: {result(found)}")
-            if verb == "release" and found["changed"]:
-                _note_hold_policies(peer)
-        if not found["matched"] and (wrong := unknown_name(peer, chosen)):
-            if not dry_run:
-                absent(wrong)
-            say(wrong, err=True)  # the count is the answer
+        with _changeable(read) as peer:
+            found = change(peer, verb, filters, dry_run, word)
+            if as_json:
+                say_json(found)
+            else:
+                say(f"{verb}: {result(found)}")
+                if verb == "release" and found["changed"]:
+                    _note_hold_policies(peer)
+            if not found["matched"] and (wrong := unknown_name(peer, chosen)):
+                if not dry_run:
+                    absent(wrong)
+                say(wrong, err=True)  # the count is the answer
         if "unknown" in found and not missing():
             where = "message in the queue" + (" that matches" if any(chosen.values()) else "")
             fail(1, "\n".join(str(NoSuch(where, ident)) for ident in found["unknown"]))
@@ -342,7 +342,20 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
     return command
 
 
-def _note_hold_policies(peer: Daemon) -> None:
+@contextmanager
+def _changeable(read: Configuration) -> "Iterator[Daemon | Stopped]":
+    """The daemon, or the queue of one that is stopped."""
+    daemon = connect(read)
+    if isinstance(daemon, Daemon):
+        yield daemon
+    else:
+        from relaymta.cli.stopped import changeable  # the daemon is spared what it takes
+
+        with changeable(read) as stopped:
+            yield stopped
+
+
+def _note_hold_policies(peer: "Daemon | Stopped") -> None:
     """Say that released mail is held again by the hold policies that are in effect."""
     about = [state["site"] for state in asked(peer, "site_states") if state["kind"] == "hold"]
     if about:
@@ -351,7 +364,7 @@ def _note_hold_policies(peer: Daemon) -> None:
 
 
 def change(
-    peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "",
+    peer: "Daemon | Stopped", verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "",
     look: Callable[[dict[str, Any]], None] | None = None, **how: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Apply `verb` to all messages that match one of `filters`. `look(row)` is called with each of them; `how`: what else the
@@ -387,7 +400,7 @@ def change(
     return found | ({"unknown": unknown} if unknown else {})
 
 
-def _throttled(peer: Daemon, queues: Counter[str]) -> dict[str, Any]:
+def _throttled(peer: "Daemon | Stopped", queues: Counter[str]) -> dict[str, Any]:
     """`throttled` and `until` of `change`, for the number of messages in each queue."""
     names, count, until = iter(queues.items()), 0, 0.0
     while True:

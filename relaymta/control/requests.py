@@ -58,7 +58,7 @@ class Page(_Arguments, frozen=True):
 class Change(_Arguments, frozen=True):
     """`word`: the reason (bounce), the route (reroute) or the name of the hold policy (policy; "": not known). Of messages that
     are released from the quarantine: `recipients`, in place of their own, and whether also those are that other filters have not
-    looked at (`unscanned`)."""
+    looked at (`unscanned`). `uid`: who asks, as the kernel says (-1: not known); the supervisor sets it."""
 
     shard: Number
     verb: Literal[
@@ -68,14 +68,16 @@ class Change(_Arguments, frozen=True):
     word: Text = ""
     recipients: list[Text] = []
     unscanned: bool = False
+    uid: int = -1
 
 
 class Move(_Arguments, frozen=True):
-    """To the route `word`."""
+    """To the route `word`; `uid`: as of Change."""
 
     chosen: Chosen  # type: ignore[valid-type]
     word: Text
     dry_run: bool
+    uid: int = -1
 
 
 class Queues(_Arguments, frozen=True):

@@ -252,10 +252,25 @@ def _quarantine(writer: Writer, record: Any) -> _Lines:
         yield "postsuper", f"{record.id}: {done[record.result]}"
 
 
+def _held(writer: Writer, record: Any) -> _Lines:
+    yield from _fields(writer, record)
+    yield "postsuper", f"{record.id}: placed on hold"
+
+
+def _released(writer: Writer, record: Any) -> _Lines:
+    yield from _fields(writer, record)
+    yield "postsuper", f"{record.id}: released from hold"
+
+
+def _deleted(writer: Writer, record: Any) -> _Lines:
+    yield from _fields(writer, record)
+    yield "postsuper", f"{record.id}: removed"
+
+
 _FORMS: dict[str, Callable[[Writer, Any], _Lines]] = {
     "queued": _queued, "received": _received, "delivered": _delivered, "deferred": _deferred, "bounced": _bounced,
     "next_host": _next_host, "rejected": _rejected, "login": _login, "warning": _warning, "filtered": _filtered,
-    "scanned": _scanned, "quarantine": _quarantine,
+    "scanned": _scanned, "quarantine": _quarantine, "held": _held, "released": _released, "deleted": _deleted,
 }  # fmt: skip
 
 
@@ -282,7 +297,8 @@ _EVENT_OF = [
     (re.compile(expression), event) for expression, event in (
         (r"\w+: (?:client=|message-id=|hold: |from=<[^>]*>, size=)", "queued"), (r"\w+: reject: ", "rejected"),
         (r"\w+: discard: ", "filtered"), (r"warning: .*: SASL ", "login"), (r"\w+: sender non-delivery ", "bounced"),
-        (r"\w+: (?:host|connect to|conversation with) ", "next_host"), (r"\w+: (?:removed|released from hold)\Z", "removed"),
+        (r"\w+: (?:host|connect to|conversation with) ", "next_host"),
+        (r"\w+: (?:removed|released from hold|placed on hold)\Z", "removed"),
     )
 ]  # fmt: skip
 _STATUS_OF = re.compile(r".* status=(sent|deferred|bounced|expired)\b")

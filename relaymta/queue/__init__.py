@@ -141,6 +141,8 @@ class Queue:
             settings.max_age_ms,
             lambda: self.unseen.noticed(),
             self._replies.left_quarantine,
+            self._replies.changed,
+            self._replies.moved,
         )
         self.change_messages, self.move_queues = self._changes.change_messages, self._changes.move_queues
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
@@ -163,6 +165,12 @@ class Queue:
         if not self.entries.add_fresh(await self._opening.put_in_order()):
             self._materialize(self.store.fresh.came_by(self.clock.now()))
         self._tick()
+
+    async def start_idle(self) -> None:
+        """As `start`, for operators' changes while no daemon runs: nothing is offered, nothing expires, nothing is swept."""
+        self.entries.paused = True
+        self.writer.start()
+        await self._opening.put_in_order()
 
     async def stop(self) -> None:
         """Commit what is pending and close."""

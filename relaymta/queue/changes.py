@@ -35,6 +35,9 @@ AtSite = Callable[[QueueName, str], bool]
 Rename = Callable[[QueueName], QueueName]
 Idents = list[int] | Callable[[], list[int]]
 Word = str | Mapping[int, str] | Release  # what a verb is about, or for each message
+# Who changes messages, by the verb, where it is no operator.
+BY = {"policy": "policy", "release policy": "policy", "unseen expired": "expiry"}
+OPERATOR = "operator"
 
 
 class Changes:
@@ -54,9 +57,13 @@ class Changes:
         max_age_ms: int,
         noticed: Callable[[], None],
         left: Left,
+        told: Callable[[str, int, Envelope, str], None],
+        moved: Callable[[QueueName, QueueName, int, str], None],
     ) -> None:
         """`noticed()`: there may be unseen messages that were none before; `left`: told, on the loop, of what has left the
-        quarantine."""
+        quarantine; `told(how, id, envelope, by)` and `moved(name, new name, messages, by)`: as of Events.changed and
+        Events.moved."""
+        self._told, self._moved = told, moved
         self._noticed = noticed
         self._left = left
         self._loop = loop
@@ -97,13 +104,14 @@ class Changes:
 
     # Messages
 
-    async def change_messages(self, verb: str, idents: Idents, word: Word = "") -> tuple[int, int]:
+    async def change_messages(self, verb: str, idents: Idents, word: Word = "", by: str = "") -> tuple[int, int]:
         """Change messages, at most 1,000: flush, hold, policy (hold until no hold policy applies; `word`: the policy's name, or
         that of each message), release, release policy (only what a policy holds), delete, bounce (`word`: the reason), reroute
         (`word`: the route), release quarantined (`word`: a Release), delete quarantined. (changed, skipped because in flight,
         ending or being changed.) `idents` may be a function, which names them when those before have been made, and may fill
-        `word` then. A cancelled caller does not stop the change. StoreError when a commit failed."""
-        return await self._in_turn(lambda: self._change(verb, idents() if callable(idents) else idents, word))
+        `word` then. `by`: who does it, for the log. A cancelled caller does not stop the change. StoreError when a commit
+        failed."""
+        return await self._in_turn(lambda: self._change(verb, idents() if callable(idents) else idents, word, by))
 
     def begin(self, verb: str, idents: list[int], then: Callable[[int], None] = lambda changed: None) -> None:
         """As `change_messages`, of which nobody awaits the end; `then` is called with the number of messages that it has changed.
@@ -112,9 +120,9 @@ class Changes:
         def ended(task: "asyncio.Task[tuple[int, int]]") -> None:
             then(0 if task.cancelled() or task.exception() is not None else task.result()[0])
 
-        self._begin(lambda: self._change(verb, idents, "")).add_done_callback(ended)
+        self._begin(lambda: self._change(verb, idents, "", "")).add_done_callback(ended)
 
-    async def _change(self, verb: str, idents: list[int], word: Word) -> tuple[int, int]:
+    async def _change(self, verb: str, idents: list[int], word: Word, by: str) -> tuple[int, int]:
         claimed = self._entries.claim(idents)
         refused = False
         try:
@@ -123,7 +131,7 @@ class Changes:
             if verb == "bounce":
                 changed = sum([await self._bounce(part, str(word)) for part in parts])
             else:
-                changed = sum([await self._apply(verb, part, word) for part in parts])
+                changed = sum([await self._apply(verb, part, word, by or BY.get(verb, OPERATOR)) for part in parts])
                 if verb.startswith("release"):
                     self._noticed()
         except StoreError:
@@ -141,25 +149,32 @@ class Changes:
         self._entries.wake(idents)
         self._schedule.wake()
 
-    async def _apply(self, verb: str, idents: list[int], word: Word) -> int:
+    async def _apply(self, verb: str, idents: list[int], word: Word, by: str) -> int:
         """One group commit; how many messages it has changed."""
         left: list[tuple[int, Envelope, str, list[str]]] = []
+        others: list[tuple[str, int, Envelope]] = []
 
         def leaves(ident: int, envelope: Envelope, how: str, recipients: list[str]) -> None:
             left.append((ident, envelope, how, recipients))
 
+        def told(how: str, ident: int, envelope: Envelope) -> None:
+            others.append((how, ident, envelope))
+
         def run(change: Change) -> int:
             left.clear()  # of a group that was undone
+            others.clear()
             if verb == "reroute":
-                return inspect.reroute(change, self._store, self._clock, self._assign, idents, str(word))
+                return inspect.reroute(change, self._store, self._clock, self._assign, idents, str(word), told)
             if isinstance(word, Release):
                 return released(change, self._clock, self._assign, self.max_age_ms, idents, word, leaves)
             store, writer, clock = self._store, self._writer, self._clock
-            return inspect.apply(verb, change, store, writer, clock, self.max_age_ms, idents, word, leaves)
+            return inspect.apply(verb, change, store, writer, clock, self.max_age_ms, idents, word, leaves, told)
 
         changed = await self._writer.task(run)
         for one in left:
             self._left(*one)
+        for how, ident, envelope in others:
+            self._told(how, ident, envelope, by)
         return changed
 
     async def _bounce(self, idents: list[int], reason: str) -> int:
@@ -199,13 +214,16 @@ class Changes:
 
     # Whole queues
 
-    async def move_queues(self, chosen: Filter, at_site: AtSite, rename: Rename, dry_run: bool) -> tuple[int, int]:
+    async def move_queues(
+        self, chosen: Filter, at_site: AtSite, rename: Rename, dry_run: bool, by: str = OPERATOR
+    ) -> tuple[int, int]:
         """Move all mail of the queues that match `chosen` (`whole_queues`) to the route that `rename` names, due now, in one
-        group commit: (messages, of them in flight, which follow when they are deferred). `dry_run`: only count."""
+        group commit: (messages, of them in flight, which follow when they are deferred). `dry_run`: only count; `by`: as of
+        `change_messages`."""
         if dry_run:
             rows, inlined = await self._readers.run(self._chosen, chosen, at_site)
             return sum(row.messages for row in rows) + len(inlined), 0
-        return await self._in_turn(lambda: self._move(chosen, at_site, rename))
+        return await self._in_turn(lambda: self._move(chosen, at_site, rename, by))
 
     def _chosen(self, chosen: Filter, at_site: AtSite) -> tuple[list[QueueRow], list[int]]:
         """Reader thread: the queues that match, and the ids of the inlined messages in them."""
@@ -213,7 +231,7 @@ class Changes:
         numbers = {row.number for row in rows}
         return rows, [i for i, envelope in self._store.fresh.live() if any(p.queue in numbers for p in envelope.placements)]
 
-    async def _move(self, chosen: Filter, at_site: AtSite, rename: Rename) -> tuple[int, int]:
+    async def _move(self, chosen: Filter, at_site: AtSite, rename: Rename, by: str) -> tuple[int, int]:
         rows, inlined = await self._readers.run(self._chosen, chosen, at_site)
         if not rows:
             return 0, 0
@@ -228,9 +246,12 @@ class Changes:
             return inspect.move(change, rows, rename)
 
         try:
-            return await self._writer.task(run), in_flight
+            moved = await self._writer.task(run)
         finally:
             self._entries.release_queues(numbers)
+        for row in rows:
+            self._moved(row.name, rename(row.name), row.messages, by)
+        return moved, in_flight
 
     def park(self, queue: int, until: int) -> None:
         """Exclude a queue from scans until a time of the queue's clock, ms (0: wake it now). Repeated while the disk refuses,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from relaymta.proto.envelope import Envelope
+from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.group import Committed
 
@@ -36,6 +36,13 @@ class Events:
     def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
         """A message is in the quarantine no more: it was released (to others than its recipients: `to`), deleted or bounced, has
         expired, or there was no room for it ("displaced"). `envelope`: as it was in it."""
+
+    def changed(self, how: str, ident: int, envelope: Envelope, by: str) -> None:
+        """A message was "held", "released", "rerouted" or "deleted" (`envelope`: as it was), and has not left the quarantine by
+        that. `by`: an operator, "policy" or "expiry"."""
+
+    def moved(self, name: QueueName, new: QueueName, messages: int, by: str) -> None:
+        """All mail of a queue, about so many messages, was given another route. `by`: as of `changed`."""
 
     def refused(self, entry: Entry, why: str) -> None:
         """An outcome of `entry` was not recorded, because it contradicts the store: a defect. `why`: for the log."""

@@ -50,11 +50,22 @@ __all__ = [
 ]  # fmt: skip
 
 POLICY_HELD_TOGETHER = 1000
+# Told of what has become of a message that an operator, a policy or expiry has changed: how, its id, and its envelope (as it
+# was, of one that is deleted).
+Told = Callable[[str, int, Envelope], None]
 # What has come of a message in the quarantine, by the verb; and which verbs delete.
 LEAVES = {
     "release": "released", "delete": "deleted", "delete quarantined": "deleted", "quarantine expired": "expired",
     "quarantine displaced": "displaced",
 }  # fmt: skip
+HOW = {
+    "delete": "deleted",
+    "policy": "held",
+    "hold": "held",
+    "unseen expired": "held",
+    "release": "released",
+    "release policy": "released",
+}  # what becomes of all others
 DELETES = ("delete", "delete quarantined", "quarantine expired", "quarantine displaced")
 QUARANTINE_ENDS = ("quarantine expired", "quarantine displaced", "quarantine stale")
 HELD_SEEN = 200  # messages among which the oldest one that is not held is looked for
@@ -218,7 +229,10 @@ def _unseen(store: Store, txn: Any) -> tuple[int, float]:
     return count, max(0.0, (wall_ms() - min(arrived)) / 1000) if arrived else 0.0
 
 
-def reroute(change: Change, store: Store, clock: ShardClock, assign: Assign, idents: list[int], route: str) -> int:
+def reroute(
+    change: Change, store: Store, clock: ShardClock, assign: Assign, idents: list[int], route: str,
+    told: Told = lambda how, ident, envelope: None,
+) -> int:  # fmt: skip
     """Writer thread, inside a group commit: move these messages, none of which is in memory, to `route`, due now; how many it
     changed. Their bodies stay where they are."""
     changed, now = 0, clock.now()
@@ -241,6 +255,7 @@ def reroute(change: Change, store: Store, clock: ShardClock, assign: Assign, ide
                 envelope.placements.append(placement)
                 change.place(ident, envelope, placement)
         change.replace(ident, envelope)
+        told("rerouted", ident, envelope)
         changed += 1
     return changed
 
@@ -261,10 +276,11 @@ def apply(
     idents: list[int],
     policies: str | Mapping[int, str] = "",
     left: Left = lambda ident, envelope, how, to: None,
+    told: Told = lambda how, ident, envelope: None,
 ) -> int:
     """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed.
     `policies`: the name of the hold policy that holds them ("": not known), or that of each message; `left`: told of those that
-    leave the quarantine."""
+    leave the quarantine, `told` of all others that are held, released or deleted."""
     changed = 0
     now = clock.now()
     for ident in idents:
@@ -306,6 +322,8 @@ def apply(
         else:
             continue
         changed += 1
+        if verb in HOW and not (kept is not None and verb in LEAVES):  # else `left` has told of it
+            told(HOW[verb], ident, envelope)
     return changed
 
 

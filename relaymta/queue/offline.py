@@ -27,7 +27,7 @@ from relaymta.queue import inspect, listing
 from relaymta.queue.raw import PIECE, Found, pieces, subjects
 from relaymta.queue.store import Store
 
-__all__ = ["answer"]
+__all__ = ["answer", "import_all"]
 
 
 def answer(spool: Path, op: str, **args: Any) -> Any:
@@ -39,13 +39,13 @@ def answer(spool: Path, op: str, **args: Any) -> Any:
     arguments = row.read(args)
     owner = owner_of(spool)
     if os.geteuid() == 0 != owner.pw_uid:  # the owner could not open lock files of root's
-        _import_all()
+        import_all()
         become(owner)
     found = getattr(Spool(spool), op)(arguments)
     return found if row.merge is None else row.merge(found, arguments)
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Have LMDB import what it needs to open a database, while root: the spool's owner may not be able to read our files. For the
     same reason no function of this module imports anything."""
     with contextlib.suppress(OSError, lmdb.Error), tempfile.TemporaryDirectory() as folder:

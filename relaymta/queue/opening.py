@@ -48,6 +48,8 @@ class Opening:
             await self._writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         if self._clock.resumed:  # another start within the time of grace does not end it
             await self._writer.task(lambda change: change.set_meta(b"resumed", self._clock.resumed))
+        else:  # a command may have changed the queue between the stop and this start
+            self._clock.resumed = await self._readers.run(self._store.meta, b"resumed")
         await self._readers.run(self._big.sweep, 0)  # a process that was killed leaves large bodies without a message
         astray = await self._readers.run(self._astray)
         if astray:

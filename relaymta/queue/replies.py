@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterable
 
-from relaymta.proto.envelope import HELD, UNSEEN, Envelope
+from relaymta.proto.envelope import HELD, UNSEEN, Envelope, QueueName
 from relaymta.queue.big import BigBodies
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.events import Events
@@ -111,6 +111,14 @@ class Replies:
     def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
         """Report it."""
         self._call(self._events.left_quarantine, ident, envelope, how, to)
+
+    def changed(self, how: str, ident: int, envelope: Envelope, by: str) -> None:
+        """Report it."""
+        self._call(self._events.changed, how, ident, envelope, by)
+
+    def moved(self, name: QueueName, new: QueueName, messages: int, by: str) -> None:
+        """Report it."""
+        self._call(self._events.moved, name, new, messages, by)
 
     def raised(self, error: Exception) -> None:
         """Report an exception of a callback: a defect, which must not take the replies of others."""

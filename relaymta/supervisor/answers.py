@@ -7,6 +7,8 @@ named in the answer as missing.
 import asyncio
 import contextlib
 import os
+import socket
+import struct
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
@@ -70,7 +72,15 @@ async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writ
     def failed(op: str, error: Exception) -> None:
         supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
 
-    await converse(reader, writer, Answers(supervisor), failed)
+    await converse(reader, writer, Answers(supervisor, _user_of(writer)), failed)
+
+
+def _user_of(writer: asyncio.StreamWriter) -> int:
+    """Who is at the other end of a connection, by number; -1: not known."""
+    found = writer.get_extra_info("socket")
+    if found is None or found.family != socket.AF_UNIX:
+        return -1
+    return int(struct.unpack("iII", found.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
 
 
 async def usage(supervisor: "Supervisor") -> list[dict[str, Any]]:
@@ -82,8 +92,10 @@ async def usage(supervisor: "Supervisor") -> list[dict[str, Any]]:
 class Answers:
     """Answers requests. A method for each that the table gives to the supervisor; the others are passed on to workers."""
 
-    def __init__(self, supervisor: "Supervisor") -> None:
+    def __init__(self, supervisor: "Supervisor", uid: int = -1) -> None:
+        """`uid`: who asks (-1: not known)."""
         self._supervisor = supervisor
+        self._uid = uid
         self._slots = supervisor.slots
 
     async def __call__(self, op: str, args: dict[str, Any]) -> Answer:
@@ -91,7 +103,10 @@ class Answers:
         row = REQUESTS.get(op)
         if row is None:
             raise RelayError(f"no such request: {op}")
-        return await _BY[row.where](self, row, row.read(args))
+        arguments = row.read(args)
+        if hasattr(arguments, "uid"):
+            arguments = msgspec.structs.replace(arguments, uid=self._uid)
+        return await _BY[row.where](self, row, arguments)
 
     # By workers
 

@@ -7,7 +7,7 @@ from typing import Any
 from relaymta.filter.conduct import Conduct
 from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
-from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope
+from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope, QueueName
 from relaymta.proto.said import Said
 from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id
 
@@ -152,6 +152,20 @@ class Witness(Events):
             "quarantine", id=format_id(ident), sender=envelope.sender, recipients=envelope.recipients, result=how, by=why.by,
             reason=why.reason, **({"to": to} if to else {}),
         )  # fmt: skip
+
+    def changed(self, how: str, ident: int, envelope: Envelope, by: str) -> None:
+        about = {"id": format_id(ident), "sender": envelope.sender, "recipients": envelope.recipients, "by": by}
+        if how == "held":
+            self._log.event("held", **about, reason=envelope.held_for)
+        elif how == "released":
+            self._log.event("released", **about)
+        elif how == "rerouted":
+            self._log.event("rerouted", **about, route=envelope.route)
+        else:
+            self._log.event("deleted", **about)
+
+    def moved(self, name: QueueName, new: QueueName, messages: int, by: str) -> None:
+        self._log.event("moved", queue=str(name), route=new.route, messages=messages, by=by)
 
     def refused(self, entry: Entry, why: str) -> None:
         self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")

@@ -14,6 +14,7 @@ from relaymta.errors import NoSuch, RelayError
 from relaymta.proto.address import plain
 from relaymta.proto.printable import printable
 from relaymta.queue import parse_id
+from relaymta.queue.changes import BY, OPERATOR
 from relaymta.queue.quarantine import Release
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
 
@@ -39,6 +40,17 @@ async def answer(worker: "Worker", op: str, args: dict[str, Any]) -> Any:
     except Exception as error:
         worker.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
         raise
+
+
+def operator(args: Change | Move) -> str:
+    """Who asks for a change, for the log."""
+    return (
+        BY.get(args.verb, "")
+        if isinstance(args, Change) and args.verb in BY
+        else f"operator (uid {args.uid})"
+        if args.uid >= 0
+        else OPERATOR
+    )
 
 
 class Answers:
@@ -75,7 +87,7 @@ class Answers:
         if args.verb == "release quarantined":
             word = self._released(args)
         try:
-            result = await one.queue.change_messages(args.verb, args.idents, word)
+            result = await one.queue.change_messages(args.verb, args.idents, word, operator(args))
         finally:
             if args.verb == "policy":  # some may be held even after an error
                 one.dispatcher.policies.held(args.word)
@@ -105,7 +117,9 @@ class Answers:
         messages, in_flight = 0, 0
         for shard in self._shards.values():
             one, at_site = shard.dispatcher, partial(goes_to, shard.dispatcher)
-            found = await shard.queue.move_queues(wanted, at_site, partial(self._worker.routes.by_route, route), args.dry_run)
+            found = await shard.queue.move_queues(
+                wanted, at_site, partial(self._worker.routes.by_route, route), args.dry_run, operator(args)
+            )
             one.forget_parked()
             messages, in_flight = messages + found[0], in_flight + found[1]
         return messages, in_flight
