@@ -106,6 +106,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     **{("quarantine", verb): ["--all"] for verb in ("release", "delete")}, ("quarantine", "show"): [UNKNOWN],
     ("quarantine", "learn"): ["spam", "--all"],
     ("queue", "show"): ["q"], ("queue", "reroute"): ["--all", "--to", "r"],
+    ("queue", "export"): ["--all", "--to", "k"], ("queue", "import"): [str(ROOT / "tests" / "dialogs")],
     **{("queue", verb): ["--all"] for verb in ("flush", "hold", "release", "delete", "bounce")},
     ("route", "test"): ["--to", "a@b.example"], ("rule", "test"): ["/dev/null"], ("rule", "why"): [UNKNOWN],
     ("sieve", "put"): ["a@b.example", "/dev/null"], ("sieve", "check"): ["/dev/null"], ("sieve", "list"): ["a@b.example"],

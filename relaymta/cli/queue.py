@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from relaymta.cli.console import record, say, say_json, say_json_lines, table
 from relaymta.cli.options import Configuration, configured, fail, group, incomplete, missing
 from relaymta.cli.peer import (
     Daemon,
+    GivenPath,
     absent,
     answered,
     as_json,
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
     from relaymta.cli.stopped import Stopped
 
 __all__ = [
-    "KINDS", "SITES", "change", "is_named", "list_in_order", "names_of_sites", "pages", "queue", "reload", "result", "status",
+    "KINDS", "SITES", "change", "changeable", "is_named", "list_in_order", "names_of_sites", "pages", "queue", "reload", "result",
+    "status",
 ]  # fmt: skip
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
@@ -323,7 +326,7 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
         if not (ids or everything or any(chosen.values())):
             fail(64, f"which messages? Give ids, a filter ({FILTERS}), or --all: relaymta queue {verb} --help")
         filters = [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen]
-        with _changeable(read) as peer:
+        with changeable(read) as peer:
             found = change(peer, verb, filters, dry_run, word)
             if as_json:
                 say_json(found)
@@ -343,15 +346,15 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
 
 
 @contextmanager
-def _changeable(read: Configuration) -> "Iterator[Daemon | Stopped]":
+def changeable(read: Configuration) -> "Iterator[Daemon | Stopped]":
     """The daemon, or the queue of one that is stopped."""
     daemon = connect(read)
     if isinstance(daemon, Daemon):
         yield daemon
     else:
-        from relaymta.cli.stopped import changeable  # the daemon is spared what it takes
+        from relaymta.cli.stopped import opened  # the daemon is spared what it takes
 
-        with changeable(read) as stopped:
+        with opened(read) as stopped:
             yield stopped
 
 
@@ -443,6 +446,47 @@ _verb(
     "Move these messages to another route, regardless of the route table; they are due now.",
     click.option("--to", "word", required=True, metavar="ROUTE", help="The route's name."),
 )
+
+
+@queue.command(name="export")
+@click.argument("ids", nargs=-1)
+@click.option(
+    "--to", "folder", required=True, type=GivenPath(file_okay=False, path_type=Path), help="The folder; made if missing."
+)
+@click.option("--all", "everything", is_flag=True, help="Every message.")
+@click.option("--delete", is_flag=True, help="Delete each from the queue once its files are synced, without a DSN.")
+@click.option("--force", is_flag=True, help="Replace files of the same names.")
+@click.option("--dry-run", is_flag=True, help="Only count the messages that match.")
+@_filters
+@as_json
+@configured
+def export_messages(
+    read: Configuration, ids: tuple[str, ...], folder: Path, everything: bool, delete: bool, force: bool, dry_run: bool,
+    as_json: bool, **chosen: Any,
+) -> None:  # fmt: skip
+    """Write messages to files: ID.eml, the message data, and ID.json, the envelope, its recipients' states and when the next
+    attempt is (docs/queue.md). `queue import` reads them. The daemon need not run.
+
+    A message is complete when its ID.json is there. What is delivered later all the same is in both: see docs/queue.md."""
+    from relaymta.cli.queue_files import export
+
+    if not (ids or everything or any(chosen.values())):
+        fail(64, f"which messages? Give ids, a filter ({FILTERS}), or --all: relaymta queue export --help")
+    filters = [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen]
+    export(read, folder, filters, delete, force, as_json, dry_run)
+
+
+@queue.command(name="import")
+@click.argument("files", nargs=-1, required=True, type=GivenPath(path_type=Path))
+@click.option("--again", is_flag=True, help="Also those that were imported before, and have left the queue.")
+@as_json
+@configured
+def import_messages(read: Configuration, files: tuple[Path, ...], again: bool, as_json: bool) -> None:
+    """Put messages that `queue export` has written back into the queue, as they were: those in folders, or single ones (ID.json).
+    What is there already, or was imported before, is skipped and named, so an import can be repeated. The daemon need not run."""
+    from relaymta.cli.queue_files import import_from
+
+    import_from(read, files, again, as_json)
 
 
 @click.command()

@@ -6,22 +6,36 @@ changed goes through the group commit of the queue, so a process that is killed 
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relaymta.cli.options import ANY_LISTENER, Configuration, loaded
-from relaymta.cli.peer import Daemon, answered, connect
+from relaymta.cli.peer import answered
 from relaymta.control.filters import Filter
-from relaymta.control.requests import REQUESTS, Change, Move, Nothing, Page, Queues
+from relaymta.control.requests import (
+    REQUESTS,
+    Change,
+    Exported,
+    ImportData,
+    ImportMessage,
+    Messages,
+    Move,
+    Nothing,
+    OfMessage,
+    Page,
+    Queues,
+)
 from relaymta.disk.lock import all_unlocked
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import NoSuch, RelayError
+from relaymta.ident import parse_id
 from relaymta.log import History, Log
 from relaymta.metrics import Counters
 from relaymta.privileges import become, owner_of
 from relaymta.queue import Null, Queue
+from relaymta.queue.exported import read
 from relaymta.queue.offline import import_all
 from relaymta.route.table import RouteTable
 from relaymta.shm import Shared
@@ -31,20 +45,16 @@ from relaymta.worker.reloading import queue_settings
 if TYPE_CHECKING:
     from relaymta.config import Config
 
-__all__ = ["Stopped", "changeable"]
+__all__ = ["Stopped", "opened"]
 
 SITES = "the daemon is not running, and only the daemon knows which mail is for a site"
 COMMANDS = -1  # the number of this process in the log: as of the supervisor, which does not run
 
 
 @contextmanager
-def changeable(read: Configuration) -> "Iterator[Daemon | Stopped]":
-    """The daemon of this configuration, or its queue when no daemon runs; ends the program as `asked` does when there is neither,
-    or when another process has a shard (75)."""
-    peer = connect(read)
-    if isinstance(peer, Daemon):
-        yield peer
-        return
+def opened(read: Configuration) -> "Iterator[Stopped]":
+    """The queue of this configuration, whose daemon does not run; ends the program as `asked` does when another process has a
+    shard (75), or it cannot be opened."""
     config = loaded(read, ANY_LISTENER)
     stopped = answered(lambda: Stopped(config))
     try:
@@ -138,6 +148,38 @@ class Stopped:
         by = f"operator (uid {self._uid})"
         return await self._shard(args.shard).change_messages(args.verb, args.idents, args.word, by)
 
+    async def _records(self, args: Messages) -> list[tuple[int, str, bytes]]:
+        return await self._shard(args.shard).records(args.idents)
+
+    async def _exported(self, args: Exported) -> list[tuple[int, str]]:
+        by = f"operator (uid {self._uid})"
+        return list((await self._shard(args.shard).delete_unchanged(dict(args.messages), by)).items())
+
+    async def _import_data(self, args: ImportData) -> None:
+        await self._shard(args.shard).importing.data(args.ident, args.at, args.data)
+
+    async def _import_message(self, args: ImportMessage) -> str:
+        known = self.routes.__contains__
+        return await self._shard(args.shard).importing.message(read(args.record), args.data, known, args.again)
+
+    async def _message(self, args: OfMessage) -> dict[str, Any] | None:
+        for queue in self._queues.values():
+            found = await queue.message(parse_id(args.ident))
+            if found is not None:
+                return found
+        return None
+
+    def pieces(self, op: str, **args: Any) -> Iterator[bytes]:
+        """The pieces of `raw`: a message's data."""
+        ident = parse_id(REQUESTS["raw"].read(args).ident)
+        for queue in self._queues.values():
+            pieces, some = queue.raw(ident), False
+            while (piece := self._runner.run(_next(pieces))) is not None:
+                some = True
+                yield piece
+            if some:
+                return
+
     async def _move(self, args: Move) -> None:
         """Messages are moved one by one."""
         if args.word not in self.routes:
@@ -149,3 +191,7 @@ class Stopped:
 
     async def _site_states(self, args: Nothing) -> list[Any]:
         return []
+
+
+async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes | None:
+    return await anext(pieces, None)

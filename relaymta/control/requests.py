@@ -106,6 +106,33 @@ class Messages(_Arguments, frozen=True):
     idents: list[Number]
 
 
+class Exported(_Arguments, frozen=True):
+    """Messages of a shard that were exported, each with its `exported.print_of`; `uid`: as of Change."""
+
+    shard: Number
+    messages: list[tuple[Number, Text]]
+    uid: int = -1
+
+
+class ImportData(_Arguments, frozen=True):
+    """A piece of a large message that is imported, behind `at` octets."""
+
+    shard: Number
+    ident: Number
+    at: Number
+    data: bytes
+
+
+class ImportMessage(_Arguments, frozen=True):
+    """The content of its ID.json, and its data (None: that came before, by ImportData). `again`: also if it was
+    imported before."""
+
+    shard: Number
+    record: bytes
+    data: bytes | None
+    again: bool = False
+
+
 class Known(_Arguments, frozen=True):
     """Texts (filter/lessons.py), and whether they are spam."""
 
@@ -366,6 +393,10 @@ REQUESTS: dict[str, Request] = {
         Request("raw", OfMessage, Where.FIRST, 30, offline=True, pieces=True),
         Request("explain", OfMessage, Where.FIRST),
         Request("subjects", Messages, Where.OWNER, 15, offline=True),
+        Request("records", Messages, Where.OWNER, 30),
+        Request("exported", Exported, Where.OWNER, 60, changes=True),
+        Request("import_data", ImportData, Where.OWNER, 60, changes=True),
+        Request("import_message", ImportMessage, Where.OWNER, 60, changes=True),
         Request("history", OfMessage, Where.SUPERVISOR, 60, offline=True),
         Request("history_files", Nothing, Where.SUPERVISOR, offline=True),
         Request("history_piece", HistoryPiece, Where.SUPERVISOR, offline=True),

@@ -18,6 +18,12 @@ class IdSource:
         self._now = now
         self._lock = threading.Lock()
 
+    def leave_behind(self, ident: int) -> None:
+        """Make ids above this one from now on, which was made elsewhere."""
+        with self._lock:
+            if stamp_of(ident) > self._stamp:
+                self._stamp, self._sequence = stamp_of(ident), (1 << SEQUENCE_BITS) - 1
+
     def next(self) -> int:
         """A new id: 44 bits of milliseconds, 8 of shard, 12 of sequence."""
         with self._lock:

@@ -36,6 +36,7 @@ from relaymta.queue.events import Events, QueueSettings
 from relaymta.queue.expiry import Expiry, Overdue
 from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed
+from relaymta.queue.importing import Importing
 from relaymta.queue.inspect import Totals
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
@@ -146,12 +147,15 @@ class Queue:
         )
         self.change_messages, self.move_queues = self._changes.change_messages, self._changes.move_queues
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
-        self.park = self._changes.park
+        self.park, self.delete_unchanged = self._changes.park, self._changes.delete_unchanged
+        self.importing = Importing(
+            self.store, self.clock, self._ids, self.writer, self._readers, self._big, self.segments.big_limit, assign
+        )
         self.quarantine = Keeper(self.store, self.clock, self._readers, self._changes.begin, settings.quarantine_ms)
         view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries, self.quarantine)
         self.summary, self.page, self.shape, self.names = view.summary, view.page, view.shape, view.names
         self.message, self.places, self.raw, self.watch_totals = view.message, view.places, view.raw, view.watch_totals
-        self.subjects = view.subjects
+        self.subjects, self.records = view.subjects, view.records
         data = Bodies(self.segments, self._readers, self.entries)
         self.read, self.stream = data.read, data.stream
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from relaymta.disk.clock import wall_ms
 from relaymta.disk.transaction import Transaction
 from relaymta.proto.envelope import (
     CLASSES,
@@ -114,6 +115,29 @@ class Change(Transaction):
             self.set_meta(b"schema", SCHEMA_UNSEEN)  # a version that does not know what that is must not open the shard any more
         if ident > self.highest:
             self.highest = ident
+
+    def restore(self, ident: int, envelope: Envelope, states: list[RecipientState]) -> None:
+        """Add a message as it was elsewhere, held, unseen or due, with its recipients' states; and note that it was imported."""
+        self.replace(ident, envelope)
+        for placement in envelope.placements:
+            self.place(ident, envelope, placement)
+        if not envelope.flags & HELD:
+            self.txn.put(EXPIRY.pack(envelope.deadline, ident), b"", db=self._tables["expiry"])
+        elif envelope.quarantine is not None:
+            self._quarantine(ident, envelope, envelope.quarantine)
+        if envelope.flags & UNSEEN:
+            self._await(ident, envelope)
+        if envelope.unseen is not None:
+            self.set_meta(b"schema", SCHEMA_UNSEEN)
+        for index, state in enumerate(states):
+            if state.attempts or state.state:
+                self.set_recipient(ident, index, state)
+        self.highest = max(self.highest, ident)
+        self.txn.put(ID.pack(ident), wall_ms().to_bytes(8, "big"), db=self._tables["imported"])
+
+    def forget_imported(self, ident: int) -> None:
+        """It may be imported again."""
+        self.txn.delete(ID.pack(ident), db=self._tables["imported"])
 
     def replace(self, ident: int, envelope: Envelope) -> None:
         """Write a message's envelope again."""

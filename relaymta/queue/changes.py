@@ -177,6 +177,28 @@ class Changes:
             self._told(how, ident, envelope, by)
         return changed
 
+    async def delete_unchanged(self, prints: dict[int, str], by: str = OPERATOR) -> dict[int, str]:
+        """Delete those of these messages that are as they were when they were exported (`exported.print_of`); what has become of
+        each: "deleted", "in flight" (or being changed), "changed", "gone". StoreError when a commit failed."""
+        return await self._in_turn(lambda: self._delete_unchanged(prints, by))
+
+    async def _delete_unchanged(self, prints: dict[int, str], by: str) -> dict[int, str]:
+        claimed = self._entries.claim(prints)
+        found = dict.fromkeys(prints, "in flight")
+        try:
+            wanted = [ident for ident in prints if ident in claimed]
+            for start in range(0, len(wanted), TOGETHER):
+                part = {ident: prints[ident] for ident in wanted[start : start + TOGETHER]}
+                run = partial(inspect.delete_unchanged, store=self._store, writer=self._writer, prints=part)
+                results = await self._writer.task(run)
+                for ident, (how, envelope) in results.items():
+                    found[ident] = how
+                    if envelope is not None:
+                        self._told("deleted", ident, envelope, by)
+        finally:
+            self._entries.release_claim(claimed)
+        return found
+
     async def _bounce(self, idents: list[int], reason: str) -> int:
         """Fail the pending recipients of messages that this change has claimed, with a DSN to each sender; how many messages."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import Attempt, Body, Envelope, QueueName
+from relaymta.proto.envelope import Attempt, Body, Envelope, Placement, QueueName, RecipientState
 from relaymta.queue.lifecycle import IN_FLIGHT, READ, WAITING
 
 __all__ = ["Entry", "Outcome", "Put"]
@@ -89,7 +89,8 @@ class Put:
     """A message to store. `data`: the message data in pieces; None when `envelope.body` names the file of a large message.
     `names`: its queues, each with the recipients' indexes (None: all). `done` is called on the loop with None when it is durable,
     or with the error. `fresh`: it is delivered at once, so it is inlined; `replaces`: it takes the place of the unseen message of
-    this id, whom its caller has claimed, and its body, if it is a large one, is in `Segments.next_path`."""
+    this id, whom its caller has claimed, and its body, if it is a large one, is in `Segments.next_path`.
+    `restored`: it was imported: its placements, one for each of `names`, and its recipients' states."""
 
     ident: int
     envelope: Envelope
@@ -99,6 +100,7 @@ class Put:
     fresh: bool = False
     error: StoreError | None = None
     replaces: bool = False
+    restored: tuple[list[Placement], list[RecipientState]] | None = None
 
 
 class Outcome:

@@ -29,6 +29,7 @@ from relaymta.proto.envelope import (
 )
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
+from relaymta.queue.exported import print_of
 from relaymta.queue.group import Assign
 from relaymta.queue.quarantine import Left, not_judged
 from relaymta.queue.store import QueueRow, Store
@@ -325,6 +326,27 @@ def apply(
         if verb in HOW and not (kept is not None and verb in LEAVES):  # else `left` has told of it
             told(HOW[verb], ident, envelope)
     return changed
+
+
+def delete_unchanged(
+    change: Change, store: Store, writer: Writer, prints: Mapping[int, str]
+) -> dict[int, tuple[str, Envelope | None]]:
+    """Writer thread, inside a group commit: delete those of these messages, none of which is in memory, that are as they were
+    exported; what has become of each, and the envelope of one that was deleted."""
+    found: dict[int, tuple[str, Envelope | None]] = {}
+    for ident, known in prints.items():
+        change.materialize(ident)
+        envelope = change.envelope(ident)
+        if envelope is None:
+            found[ident] = "gone", None
+        elif print_of(store, change.txn, ident, envelope) != known:
+            found[ident] = "changed", None
+        else:
+            change.finish_message(ident, envelope, histories=True)
+            change.forget_imported(ident)
+            writer.free_body(ident, envelope.body)
+            found[ident] = "deleted", envelope
+    return found
 
 
 def quarantine(change: Change, store: Store, ident: int, now: int) -> bool:

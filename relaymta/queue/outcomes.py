@@ -28,7 +28,7 @@ from relaymta.queue.entry import Outcome, Put
 from relaymta.queue.group import Assign
 from relaymta.queue.store import Store
 
-__all__ = ["Outcomes", "put_rows"]
+__all__ = ["Outcomes", "put_rows", "restore_rows"]
 
 
 class Outcomes:
@@ -242,3 +242,16 @@ def put_rows(change: Change, put: Put, now: int) -> None:
     rows = [change.row(name) for name, _ in put.names]
     envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
     change.put(put.ident, envelope, rows)
+
+
+def restore_rows(change: Change, put: Put) -> None:
+    """Writer thread: add a message that was imported, with its history. StoreError when its id is there."""
+    assert put.restored is not None
+    placements, states = put.restored
+    if change.envelope(put.ident) is not None:
+        raise StoreError(f"message {format_id(put.ident)} is there already")
+    rows = [change.row(name) for name, _ in put.names]
+    for placement, row in zip(placements, rows, strict=True):
+        placement.queue = row.number
+    put.envelope.placements = placements
+    change.restore(put.ident, put.envelope, states)

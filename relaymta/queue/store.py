@@ -8,6 +8,7 @@
     held       queue, id              every held or quarantined message
     unseen     class, id              every message that is not due, nor held, since filters have not looked at it: which
     quarantine judged, id             every held message that is in the quarantine: since when, and its octets
+    imported   id                     every message that was imported, also when it has left: when, ms of the wall clock
     fresh, ended                      inlined messages, which have none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
@@ -60,6 +61,7 @@ NUMBER = struct.Struct(">I")
 
 _TABLES = (
     "message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended", "unseen", "quarantine",
+    "imported",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from relaymta.disk.clock import ShardClock
 from relaymta.disk.ident import IdSource
 from relaymta.disk.segments import Segments
 from relaymta.proto.envelope import Placement, QueueName
-from relaymta.queue import inspect, listing, raw
+from relaymta.queue import exported, inspect, listing, raw
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.quarantine import Keeper
 from relaymta.queue.readers import Readers
@@ -74,6 +74,10 @@ class View:
     async def subjects(self, idents: list[int]) -> list[str | None]:
         """As `raw.subjects`."""
         return await self._readers.run(raw.subjects, idents, partial(raw.find, self._store, self._segments))
+
+    async def records(self, idents: list[int]) -> list[tuple[int, str, bytes]]:
+        """As `exported.records`."""
+        return await self._readers.run(exported.records, self._store, self._clock, idents)
 
     def watch_totals(self, then: Callable[[inspect.Totals], None]) -> None:
         """Count the shard's messages and octets on a reader thread, then call `then(totals)` on the loop."""

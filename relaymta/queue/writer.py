@@ -28,7 +28,7 @@ from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns
 from relaymta.queue.entry import Outcome, Put
 from relaymta.queue.group import Assign, Committed, Operation
-from relaymta.queue.outcomes import Outcomes, put_rows
+from relaymta.queue.outcomes import Outcomes, put_rows, restore_rows
 from relaymta.queue.store import Store
 
 __all__ = ["Writer"]
@@ -145,6 +145,8 @@ class Writer(GroupWriter[Operation, Committed, Change]):
             for put in puts:
                 if put.replaces:
                     self._outcomes.replace(change, put, now)
+                elif put.restored is not None:
+                    restore_rows(change, put)
                 elif not put.fresh:
                     put_rows(change, put, now)
             for outcome in outcomes:

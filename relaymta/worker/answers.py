@@ -8,13 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from relaymta.control import sentence
 from relaymta.control.filters import Filter
-from relaymta.control.requests import REQUESTS, Change, Messages, Move, Nothing, OfMessage, OfUser, Page, Queues
+from relaymta.control.requests import (
+    REQUESTS,
+    Change,
+    Exported,
+    ImportData,
+    ImportMessage,
+    Messages,
+    Move,
+    Nothing,
+    OfMessage,
+    OfUser,
+    Page,
+    Queues,
+)
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
 from relaymta.proto.address import plain
 from relaymta.proto.printable import printable
 from relaymta.queue import parse_id
 from relaymta.queue.changes import BY, OPERATOR
+from relaymta.queue.exported import read
 from relaymta.queue.quarantine import Release
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
 
@@ -42,7 +56,7 @@ async def answer(worker: "Worker", op: str, args: dict[str, Any]) -> Any:
         raise
 
 
-def operator(args: Change | Move) -> str:
+def operator(args: Change | Move | Exported) -> str:
     """Who asks for a change, for the log."""
     return (
         BY.get(args.verb, "")
@@ -180,6 +194,24 @@ class Answers:
     async def sites(self, args: Nothing) -> list[Any]:
         """As `send.explain.site_rows`, of all shards."""
         return [row for shard in self._shards.values() for row in await site_rows(shard.dispatcher)]
+
+    async def records(self, args: Messages) -> list[tuple[int, str, bytes]]:
+        """As `exported.records`."""
+        return await self._shard(args.shard).queue.records(args.idents)
+
+    async def exported(self, args: Exported) -> list[tuple[int, str]]:
+        """As `Changes.delete_unchanged`: (id, what has become of it)."""
+        found = await self._shard(args.shard).queue.delete_unchanged(dict(args.messages), operator(args))
+        return list(found.items())
+
+    async def import_data(self, args: ImportData) -> None:
+        """As `Importing.data`."""
+        await self._shard(args.shard).queue.importing.data(args.ident, args.at, args.data)
+
+    async def import_message(self, args: ImportMessage) -> str:
+        """As `Importing.message`."""
+        known = self._worker.routes.labels.__contains__
+        return await self._shard(args.shard).queue.importing.message(read(args.record), args.data, known, args.again)
 
     def _mail(self) -> "Mail":
         if self._worker.mail is None:
