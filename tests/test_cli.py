@@ -106,6 +106,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     **{("quarantine", verb): ["--all"] for verb in ("release", "delete")}, ("quarantine", "show"): [UNKNOWN],
     ("quarantine", "learn"): ["spam", "--all"],
     ("queue", "show"): ["q"], ("queue", "reroute"): ["--all", "--to", "r"],
+    ("queue", "snapshot"): ["k"],
     ("queue", "export"): ["--all", "--to", "k"], ("queue", "import"): [str(ROOT / "tests" / "dialogs")],
     **{("queue", verb): ["--all"] for verb in ("flush", "hold", "release", "delete", "bounce")},
     ("route", "test"): ["--to", "a@b.example"], ("rule", "test"): ["/dev/null"], ("rule", "why"): [UNKNOWN],
@@ -634,7 +635,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
     ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
     **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify", "export", "import")},
-    ("mailbox", "history"): CONFIG | {"lmdb", "asyncio"},
+    ("queue", "snapshot"): {"lmdb", "asyncio", "email"}, ("mailbox", "history"): CONFIG | {"lmdb", "asyncio"},
     **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG, ("logs", "tail"): CONFIG,
 }  # fmt: skip

@@ -30,7 +30,21 @@ from relaymta.store.repair import repair
 from relaymta.store.shown import shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["as_owner", "backup", "check_empty", "failed", "mail_files", "missing_addresses", "restore", "show", "users", "verify"]
+__all__ = [
+    "as_owner",
+    "backup",
+    "check_empty",
+    "check_writable",
+    "collect",
+    "failed",
+    "mail_files",
+    "missing_addresses",
+    "restore",
+    "show",
+    "sync_file",
+    "users",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -98,16 +112,28 @@ def backup(read: Configuration, folder: Path) -> None:
     _, spool = spool_of(read)
     folder = folder.absolute()
     check_empty(folder, "a backup needs a new one")
-    _check_writable(folder)
+    check_writable(folder)
     with as_owner(spool):
         made = answered(lambda: _steady_copy(spool / MAIL))
     try:
-        answered(lambda: _collect(spool, made, folder))
+        answered(lambda: collect(spool, made, folder, "directory"))
+        answered(lambda: _mark(folder))
     finally:
         with as_owner(spool):
             shutil.rmtree(made, ignore_errors=True)
     with answered(lambda: MailFiles(folder)) as files:
         say(f"{folder} is a backup of {counted(files.directory.count(), 'user', 'users')}")
+
+
+def _mark(folder: Path) -> None:
+    """Write what says that a backup is complete."""
+    try:
+        mark = folder / MARK
+        mark.write_text(json.dumps({"version": __version__, "created": round(time.time())}) + "\n")
+        sync_file(mark)
+        sync_file(folder)
+    except OSError as error:
+        raise StoreError(f"{error.filename or folder}: {error.strerror}") from None
 
 
 def check_empty(folder: Path, why: str) -> None:
@@ -124,7 +150,7 @@ def failed(error: OSError, folder: Path) -> NoReturn:
     fail(77 if isinstance(error, PermissionError) else 74, f"{error.filename or folder}: {error.strerror or error}")
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Make a folder, and end the program (77, 74) where nothing can be written to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -163,13 +189,14 @@ def _placed(files: MailFiles) -> dict[int, tuple[int, int]]:
     return {user.ident: (user.shard, user.moving) for user in files.users() if user.deleted != REMOVING}
 
 
-def _collect(spool: Path, made: Path, folder: Path) -> None:
-    """Give the files of a copy in the spool names in `folder`, or copy them where that is on another file system."""
+def collect(spool: Path, made: Path, folder: Path, one: str) -> None:
+    """Give the files of a copy in the spool names in `folder`, or copy them where that is on another file system; synced. `one`:
+    of its environments."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with as_owner(spool):
             found = sorted((path, path.is_dir()) for path in made.rglob("*"))
-        if (made / "directory" / "data.mdb", False) not in found:
+        if not {(made / one / "data.mdb", False), (made / one / "lmdb" / "data.mdb", False)}.intersection(found):
             raise StoreError(f"{made} was removed while it was collected")
         for path, is_folder in found:
             new = folder / path.relative_to(made)
@@ -183,10 +210,6 @@ def _collect(spool: Path, made: Path, folder: Path) -> None:
             finally:
                 os.close(source)
         _sync_all(folder)
-        mark = folder / MARK
-        mark.write_text(json.dumps({"version": __version__, "created": round(time.time())}) + "\n")
-        _sync(mark)
-        _sync(folder)
     except OSError as error:
         raise StoreError(f"{error.filename or folder}: {error.strerror}") from None
 
@@ -253,7 +276,7 @@ def _restore_all(folder: Path, spool: Path) -> None:
             if mail.exists():
                 mail.rename(spool / f"{MAIL}.before-{time.time_ns()}")
             made.rename(mail)
-            _sync(spool)
+            sync_file(spool)
     except OSError as error:
         raise StoreError(f"{error.filename or spool}: {error.strerror}") from None
     say(f"{counted(count, 'user is', 'users are')} restored; all mailboxes have new UIDVALIDITYs, so clients load them again")
@@ -279,7 +302,7 @@ def _renumbered(made: Path) -> int:
     return count
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

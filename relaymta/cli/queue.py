@@ -489,6 +489,19 @@ def import_messages(read: Configuration, files: tuple[Path, ...], again: bool, a
     import_from(read, files, again, as_json)
 
 
+@queue.command()
+@click.argument("folder", type=GivenPath(file_okay=False, path_type=Path))
+@as_json
+@configured
+def snapshot(read: Configuration, folder: Path, as_json: bool) -> None:
+    """Copy the whole queue, as it is at one moment, into a new folder, whether the relay runs or not, and verify the copy.
+
+    A relay that is started with that copy sends all mail in it: see docs/operations.md."""
+    from relaymta.cli.queue_snapshot import take
+
+    take(read, folder, as_json)
+
+
 @click.command()
 @configured
 def reload(read: Configuration) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from relaymta.disk.folders import make_folder, sync_folder
 from relaymta.disk.segments import SegmentRow
+from relaymta.disk.tree import obstacle
 from relaymta.errors import StoreError
 
 __all__ = ["MAP_SIZE", "SEGMENT", "Environment", "Shut"]
@@ -20,6 +21,7 @@ __all__ = ["MAP_SIZE", "SEGMENT", "Environment", "Shut"]
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
 READERS_MOST = 1024  # threads of all processes that read at once: of each worker, and of commands
+CURE = "move this folder away and restore it, or start without it (`relaymta fsck` says more)"
 CRAMPED = 1 << 20  # octets that are left
 SEGMENT = struct.Struct(">I")  # a segment's key
 
@@ -74,7 +76,19 @@ class Environment:
         self._gate = threading.Condition(self._lock)
         self._inside = 0  # read transactions under way, by the gate
         self._shut = False  # the environment is closed, or about to be
-        self._open()
+        self._check()
+        try:
+            self._open()
+        except lmdb.Error as error:
+            raise StoreError(f"{path / 'data.mdb'} cannot be opened: {error}: {CURE}") from None
+
+    def _check(self) -> None:
+        """StoreError when the file is damaged so that LMDB would end the process. Not of one that another process may write."""
+        file = self._path / "data.mdb"
+        if not self._readonly and file.exists():
+            why = obstacle(file)
+            if why:
+                raise StoreError(f"{file} is damaged: {why}: {CURE}")
 
     def _open(self) -> None:
         created = not (self._path / "data.mdb").exists()

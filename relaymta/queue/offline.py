@@ -14,9 +14,11 @@ import xxhash
 from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, HistoryPiece, Messages, Nothing, OfMessage, Page
 from relaymta.disk.clock import ShardClock
+from relaymta.disk.environment import CURE
 from relaymta.disk.lock import lock
 from relaymta.disk.segments import FRAME, body_file, check_frame, read_frame
 from relaymta.disk.shards import shard_numbers
+from relaymta.disk.tree import obstacle
 from relaymta.errors import RelayError, StoreError
 from relaymta.history import history_files, history_piece
 from relaymta.ident import format_id, parse_id
@@ -67,6 +69,7 @@ class Spool:
         path = self._path / f"shard-{number}"
         descriptor = lock(path)
         try:
+            check(path / "lmdb" / "data.mdb")
             store = Store(path / "lmdb", readonly=True)
             try:
                 return use(path, store, ShardClock(store.meta(b"seen")))
@@ -136,6 +139,13 @@ class Spool:
     def history(self, args: OfMessage) -> list[dict[str, Any]]:
         """As `log.find_history`."""
         return find_history(self._path / "history", format_id(_number(args.ident)))
+
+
+def check(file: Path) -> None:
+    """StoreError when a file of LMDB that nobody writes is damaged so that LMDB would end the process."""
+    why = obstacle(file)
+    if why:
+        raise StoreError(f"{file} is damaged: {why}: {CURE}")
 
 
 def _number(ident: str) -> int:

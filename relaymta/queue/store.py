@@ -94,14 +94,15 @@ def key_of(name: QueueName) -> bytes:
 
 
 class Store(Environment):
-    """The environment in `path`; `readonly`: while no daemon runs. All methods that write belong to the writer thread."""
+    """The environment in `path`; `readonly`: while no daemon runs, or beside
+    it; `locked`: as of Environment. All methods that write belong to the writer thread."""
 
-    def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False) -> None:
+    def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False, locked: bool = True) -> None:
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
         self._last_number = 0  # the highest number ever given to a queue, failed transactions included; 0: not read yet
         self._kept_number = 0  # the one that is committed in meta
-        super().__init__(path, _TABLES, map_size, readonly)
+        super().__init__(path, _TABLES, map_size, readonly, locked)
 
     def _opened(self, txn: Any) -> None:
         """StoreError when a newer version wrote the shard."""

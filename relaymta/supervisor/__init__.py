@@ -26,6 +26,7 @@ from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
 from relaymta.metrics import SITES_SHOWN, FilterTotals, RuleTotals, list_name, rule_name
 from relaymta.node import keep_secret
+from relaymta.queue.snapshot import remove_stale
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket, watchdog_seconds
 from relaymta.supervisor.abuse import Accounts
@@ -194,6 +195,7 @@ class Supervisor:
             keep_secret(spool)
         except OSError as error:
             raise ConfigError([f"spool: {error.filename or spool}: {error.strerror}"]) from None
+        remove_stale(spool)
 
     async def _serve_metrics(self) -> Any:
         if self.config.metrics.listen == "off":
