@@ -635,6 +635,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
     ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
     **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify", "export", "import")},
+    ("fsck",): CONFIG | {"lmdb", "asyncio", "idna", "aiodns"},
     ("queue", "snapshot"): {"lmdb", "asyncio", "email"}, ("mailbox", "history"): CONFIG | {"lmdb", "asyncio"},
     **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG, ("logs", "tail"): CONFIG,

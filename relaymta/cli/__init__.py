@@ -42,6 +42,7 @@ VERBS = {
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),
     "doctor": Verb("doctor", "Check what runs here; with a subject, what other servers see of this one."),
     "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
+    "fsck": Verb("fsck", "Check the queue: every message's rows, schedule, recipients and data."),
     "init": Verb("init", "Set up a relay: ask for what it needs, write its configuration, and send a test message."),
     "logs": Verb("logs", "Show the log: what has happened to mail, and why."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),

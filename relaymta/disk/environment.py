@@ -16,12 +16,13 @@ from relaymta.disk.segments import SegmentRow
 from relaymta.disk.tree import obstacle
 from relaymta.errors import StoreError
 
-__all__ = ["MAP_SIZE", "SEGMENT", "Environment", "Shut"]
+__all__ = ["CURE", "MAP_SIZE", "MOVE", "SEGMENT", "Environment", "Shut"]
 
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
 READERS_MOST = 1024  # threads of all processes that read at once: of each worker, and of commands
-CURE = "move this folder away and restore it, or start without it (`relaymta fsck` says more)"
+MOVE = "move this folder away and restore it, or start without it"
+CURE = f"{MOVE} (`relaymta fsck` says more)"
 CRAMPED = 1 << 20  # octets that are left
 SEGMENT = struct.Struct(">I")  # a segment's key
 

@@ -121,6 +121,15 @@ class Change(Transaction):
         self.replace(ident, envelope)
         for placement in envelope.placements:
             self.place(ident, envelope, placement)
+        self.restore_marks(ident, envelope)
+        for index, state in enumerate(states):
+            if state.attempts or state.state:
+                self.set_recipient(ident, index, state)
+        self.highest = max(self.highest, ident)
+        self.txn.put(ID.pack(ident), wall_ms().to_bytes(8, "big"), db=self._tables["imported"])
+
+    def restore_marks(self, ident: int, envelope: Envelope) -> None:
+        """Write all rows of a message but its own, those of its placements and those of its recipients."""
         if not envelope.flags & HELD:
             self.txn.put(EXPIRY.pack(envelope.deadline, ident), b"", db=self._tables["expiry"])
         elif envelope.quarantine is not None:
@@ -129,11 +138,10 @@ class Change(Transaction):
             self._await(ident, envelope)
         if envelope.unseen is not None:
             self.set_meta(b"schema", SCHEMA_UNSEEN)
-        for index, state in enumerate(states):
-            if state.attempts or state.state:
-                self.set_recipient(ident, index, state)
-        self.highest = max(self.highest, ident)
-        self.txn.put(ID.pack(ident), wall_ms().to_bytes(8, "big"), db=self._tables["imported"])
+
+    def touch(self, number: int) -> None:
+        """A queue's row, which the caller has changed, is to be written."""
+        self._touched.add(number)
 
     def forget_imported(self, ident: int) -> None:
         """It may be imported again."""

@@ -119,7 +119,7 @@ class Importing:
         for _ in range(FORGOTTEN_TOGETHER):
             if not there or int.from_bytes(cursor.value(), "big") > old:
                 return
-            there = cursor.delete()
+            there = cursor.delete() and bool(cursor.key())
 
     def _to_clock(self, seconds: float) -> int:
         """A time of a record by the queue's clock, ms."""

@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from relaymta.disk.environment import MAP_SIZE, Environment
+from relaymta.disk.environment import CURE, MAP_SIZE, Environment
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     Body,
@@ -112,7 +112,10 @@ class Store(Environment):
         if schema > SCHEMA_UNSEEN:
             raise StoreError(f"{self._path} was written by a newer relaymta (schema {schema}, not {SCHEMA_UNSEEN})")
         fresh = Fresh(self.tables["fresh"], self.tables["ended"])
-        fresh.load(txn, self.meta_in(txn, b"seen"))
+        try:
+            fresh.load(txn, self.meta_in(txn, b"seen"))
+        except msgspec.MsgspecError as error:
+            raise StoreError(f"{self._path}: a row of its newest messages cannot be read: {error}: {CURE}") from None
         self.fresh = fresh  # when it is complete, since other threads read it
 
     # Reading (any thread; the transaction is the caller's)

@@ -40,13 +40,14 @@ from relaymta.queue.store import (
     Store,
 )
 
-__all__ = ["Fault", "faults", "is_sound", "missing_body"]
+__all__ = ["DATA", "FILE", "NOTE", "ROWS", "Fault", "faults", "is_sound", "missing_body"]
 
 PAGE = 500  # messages, or rows, of one transaction
 COMING_IN = 3600.0  # seconds in which a file without a message may be one that is being received
 
-# What a fault is about: a message's data or own row; rows that can be made again from the messages; or nothing that harms.
-DATA, ROWS, NOTE = "data", "rows", "note"
+# What a fault is about: a message's data or own row; rows that can be made again from the messages; nothing that harms; or
+# a file of LMDB, which cannot be repaired.
+DATA, ROWS, NOTE, FILE = "data", "rows", "note", "file"
 
 
 class Fault(NamedTuple):
@@ -254,7 +255,8 @@ def _sums(store: Store, counts: _Counts) -> Iterator[Fault]:
             if own != [row.messages, row.bytes, row.deferred, row.held, row.unseen]:
                 yield Fault(0, ROWS, f"queue {row.name}: its counts are wrong")
             first = next(store.due(txn, row.number), None)
-            if (first is None) != (row.wake == 0):
+            awake = bool(row.wake) and txn.get(WAKE.pack(row.wake, row.number), db=store.tables["wake"]) is not None
+            if (first is None) == awake:
                 yield Fault(0, ROWS, f"queue {row.name} would not be looked at, or is without need")
         for number in counts.queues:
             yield Fault(0, ROWS, f"queue {number} has messages and no row")
