@@ -655,6 +655,8 @@ SLOW = {
     ("filter", "test"),
     ("quarantine", "learn"),
     ("rule", "test"),
+    ("trace", "in"),
+    ("trace", "out"),
 }  # serve for ever, or do all there is
 
 

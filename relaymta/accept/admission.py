@@ -17,6 +17,7 @@ from relaymta.config import Config
 from relaymta.proto import reply
 from relaymta.reservation import Reservation
 from relaymta.shm import Limits
+from relaymta.trace import Tracer
 
 __all__ = ["DRAIN_REPLY", "Admission", "Admitted"]
 
@@ -64,6 +65,7 @@ class Admission:
         self.connections: set[Admitted] = set()
         self.files = 0
         self.filing = Filing()
+        self.tracer: Tracer | None = None
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
         self._tasks: set[asyncio.Task[None]] = set()

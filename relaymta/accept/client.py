@@ -161,6 +161,7 @@ class ClientConnection(Line, Generic[S]):
     def enter(self, client: Client, refusal: bytes | None = None, is_client: bool = True) -> bytes | None:
         """Count a new connection (`refusal`: a reply that rejects it anyway). The reply that rejects it, or None. `is_client`:
         see `Admission.enter`."""
+        self.trace(client)
         if self.listener.filtered and refusal is None:
             if in_networks(client.address, self.listener.networks):
                 client = self.admission.intake.returning(client)
@@ -169,6 +170,9 @@ class ClientConnection(Line, Generic[S]):
         admitted = refusal or Rights.admit(self.admission, self.listener, self.flow(), client, is_client)
         if isinstance(admitted, bytes):
             self.count_refused()
+            if self.tap is not None:
+                self.tap.said(self.refusal(admitted))
+                self.tap.closed("refused")
             return admitted
         self.rights = admitted
         if is_client:
@@ -176,6 +180,9 @@ class ClientConnection(Line, Generic[S]):
         self.admission.connections.add(self)
         self.active_at = self.admission.now()
         return None
+
+    def trace(self, client: Client, begins: bool = True) -> None:
+        """Let those know of the dialogue who watch it. `begins`: now, or (after a PROXY header) anew, of this client."""
 
     def count_refused(self) -> None:
         """Count a connection that was rejected."""
@@ -190,6 +197,8 @@ class ClientConnection(Line, Generic[S]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
+        if self.tap is not None:
+            self.tap.closed(self._why_closed(exc))
         if self.session is not None:
             self.session.close()
             if self.waits & (COMMITTING | ASKING):
@@ -197,6 +206,14 @@ class ClientConnection(Line, Generic[S]):
         self.release()
         if self.rights is not None:
             self.rights.detach()
+
+    def _why_closed(self, exc: Exception | None) -> str:
+        """For a trace."""
+        if self.session is not None and self.session.parting:
+            return "closed after QUIT"
+        if exc is not None:
+            return f"lost: {exc}"
+        return "closed by the client" if self.ended else "closed by us"
 
     def _greet(self, secure: bool) -> None:
         """Begin the session and send the banner. `secure`: over TLS."""
@@ -263,6 +280,8 @@ class ClientConnection(Line, Generic[S]):
     def advance(self, session: S, out: bytes) -> None:
         """After each step of the session: write `out`, then do what its state requires."""
         if out and self.transport is not None:
+            if self.tap is not None:
+                self.tap.said(out)
             self.transport.write(out)
         if session.state:
             step = self.steps.get(session.state)
@@ -331,8 +350,10 @@ class ClientConnection(Line, Generic[S]):
             found = await begin(context)
             if self.session is None:  # data that came with the end of the handshake, before the banner, is read in the next turn
                 await asyncio.sleep(0)
-        except Exception:  # SSLError, disconnect, timeout: after any error the connection is ended here
+        except Exception as error:  # SSLError, disconnect, timeout: after any error the connection is ended here
             self.admission.intake.counters.add(FAILED, 1)
+            if self.tap is not None:
+                self.tap.event(f"the TLS handshake has failed: {str(error) or type(error).__name__}")
             self.connection_lost(None)
             if before is not None:
                 before.abort()
@@ -346,6 +367,8 @@ class ClientConnection(Line, Generic[S]):
         resumed = transport.get_extra_info("ssl_object").session_reused
         self.admission.intake.counters.add(RESUMED if resumed else FULL, 1)
         self.active_at = self.admission.now()
+        if self.tap is not None:
+            self.tap.event(f"TLS {_described(transport)}{', resumed' if resumed else ''}")
         if self.session is not None:
             self.waits, self.blocked_at = 0, 0.0  # replies were sent before the handshake began
             self.set_buffer_limits()

@@ -10,6 +10,7 @@ from relaymta.accept.admission import DRAIN_REPLY, Admission
 from relaymta.accept.client import KEPT, STRESS_PATIENCE, ClientConnection
 from relaymta.accept.eager import begin
 from relaymta.accept.line import ASKING, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
+from relaymta.accept.origin import Client
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import Flow, IncomingTransaction
 from relaymta.config import Listener
@@ -18,6 +19,7 @@ from relaymta.proto import reply
 from relaymta.proto.session import ASKED, CLAIMED, COMPLETE, DATA, STORING, TLS, Question
 from relaymta.proto.smtp_server import ServerSession
 from relaymta.proto.transaction import Transaction
+from relaymta.trace import Facts
 
 __all__ = ["Connection"]
 
@@ -48,7 +50,32 @@ class Connection(ClientConnection[ServerSession]):
             self.write(reply.LMTP_CLOSED)
             self.close()
             return None
-        return ServerSession(admission.intake.hostname, rights, secure)
+        session = ServerSession(admission.intake.hostname, rights, secure)
+        if self.tap is not None:
+            self.tap.hold(session)
+        return session
+
+    def trace(self, client: Client, begins: bool = True) -> None:
+        tracer, listener = self.admission.tracer, self.listener
+        if tracer is None or not tracer.watches_in:
+            return
+        application = client.application or listener.application
+        if self.rights is not None:
+            application = self.rights.origin.application
+        facts = Facts(client=client.address, listener=listener.address, application=application)
+        known = self.tap
+        tracer.incoming(self, facts, client.xclient)
+        tap = self.tap
+        if tap is not None and tap is not known:
+            tap.who = self._who
+            if self.session is not None:
+                tap.hold(self.session)
+            tap.event(f"{'connected' if begins else 'already connected'}: {client.address} to {listener.address}")
+
+    def _who(self) -> tuple[str, str, str]:
+        rights = self.rights
+        assert rights is not None
+        return rights.client.address, rights.origin.application, rights.user
 
     def flow(self) -> Flow:
         return self

@@ -7,6 +7,7 @@ does not read them within OUTPUT_SECONDS is disconnected, whatever it sends mean
 import asyncio
 
 from relaymta.accept.admission import Admission
+from relaymta.trace import Incoming
 
 __all__ = ["LINGER", "OUTPUT_SECONDS", "UNSENT", "Line"]
 
@@ -29,7 +30,7 @@ ASKING = 64  # filters are asked about a command
 class Line(asyncio.Protocol):
     """The transport of one connection. `waits`: what is waited for; while that is not 0 nothing is parsed."""
 
-    __slots__ = ("active_at", "admission", "blocked_at", "closed_at", "dropped", "lingers", "paused", "transport", "waits")
+    __slots__ = ("active_at", "admission", "blocked_at", "closed_at", "dropped", "lingers", "paused", "tap", "transport", "waits")
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
@@ -41,6 +42,7 @@ class Line(asyncio.Protocol):
         self.closed_at = 0.0  # when the connection was first found being closed (loop time)
         self.lingers = False  # it is being closed, and what the client still sends is dropped
         self.dropped = 0  # octets of that
+        self.tap: Incoming | None = None
 
     def go_on(self, reason: int) -> None:
         """Clear a flag of `waits`; if none is left, parse what came meanwhile and resume reading."""
@@ -74,6 +76,8 @@ class Line(asyncio.Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Send replies."""
         if self.transport is not None and data:
+            if self.tap is not None:
+                self.tap.said(bytes(data))
             self.transport.write(data)
 
     def pause_writing(self) -> None:

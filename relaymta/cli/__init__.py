@@ -61,6 +61,7 @@ VERBS = {
     "site": Verb("site", "The sites that mail is sent to."),
     "standing": Verb("policy"),
     "status": Verb("queue", "Show the state of the daemon and its workers."),
+    "trace": Verb("trace", "Show SMTP dialogues as they happen."),
     "user": Verb("account", "Manage people who log in to send mail."),
     "view": Verb("view", "Show and end the sessions of users who read mail that is kept here."),
 }

@@ -32,6 +32,7 @@ class Where(Enum):
     ANY = "a worker: they share what it is about"
     ALL = "all workers; their answers are merged"
     EACH = "all workers; the pieces of their answers follow each other"
+    LIVE = "all workers; what each says is passed on at once, for as long as somebody reads it"
 
 
 # Arguments
@@ -179,6 +180,21 @@ class Clearing(_Arguments, frozen=True):
     site: Text
     about: Text
     resume: bool
+
+
+class Trace(_Arguments, frozen=True):
+    """Which dialogues are shown: `in`, those with clients, by `clients` (networks) and `listener` (address or port); `out`, those
+    with other hosts, by `site` and `host`. `only_one`: the first connection that matches."""
+
+    side: Literal["in", "out"]
+    clients: list[Text] = []
+    listener: Text = ""
+    site: Text = ""
+    host: Text = ""
+    application: Text = ""
+    sender: Text = ""
+    recipient: Text = ""
+    only_one: bool = False
 
 
 class MailboxCreate(_Arguments, frozen=True):
@@ -427,6 +443,7 @@ REQUESTS: dict[str, Request] = {
         Request("abuse_clear", OfAccount, Where.SUPERVISOR, changes=True),
         Request("lessons", Known, Where.SUPERVISOR),
         Request("learned", Learned, Where.SUPERVISOR, changes=True),
+        Request("trace", Trace, Where.LIVE, pieces=True),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

@@ -1,14 +1,14 @@
 """The state of an SMTP or LMTP session on the server side, and what a session asks of its caller."""
 
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from relaymta._speedups.smtp import Parser
 from relaymta.proto import reply, sasl
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.transaction import NOTHING_SAID, Limits, Transaction
 
-__all__ = ["ASKED", "CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Question", "Session"]
+__all__ = ["ASKED", "CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Question", "Session", "Tap"]
 
 # Session.state, see smtp_server.py
 COMMANDS: Final = 0
@@ -49,6 +49,16 @@ class Question(NamedTuple):
     address: str = ""
     parameters: tuple[str, ...] = ()
     again: tuple[int, int, bytes] | None = None
+
+
+class Tap(Protocol):
+    """Who is told of a dialogue."""
+
+    def heard(self, session: "Session", event: Any) -> None:
+        """An event of the parser, before it is handled."""
+
+    def asks(self, again: tuple[int, int, bytes] | None) -> None:
+        """A command is put off: the event that it will be taken from once more."""
 
 
 _LIMITS, _OFFERS = Limits(), Offers()
@@ -110,6 +120,7 @@ class Session:
         "returns",
         "secure",
         "state",
+        "tap",
         "tls",
         "transaction",
         "wrong_logins",
@@ -120,6 +131,7 @@ class Session:
         self.host = host
         self.secure = secure
         self.tls = ""  # version and cipher, for Received:
+        self.tap: Tap | None = None
         self.state = COMMANDS
         self.transaction: Transaction | None = None
         self.claim: sasl.Claim | None = None
@@ -217,6 +229,8 @@ class Session:
     def ask(self, question: Question) -> bytes:
         """What a command's function returns when its reply is left to `answered`: nothing behind it is parsed before that."""
         self.question, self.state, self.returns = question, ASKED, True
+        if self.tap is not None:
+            self.tap.asks(question.again)
         return b""
 
     def answered(self, answer: bytes | None) -> bytes:

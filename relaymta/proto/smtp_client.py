@@ -27,7 +27,8 @@ from then on, for this message too. With LMTP (RFC 2033) there is one FINAL for 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from relaymta._speedups.dots import Stuffer, stuff
 from relaymta._speedups.replies import Replies
@@ -143,12 +144,25 @@ class Mail:
         self.data_sent = False  # the last octet is written and its reply awaited: in doubt
 
 
+class Tap(Protocol):
+    """Who is told of a dialogue."""
+
+    def said(self, octets: bytes) -> None:
+        """Commands."""
+
+    def data(self, octets: int) -> None:
+        """So many octets of message data, all of it."""
+
+    def heard(self, found: Iterable[tuple[int, bytes]]) -> None:
+        """Replies, before they are handled."""
+
+
 class ClientSession:
     """One connection. `recipients`: the maximum of one transaction; `lmtp`: the peer speaks LMTP."""
 
     __slots__ = (
         "_behind", "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages",
-        "no_bdat", "not_sent", "open_envelope", "out", "recipients", "streaming",
+        "no_bdat", "not_sent", "open_envelope", "out", "recipients", "streaming", "tap",
     )  # fmt: skip
 
     def __init__(self, features: Features, recipients: int = 100, lmtp: bool = False) -> None:
@@ -168,6 +182,7 @@ class ClientSession:
         self.last_said: Said | None = None  # the peer's 421
         self.no_bdat = False  # it offered CHUNKING, and does not implement BDAT
         self.not_sent = False  # so no mail under way was sent
+        self.tap: Tap | None = None
 
     @property
     def idle(self) -> bool:
@@ -219,7 +234,7 @@ class ClientSession:
             lines.append(f"{said}\r\n")
             expected.append((XFORWARD, mail, 0))
             if not features.pipelining:  # MAIL follows the reply
-                self.out.append("".join(lines).encode())
+                self._say("".join(lines))
                 return
         lines.append(self._mail_from(mail))
         expected.append((MAIL, mail, 0))
@@ -235,6 +250,10 @@ class ClientSession:
                 self.out.append(envelope)
                 self.out += mail.data
                 self.out.append(b"RSET\r\n")
+                if self.tap is not None:
+                    self.tap.said(envelope)
+                    self.tap.data(octets)
+                    self.tap.said(b"RSET\r\n")
                 mail.data_sent = True
                 self.open_envelope = False
                 expected.append((FINAL, mail, 0))
@@ -245,6 +264,14 @@ class ClientSession:
         envelope = "".join(lines).encode()
         self._behind = len(envelope)
         self.out.append(envelope)
+        if self.tap is not None:
+            self.tap.said(envelope)
+
+    def _say(self, line: str) -> None:
+        octets = line.encode()
+        self.out.append(octets)
+        if self.tap is not None:
+            self.tap.said(octets)
 
     def _mail_from(self, mail: Mail) -> str:
         features = self.features
@@ -260,6 +287,8 @@ class ClientSession:
     def receive(self, data: bytes, unsent: int = 0) -> None:
         """Take octets from the peer. `out` was written before, except for `unsent` octets that the peer cannot have yet."""
         replies = self._replies.feed(data)
+        if self.tap is not None:
+            self.tap.heard(replies)
         if len(replies) > len(self._expected) and self.features.chunking:
             self._cut_surplus(replies)
         streaming = self.streaming
@@ -273,6 +302,8 @@ class ClientSession:
         """The connection has ended: a reply that had begun counts by its code, if it ends its command (a 354 does not, and no
         message data follows it any more). `unsent`: as of the last `receive`."""
         replies = self._replies.end()
+        if replies and self.tap is not None:
+            self.tap.heard(replies)
         if replies and replies[0][0] >= 200 and not 300 <= replies[0][0] < 400:
             self._take(replies, unsent)
             self._not_written()
@@ -368,7 +399,7 @@ class ClientSession:
     def _forwarded(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         mail.reached = XFORWARD
         if not self.features.pipelining:
-            self.out.append(self._mail_from(mail).encode())
+            self._say(self._mail_from(mail))
             self._expected.append((MAIL, mail, 0))
 
     def _mail(self, mail: Mail, index: int, code: int, text: bytes) -> None:
@@ -385,10 +416,10 @@ class ClientSession:
         """Without PIPELINING: send the next RCPT, or DATA after the last."""
         if position < len(mail.asked):
             index, address = mail.asked[position]
-            self.out.append(f"RCPT TO:<{address}>\r\n".encode())
+            self._say(f"RCPT TO:<{address}>\r\n")
             self._expected.append((RCPT, mail, index))
         elif mail.sent:
-            self.out.append(b"DATA\r\n")
+            self._say("DATA\r\n")
             self._expected.append((DATA, mail, 0))
         else:
             self._end(mail)
@@ -422,6 +453,8 @@ class ClientSession:
                     self._stop(0, b"354 to a transaction without recipients")
                 else:
                     self.out += stuff([])
+                    if self.tap is not None:
+                        self.tap.data(0)
                     self._expected.appendleft((FINAL, mail, -1))
             elif mail.data is None:
                 self.streaming = mail
@@ -446,6 +479,8 @@ class ClientSession:
         """Message data and final dot were written: one reply is expected, with LMTP one for each recipient."""
         mail.data_sent = True
         self.open_envelope = False
+        if self.tap is not None:
+            self.tap.data(mail.size)
         if self.lmtp:
             mail.unanswered = len(mail.sent)
             self._expected.extendleft((FINAL, mail, index) for index in reversed(mail.sent))

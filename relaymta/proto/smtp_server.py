@@ -57,7 +57,7 @@ class ServerSession(Session):
             self.parser.keep(data)
             return b""
         self.behind = self.returns = False
-        parser = self.parser
+        parser, tap = self.parser, self.tap
         out: list[bytes] = []
         events: list[Any]
         if self.pending:
@@ -70,6 +70,8 @@ class ServerSession(Session):
             rest = iter(events)
             for event in rest:
                 kind = event[0]
+                if tap is not None:
+                    tap.heard(self, event)
                 if kind == _COMMAND:
                     out.append(VERBS.get(event[1], unknown)(self, event[2]))
                 elif kind == _DATA:

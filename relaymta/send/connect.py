@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import aiosmtplib
@@ -94,6 +95,7 @@ class Via:
     ourselves: Ourselves
     source: Source | None = None
     by_name: bool = False
+    trace: Callable[[LenientSMTP], None] | None = None
 
 
 def implicit_tls(peer: Peer, tls: str) -> Context | None:
@@ -143,6 +145,9 @@ async def connect(
     phase = "connect"
     try:
         client = _client(peer, via)
+        if via.trace is not None:
+            via.trace(client)
+            client.made = partial(_tell_made, client, via)
         await _open(client, peer, via)
         client.check_unsolicited()
         phase = "ehlo"
@@ -152,23 +157,62 @@ async def connect(
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
             phase = "starttls"
             await _start_tls(client, peer, via.tls)
+            _tell_tls(client, via, client.transport)
             client.listen_anew()
             phase = WITHIN_TLS
             await _greet(client)
         if via.route.username and via.tls == "verify":
             phase = "auth"
-            await log_in(client, via.route, tokens)
+            await _log_in(client, via, tokens)
         return _handed_over(client, peer, via, make, recipients)
     except BaseException as error:
         if client is not None:
             client.close()
         if not isinstance(error, Exception) or isinstance(error, NoRoute):
+            _tell_end(client, str(error) or "given up")
             raise
         if client is not None and not isinstance(error, aiosmtplib.SMTPResponseException | Failure):
             error = client.begun() or error
         if phase == WITHIN_TLS:  # a peer that closes without a word may have refused our certificate (RFC 8446 4.4.2.4)
             phase = "starttls" if client is not None and not client.heard and not _timed_out(error) else "ehlo"
-        raise _failure(phase, peer, error, via, client.secrets if client is not None else ()) from None
+        failure = _failure(phase, peer, error, via, client.secrets if client is not None else ())
+        _tell_end(client, f"failed: {failure}")
+        raise failure from None
+
+
+async def _log_in(client: _Client, via: Via, tokens: Tokens) -> None:
+    tap = client.tap
+    if tap is None:
+        await log_in(client, via.route, tokens)
+        return
+    tap.event(f"logging in as {via.route.username}")
+    tap.logging_in(True)
+    try:
+        await log_in(client, via.route, tokens)
+    finally:
+        tap.logging_in(False)
+
+
+def _tell_made(client: _Client, via: Via, transport: asyncio.BaseTransport) -> None:
+    """Tell a trace of a connection that is there."""
+    if client.tap is not None:
+        ours = transport.get_extra_info("sockname")
+        client.tap.event(f"connected from {ours[0]}" if isinstance(ours, tuple) else "connected")
+        _tell_tls(client, via, transport)
+
+
+def _tell_tls(client: _Client, via: Via, transport: asyncio.BaseTransport | None) -> None:
+    """Tell a trace of TLS that is active."""
+    connection = transport.get_extra_info("ssl_object") if transport is not None else None
+    if client.tap is not None and connection is not None:
+        link = _link(cast("asyncio.Transport", transport), connection)
+        checked = "certificate verified" if via.tls == "verify" else f'certificate not verified (tls = "{via.tls}")'
+        client.tap.event(f"TLS {link.tls} with cipher {link.cipher}, {checked}")
+
+
+def _tell_end(client: _Client | None, why: str) -> None:
+    if client is not None and client.tap is not None:
+        client.tap.closed(why)
 
 
 def _check_name(client: _Client, peer: Peer, via: Via) -> None:
@@ -272,6 +316,9 @@ def _handed_over(
     session = make(ClientSession(features, recipients, lmtp), peer.name)
     client.protocol = None
     client.transport = None
+    session.secrets = client.secrets
+    if client.tap is not None:
+        client.tap.hold(session, session.core)
     session.link = _link(transport, connection)
     session.attach(transport)
     return session

@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from relaymta.config import Config
+from relaymta.config import Config, Source
 from relaymta.dns import Resolver
 from relaymta.log import Log
 from relaymta.metrics import Counters
@@ -33,11 +33,11 @@ from relaymta.send.decisions import Decisions, Publish
 from relaymta.send.local import Local, Store
 from relaymta.send.lookups import Lookups
 from relaymta.send.oauth import Tokens
-from relaymta.send.opener import Opener, Sources
+from relaymta.send.opener import Opener, Sources, hosts_of
 from relaymta.send.outcomes import Outcomes
 from relaymta.send.parking import Parking
 from relaymta.send.policies import Policies
-from relaymta.send.pool import CROWDED, Pool
+from relaymta.send.pool import CROWDED, Pool, pool_key
 from relaymta.send.recovery import Recovery
 from relaymta.send.room import Room
 from relaymta.send.session import Session
@@ -45,6 +45,7 @@ from relaymta.send.sessions import Sessions
 from relaymta.send.tasks import Tasks
 from relaymta.send.view import SiteView, View, position, seen
 from relaymta.shm import InFlight, Limits, Rates
+from relaymta.trace import Tracer
 
 __all__ = ["Dispatcher"]
 
@@ -261,6 +262,21 @@ class Dispatcher:
     def _wall(self, moment: int) -> float:
         """A moment of the queue's clock as seconds since the epoch, 0 for none."""
         return self._its_queue().clock.wall(moment) / 1000 if moment else 0.0
+
+    # Traces
+
+    def trace(self, tracer: Tracer) -> None:
+        """Let this one know of connections."""
+        self.opener.tracer, self.opener.names = tracer, self._names
+
+    def _names(self, site: Site, source: Source | None) -> frozenset[str]:
+        """The names by which operators know a site."""
+        return frozenset((site.key, pool_key(site, source), self.shaping.shape(site).key, site.route.label, *site.names))
+
+    def join_trace(self, tracer: Tracer) -> None:
+        """Let it know of the connections that are open."""
+        for session, pool in self.sessions:
+            session.trace(tracer, self._names(pool.site, pool.source), hosts_of(session.peer, session.place))
 
     # Timer, reload, stop
 

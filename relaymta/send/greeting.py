@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import aiosmtplib
@@ -16,6 +17,7 @@ from aiosmtplib.response import SMTPResponse
 
 from relaymta.errors import PEER, Failure
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Replies
+from relaymta.trace import Outgoing
 
 __all__ = ["LenientSMTP", "Unsolicited"]
 
@@ -37,6 +39,20 @@ class _Protocol(SMTPProtocol):
     _replies: Replies | None = None  # the reply that has begun: what has come of it is not in the buffer any more
 
     heard = False  # since `listen_anew` anything has come
+    tap: Outgoing | None = None
+    made: Callable[[asyncio.BaseTransport], None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As in aiosmtplib."""
+        super().connection_made(transport)
+        if self.made is not None:
+            self.made(transport)
+
+    def write(self, data: bytes) -> None:
+        """As in aiosmtplib."""
+        if self.tap is not None:
+            self.tap.said(data)
+        super().write(data)
 
     def data_received(self, data: bytes) -> None:
         """As in aiosmtplib, but for its limit of the buffer, which holds only what follows a reply: `Replies` has limits."""
@@ -60,6 +76,8 @@ class _Protocol(SMTPProtocol):
                 self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
             found = self._replies.feed(bytes(self._buffer[:end]))
             del self._buffer[:end]
+            if found and self.tap is not None:
+                self.tap.heard(found)
             if found:
                 self._replies = None
                 code, text = found[0] if found[0][0] >= REFUSAL else found[-1]  # nothing can follow one that is too long
@@ -83,11 +101,15 @@ class LenientSMTP(aiosmtplib.SMTP):
 
     _reading: _Protocol | None = None  # also after the connection has ended
     secrets: tuple[str, ...] = ()
+    tap: Outgoing | None = None
+    made: Callable[[asyncio.BaseTransport], None] | None = None  # called when the connection is there
 
     def hide(self, *texts: str) -> None:
         """Add to `secrets`, also in the form in which AUTH sends them, with padding and without."""
         sent = [base64.b64encode(text.encode()).decode() for text in texts]
         self.secrets += (*texts, *sent, *(text.rstrip("=") for text in sent))
+        if self.tap is not None:
+            self.tap.hide(self.secrets)
 
     async def execute_command(self, *args: bytes, **options: Any) -> SMTPResponse:
         """As in aiosmtplib; Unsolicited where a reply has come before its command."""
@@ -123,7 +145,11 @@ class LenientSMTP(aiosmtplib.SMTP):
         source, context = self.source_address, None
 
         def made() -> _Protocol:
-            return _Protocol(loop, self._on_connection_lost)
+            protocol = _Protocol(loop, self._on_connection_lost)
+            protocol.made = self.made
+            if self.tap is not None:
+                self.tap.hold(protocol)
+            return protocol
 
         if self.use_tls:
             context = await self._get_tls_context()

@@ -7,9 +7,15 @@ from relaymta.proto.smtp_client import Features, Mail
 from relaymta.queue import Entry, format_id
 from relaymta.send.trail import Trail
 
-__all__ = ["is_large", "mail_of", "unfit"]
+__all__ = ["is_large", "mail_of", "told_of", "unfit"]
 
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown (accept/intake.py)
+
+
+def told_of(mail: Mail) -> tuple[str, str]:
+    """The id and the application of a message that is sent."""
+    entry = mail.cargo
+    return (format_id(entry.ident), entry.envelope.application) if isinstance(entry, Entry) else ("", "")
 
 
 def is_large(entry: Entry) -> bool:

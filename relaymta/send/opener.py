@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import xxhash
 
@@ -17,11 +18,13 @@ from relaymta.route.mx import NoRoute, targets
 from relaymta.route.ourselves import Ourselves, is_local
 from relaymta.route.sites import Site
 from relaymta.send.connect import ConnectFailed, Peer, Via, connect, implicit_tls
+from relaymta.send.greeting import LenientSMTP
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
 from relaymta.send.trust import Files
+from relaymta.trace import Facts, Tracer
 
-__all__ = ["Opener", "Sources"]
+__all__ = ["Opener", "Sources", "hosts_of"]
 
 PROBE_EVERY = 4.0  # seconds between two probes of a smart host that is down
 PROBE_TIMEOUT = 5.0  # of the first probe; doubled for each further one, since a slow host is not down
@@ -96,6 +99,8 @@ class Opener:
         self._down: dict[str, str] = {}  # label of a smart host that is down: why
         self._probing: set[asyncio.Task[None]] = set()
         self._no_bdat: dict[str, float] = {}  # place: until when BDAT is not used there
+        self.tracer: Tracer | None = None
+        self.names: Callable[[Site, Source | None], frozenset[str]] = lambda site, source: frozenset((site.key,))
 
     def reconfigure(self, config: Config) -> None:
         """Apply a new configuration; the health of smart hosts is determined anew."""
@@ -107,6 +112,13 @@ class Opener:
     async def open(self, site: Site, source: Source | None, timeout: float = 0.0) -> Session:
         """A session with the first host of a site that can be reached. Raises ConnectFailed or NoRoute when there is none.
         `timeout`: seconds for each step (0: as configured)."""
+        try:
+            return await self._open(site, source, timeout)
+        except NoRoute as error:
+            self._told(site, f"no host: {error}")
+            raise
+
+    async def _open(self, site: Site, source: Source | None, timeout: float) -> Session:
         failure: ConnectFailed | None = None
         loop: NoRoute | None = None
         reached: set[str] = set()  # smart hosts of which an address could be connected to
@@ -141,6 +153,9 @@ class Opener:
             self._resolver, site.hosts, families, lambda address: ours.is_exchange(address, port),
             lambda host: not ours.names.isdisjoint(self._resolver.aliases(host)),
         )  # fmt: skip
+        if self.tracer is not None:
+            order = ", ".join(f"{target.host} [{target.address}]" for target in found)
+            self._told(site, f"MX hosts in this order: {order}", tuple(target.host for target in found))
         for target in found:
             yield Peer(target.host, target.address, port, files=Files.of(route))
 
@@ -199,12 +214,16 @@ class Opener:
 
     async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None, timeout: float) -> Session:
         if peer.failure is not None and not peer.address:
+            self._told(site, str(peer.failure), hosts_of(peer.name, peer.place))
             raise peer.failure
         delivery = self._config.delivery
         longest, greeting = delivery.connect_timeout, GREETING * delivery.patience
         times = (min(timeout, longest), min(timeout, greeting)) if timeout else (longest, greeting)
         by_name = site.hosts is not None or peer.port == SMTP_PORT  # on other ports of this machine a content filter may be
-        via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source, by_name)
+        trace = None
+        if self.tracer is not None and self.tracer.watches_out:
+            trace = partial(self._trace, self.tracer, site, peer, source)
+        via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source, by_name, trace)
         try:
             session = await connect(peer, via, self._tokens, self._make, RECIPIENTS)
         except ConnectFailed as error:
@@ -212,9 +231,23 @@ class Opener:
                 raise peer.failure from None  # says more
             raise
         session.place = peer.place
+        if trace is None and self.tracer is not None:  # somebody watches since it was begun
+            session.trace(self.tracer, self.names(site, source), hosts_of(peer.name, peer.place))
         if session.core.features.chunking and self._no_bdat.get(peer.place, 0.0) > time.monotonic():
             session.core.features.chunking = False
         return session
+
+    def _trace(self, tracer: Tracer, site: Site, peer: Peer, source: Source | None, client: LenientSMTP) -> None:
+        """Let those know of a connection who watch it."""
+        tracer.outgoing(client, Facts(names=self.names(site, source), hosts=hosts_of(peer.name, peer.place)))
+        if client.tap is not None:
+            whose = f"site {site.key}" + (f", source {source.name}" if source is not None else "")
+            client.tap.event(f"connecting to {peer.label} [{peer.place}] ({whose})")
+
+    def _told(self, site: Site, text: str, hosts: tuple[str, ...] = ()) -> None:
+        """Let those know who watch a site, of what comes before a connection."""
+        if self.tracer is not None and self.tracer.watches_out:
+            self.tracer.looked_up(Facts(names=self.names(site, None), hosts=hosts), f"{site.key}: {text}")
 
     def without_bdat(self, place: str) -> None:
         """Remember that a host offers CHUNKING, and does not implement BDAT: DATA is used."""
@@ -269,6 +302,15 @@ class Opener:
         """Cancel the probes."""
         for task in self._probing:
             task.cancel()
+
+
+def hosts_of(name: str, place: str) -> tuple[str, ...]:
+    """What a peer is known by: its name and its address, with the port that it is connected to."""
+    address, _, port = place.rpartition(":")
+    if place.startswith("unix:"):
+        return (place, name)
+    host = f"[{address}]" if ":" in address else address
+    return (f"{host}:{port}", f"{name}:{port}")
 
 
 def _parsed(text: str) -> tuple[str, int, str]:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from relaymta.errors import redacted
 from relaymta.proto.smtp_client import ClientSession, Mail, Stuffer
+from relaymta.send.mails import told_of
+from relaymta.trace import Facts, Outgoing, Tracer
 
 __all__ = ["MESSAGE_DATA", "TIMEOUTS", "Link", "Session"]
 
@@ -67,14 +69,29 @@ class Session(asyncio.Protocol):
         self.cause = ""  # why it was lost, in detail that is for the log only
         self.leaving = False  # takes no more messages: it is closed when nothing is under way
         self.waiting = False  # in its pool's list of idle sessions
+        self.tap: Outgoing | None = None
+        self.secrets: tuple[str, ...] = ()  # what was said in AUTH
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Take over a transport that is past EHLO."""
         self.transport = transport
         transport.set_protocol(self)
 
+    def trace(self, tracer: Tracer, names: frozenset[str], hosts: tuple[str, ...]) -> None:
+        """Let those know of the dialogue who watch it, from now on. `names`: those of the site; `hosts`: the peer's."""
+        known = self.tap
+        tracer.outgoing(self, Facts(names=names, hosts=hosts))
+        tap = self.tap
+        if tap is not None and tap is not known:
+            tap.hold(self.core)
+            tap.hide(self.secrets)
+            tap.event(f"already connected: {self.peer} {self.place}")
+
     def send(self, mail: Mail) -> None:
         """Start a message; allowed when `core.may_follow`."""
+        if self.tap is not None:
+            ident, application = told_of(mail)
+            self.tap.begin(ident, application, mail.sender, [address for _, address in mail.recipients])
         self.core.begin(mail)
         self._flush()
 
@@ -137,6 +154,8 @@ class Session(asyncio.Protocol):
             self.ended = True
             self.closed_by_peer = exc is None or isinstance(exc, ConnectionResetError | BrokenPipeError)
             self.cause = redacted(f"connection lost: {exc}") if exc else ""
+            if self.tap is not None:
+                self.tap.closed(self.cause or "closed by the peer")
             self._settle()
             self._lost(self, "connection lost" if exc else "the peer closed the connection")
 
@@ -146,6 +165,8 @@ class Session(asyncio.Protocol):
             return
         self.ended = True
         self.cause = redacted(cause)
+        if self.tap is not None:
+            self.tap.closed(f"closed by us: {self.cause or reason}")
         if self._stream is not None:
             self._stream.cancel()
         if self.transport is not None:
@@ -169,6 +190,9 @@ class Session(asyncio.Protocol):
         if self.ended:
             return
         self.ended = True
+        if self.tap is not None:
+            self.tap.said(b"QUIT\r\n")
+            self.tap.closed("closed after QUIT")
         if self.transport is not None:
             self.transport.write(b"QUIT\r\n")
             self.transport.close()

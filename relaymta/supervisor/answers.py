@@ -55,6 +55,7 @@ from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
 from relaymta.store.directory import User, row_of
 from relaymta.supervisor.slots import Slot
+from relaymta.supervisor.tracing import live
 
 if TYPE_CHECKING:
     from relaymta.supervisor import Supervisor
@@ -197,6 +198,10 @@ class Answers:
             await asyncio.gather(*firsts, return_exceptions=True)
             for _, pieces in streams:
                 await pieces.aclose()
+
+    async def by_live(self, row: Request, args: Any) -> Answer:
+        """What all workers say, as it comes, without end."""
+        return Answer(live(self._slots, row, args), [])
 
     # By the supervisor
 
@@ -408,6 +413,7 @@ _BY: dict[Where, Callable[[Answers, Request, Any], Awaitable[Answer]]] = {
     Where.ANY: Answers.by_any,
     Where.ALL: Answers.by_all,
     Where.EACH: Answers.by_each,
+    Where.LIVE: Answers.by_live,
 }
 
 

@@ -44,6 +44,7 @@ from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
+from relaymta.worker.tracing import wire
 
 if TYPE_CHECKING:
     from relaymta.filter.conduct import Conduct
@@ -75,6 +76,7 @@ class Shard:
             config, worker.routes, worker.limits, worker.rates, worker.in_flight, worker.counters, worker.log, worker.resolver,
             worker.probed, worker.states, worker.send_site_state, worker.tokens,
         )  # fmt: skip
+        self.dispatcher.trace(worker.tracer)
         if worker.mail is not None:
             self.dispatcher.keep_mail(worker.mail.store())
         self.witness = Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try)
@@ -166,6 +168,7 @@ class Worker:
         no mailboxes are kept. RelayError or OSError when the worker cannot serve."""
         self.config = Config.model_validate_json(config)
         self.slot = slot
+        self.tracer = wire(self)
         self.workers = workers
         shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
@@ -231,6 +234,7 @@ class Worker:
             self.intake.local = self.mail.local()
             others = self.mail.connections()
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
+        self.acceptor.tracer = self.tracer
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for shard in self.shards.values():
             await shard.look()

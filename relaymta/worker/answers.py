@@ -21,6 +21,7 @@ from relaymta.control.requests import (
     OfUser,
     Page,
     Queues,
+    Trace,
 )
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
@@ -31,6 +32,8 @@ from relaymta.queue.changes import BY, OPERATOR
 from relaymta.queue.exported import read
 from relaymta.queue.quarantine import Release
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
+from relaymta.trace import Line
+from relaymta.worker.tracing import lines
 
 if TYPE_CHECKING:
     from relaymta.filter.chain import Chains
@@ -243,6 +246,10 @@ class Answers:
         chains = self._chains()
         return chains.ruled() if chains is not None else []
 
+    async def trace(self, args: Trace) -> AsyncGenerator[list[Line], None]:
+        """As `tracing.lines`."""
+        return lines(self._worker.tracer, args)
+
     async def usage(self, args: Nothing) -> list[Any]:
         """The use of accounts' quotas, which all workers share."""
         worker = self._worker
@@ -259,6 +266,7 @@ class Answers:
             "pid": os.getpid(),
             "shards": list(self._shards),
             "connections": len(acceptor.connections) if acceptor else 0,
+            "traces": len(self._worker.tracer.watches),
             "in flight": sum(shard.dispatcher.in_flight() for shard in shards),
             "full": any(shard.queue.full for shard in shards) or any(shard.disk.full for shard in mail),
             "stalled": any(writer.stalled for writer in writers),

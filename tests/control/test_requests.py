@@ -29,7 +29,7 @@ def handlers(place: type) -> set[str]:
 
 def test_each_request_has_its_handlers_and_there_are_no_others():
     by = {where: {row.name for row in REQUESTS.values() if row.where is where} for where in Where}
-    assert handlers(Answers) - {"by_all", "by_any", "by_each"} == by[Where.SUPERVISOR]
+    assert handlers(Answers) - {"by_all", "by_any", "by_each", "by_live"} == by[Where.SUPERVISOR]
     assert handlers(WorkerAnswers) == set(REQUESTS) - by[Where.SUPERVISOR] | {"status"}
     offline_ones = {row.name for row in REQUESTS.values() if row.offline}
     assert {name for name in vars(offline.Spool) if not name.startswith("_")} == offline_ones
