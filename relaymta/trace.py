@@ -34,6 +34,7 @@ WAITING_OCTETS = 4 << 20  # and their octets
 TOGETHER = 500  # lines that are taken at once
 UNDECIDED = 100  # lines of a connection that are kept while it is undecided,
 UNDECIDED_OCTETS = 4 << 20  # and octets of all of them
+CLIENTS = 10_000  # of which is known whether they are meant
 ASLEEP = 30.0  # seconds
 LATEST = 0.05  # seconds for which lines are collected
 
@@ -65,6 +66,7 @@ class Watch:
             self._networks = [ipaddress.ip_network(network, strict=False) for network in wanted.clients]
         except ValueError as error:
             raise RelayError(f"trace: {error}") from None
+        self._clients: dict[str, bool] = {}  # whether each is of these networks
         self._filter = Filter(sender=wanted.sender, recipient=wanted.recipient)
         self._tracer = tracer
         self._lines: deque[Line] = deque()
@@ -91,6 +93,14 @@ class Watch:
     def _is_of(self, client: str) -> bool:
         if not self._networks:
             return True
+        known = self._clients.get(client)
+        if known is None:
+            if len(self._clients) >= CLIENTS:
+                self._clients.clear()
+            known = self._clients[client] = self._in_networks(client)
+        return known
+
+    def _in_networks(self, client: str) -> bool:
         try:
             address = ipaddress.ip_address(client)
         except ValueError:

@@ -76,7 +76,6 @@ class Shard:
             config, worker.routes, worker.limits, worker.rates, worker.in_flight, worker.counters, worker.log, worker.resolver,
             worker.probed, worker.states, worker.send_site_state, worker.tokens,
         )  # fmt: skip
-        self.dispatcher.trace(worker.tracer)
         if worker.mail is not None:
             self.dispatcher.keep_mail(worker.mail.store())
         self.witness = Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try)
@@ -195,6 +194,7 @@ class Worker:
             await self.mail.mailboxes.start()
         for number in shards:
             self.shards[number] = Shard(self, number)
+            self.shards[number].dispatcher.trace(self.tracer)
         for shard in self.shards.values():
             await shard.queue.start(culprit)
             shard.dispatcher.look_back()

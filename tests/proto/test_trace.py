@@ -130,7 +130,7 @@ def test_no_part_of_a_secret_is_shown_however_the_octets_arrive(ways, last, seed
     chosen = random.Random(seed)
     lines = EHLO + [line for way in ways for line in WAYS[way]] + (LAST[last] if last else [])
     data = octets(lines)[: None if chosen.random() < 0.7 else -chosen.randrange(1, 40)]
-    cuts = sorted(chosen.randrange(len(data)) for _ in range(chosen.randrange(8)))
+    cuts = sorted(chosen.randrange(len(data) + 1) for _ in range(chosen.randrange(8)))
     pieces = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
     shown = talk(pieces, reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS)
     assert not leaked(shown), shown
