@@ -120,6 +120,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
 NO_DAEMON = {
     "app",
     "assets",
+    "bench",
     "completion",
     "config",
     "dkim",
@@ -641,6 +642,8 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG, ("logs", "tail"): CONFIG,
 }  # fmt: skip
 SLOW = {
+    ("bench", "account"),
+    ("bench", "sink"),
     ("manual",),
     ("serve",),
     ("sink",),

@@ -37,6 +37,7 @@ VERBS = {
     "abuse": Verb("abuse", "Accounts whose mail is not like their own any more."),
     "app": Verb("account", "Manage applications that log in with a key to send mail."),
     "assets": Verb("assets", "Write the units, the reference configuration and the dashboard to a folder."),
+    "bench": Verb("bench", "Measure a relay: a load, a faulty sink, and a ledger of what was lost."),
     "completion": Verb("completion", "Print the script by which a shell completes verbs and options."),
     "config": Verb("config", "Check, show or describe the configuration."),
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),

@@ -20,18 +20,19 @@ PROGRAM, FILE = "relaymta", "relaymta.toml"
 # As docs/cli.md has them.
 STATUSES = {
     0: "done; also when nothing matched a filter",
-    1: "what was named does not exist, or exists already; or a check has found something wrong",
+    1: "what was named does not exist, or exists already; or a check has found something wrong; or mail was lost (`bench`)",
     64: "wrong usage: an unknown verb or option, a malformed id, address or duration, an empty filter",
     65: "data that is wrong",
-    69: "the relay is not running or does not answer, or it refuses",
-    70: "the relay has ended because of an error of its own (`serve`)",
+    69: "the relay is not running or does not answer, or it refuses; a program that `bench --peer` needs is not installed",
+    70: "the relay has ended because of an error of its own (`serve`), or does not start (`bench`)",
     73: "a file or directory cannot be created",
     74: "a file, or the output, cannot be read or written",
     75: "try again: a worker did not answer, or another process has the spool",
-    77: "no permission to open the control socket or the spool",
+    77: "no permission to open the control socket or the spool; `bench --peer` needs root",
     78: "the configuration is invalid or its file is missing, or a reload was refused",
+    130: "Ctrl-C has ended `bench`",
     141: "who reads the output has gone",
-    143: "SIGTERM has ended the first process of a container (`serve`: before it had started)",
+    143: "SIGTERM has ended `bench`, or the first process of a container (`serve`: before it had started)",
 }
 FILES = {
     CONFIG_PATH: "the configuration, where neither `-c` nor RELAYMTA_CONFIG names another file",
