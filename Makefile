@@ -71,8 +71,9 @@ fuzz: build
 	$(BIN)/pip install -q "atheris>=3"
 	for target in smtp replies session pop3 imap connection sasl header proxy mime search sieve managesieve clamd spamd milter policy; do $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) -verbosity=0 || exit 1; done
 
+# Postfix beside it, where it is installed and root asks.
 bench: build
-	$(BIN)/python -m benchmarks.run
+	@$(BIN)/relaymta bench --duration 20s $$([ "$$(id -u)" = 0 ] && PATH=$$PATH:/usr/sbin command -v postfix >/dev/null && echo --peer postfix)
 
 clean:
 	rm -rf .venv build dist relaymta/_speedups/*.so relaymta/_speedups/*.c *.egg-info

@@ -1,26 +1,34 @@
 """Every message accounted for: `python -m benchmarks.ledger [--seconds N]`.
 
-A generator and a sink of our own, which share no code with the relay: each message has an id and a hash; the ledger shows
-what was lost, altered or delivered twice, and how long acceptance (final dot to 250) and delivery (final dot to the sink's) took.
+The load, the sink and the ledger are those of `relaymta bench`: what was lost, altered or delivered twice, and how long
+acceptance (final dot to 250) and delivery (final dot to the sink) took.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from pathlib import Path
 
-import uvloop
-
-from benchmarks.run import Relaymta, cpu_seconds
-from tests.support.daemon import free_port, wait_for
-from tests.support.source import Source
+from relaymta.bench.ledger import State
+from relaymta.bench.load import Load
+from relaymta.bench.peers import PEERS, Relaymta
+from relaymta.bench.trial import Interrupted, Setup
+from relaymta.bench.trial import run as run_bench
 
 CONNECTIONS = 50
-SIZE = 4096
+SIZE = "4k"
+
+
+class Counted(Relaymta):
+    """The relay; `last`: its counters at the end."""
+
+    last: dict[str, float]
+
+    def close(self) -> None:
+        """Read them, and stop it."""
+        Counted.last = {name: self.counter(f"relaymta_{name}_total") for name in ("commits", "commit_operations", "syncs")}
+        super().close()
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -30,50 +38,28 @@ def percentile(values: list[float], share: float) -> float:
 
 def run(seconds: float) -> dict[str, float]:
     """Load for `seconds`, wait until all is delivered, compare."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), free_port()
-        taken = folder / "taken"
-        sink = subprocess.Popen([sys.executable, "-m", "tests.support.sink", str(port), str(taken)])
-        relay = Relaymta(folder, port)
-        try:
-            source = Source(lambda: relay.port, CONNECTIONS, SIZE)
-            spent, began = cpu_seconds(relay.root), time.monotonic()
-            until = began + seconds
-            uvloop.run(source.run(lambda: time.monotonic() > until))
-            elapsed = time.monotonic() - began
-            wait_for(lambda: relay.counter("relaymta_queue_messages") == 0, 60, "the queue to drain")
-            cpu = cpu_seconds(relay.root) - spent
-            commits, operations, syncs = (
-                relay.counter(f"relaymta_{which}_total") for which in ("commits", "commit_operations", "syncs")
-            )
-        finally:
-            relay.close()
-            sink.terminate()
-            sink.wait()
-        records = [json.loads(line) for line in taken.read_text().splitlines()]
-    return account(source, records) | {
-        "rate": len(source.acknowledged) / elapsed,
-        "cpu_us": cpu / len(source.acknowledged) * 1e6,
-        "messages per commit": operations / 2 / commits,
-        "body syncs per commit": syncs / commits,
-    }
-
-
-def account(source: Source, records: list[tuple[str, str, list[str], float]]) -> dict[str, float]:
-    """Compare the ledgers of the generator and the sink."""
-    digests = {ident: digest for ident, digest, _, _ in records}
-    counts = Counter(ident for ident, *_ in records)
-    accepted = [acked - source.sent_at[ident] for ident, acked in source.acknowledged_at.items()]
-    delivered = [at - source.sent_at[ident] for ident, _, _, at in records]
+    PEERS["counted"] = Counted
+    load = Load(connections=CONNECTIONS, seconds=seconds, ramp=0.0, size=SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_bench(Setup(load, "counted", folder=Path(folder), grace=60), lambda progress: None, Interrupted())
+    sent, account, last = found.sent, found.account, Counted.last
+    accepted = [serial for serial, state in enumerate(sent.states) if state == State.ACCEPTED]
+    replies = [sent.answered[serial] - sent.dotted[serial] for serial in accepted]
+    arrived = [account.first[serial] - sent.dotted[serial] for serial in accepted if account.first[serial]]
+    assert found.relay_cpu is not None
     return {
-        "messages": len(source.acknowledged),
-        "lost": sum(ident not in digests for ident in source.acknowledged),
-        "altered": sum(digests.get(ident, digest) != digest for ident, digest in source.acknowledged.items()),
-        "duplicated": sum(count - 1 for count in counts.values()),
-        "accept p50 ms": percentile(accepted, 0.5),
-        "accept p99 ms": percentile(accepted, 0.99),
-        "end to end p50 ms": percentile(delivered, 0.5),
-        "end to end p99 ms": percentile(delivered, 0.99),
+        "messages": len(accepted),
+        "lost": account.lost + account.queued,
+        "altered": account.altered,
+        "duplicated": account.duplicated + account.repeated,
+        "accept p50 ms": percentile(replies, 0.5),
+        "accept p99 ms": percentile(replies, 0.99),
+        "end to end p50 ms": percentile(arrived, 0.5),
+        "end to end p99 ms": percentile(arrived, 0.99),
+        "rate": len(accepted) / (found.loaded - found.began),
+        "cpu_us": found.relay_cpu / len(accepted) * 1e6,
+        "messages per commit": last["commit_operations"] / 2 / last["commits"],
+        "body syncs per commit": last["syncs"] / last["commits"],
     }
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relaymta.bench import peers
+from relaymta.bench.processes import cpu_seconds
 from tests.support.daemon import free_port, wait_for
 
-TICKS = os.sysconf("SC_CLK_TCK")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 TRIALS = 3
 
@@ -46,26 +47,6 @@ def _program(name: str) -> str:
     if found is None:
         sys.exit(f"{name} is missing: apt-get install postfix")
     return found
-
-
-def cpu_seconds(root: int) -> float:
-    """User and system seconds of a process, its descendants, and its children that have ended."""
-    children: dict[int, list[int]] = {}
-    spent: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        pid = int(path.parent.name)
-        children.setdefault(int(fields[1]), []).append(pid)
-        spent[pid] = sum(map(int, fields[11:15]))
-    total, todo = 0, [root]
-    while todo:
-        pid = todo.pop()
-        total += spent.get(pid, 0)
-        todo += children.get(pid, [])
-    return total / TICKS
 
 
 class Sink:
@@ -145,48 +126,11 @@ class Relaymta:
         self.process.wait(60)
 
 
-class Postfix:
+class Postfix(peers.Postfix):
     """A private Postfix instance with its defaults, relaying to the sink. `settings`: more lines of its main.cf."""
 
-    name = "Postfix"
-
     def __init__(self, folder: Path, sink: int, settings: str = "") -> None:
-        self.port = free_port()
-        self.config = folder / "etc"
-        shutil.copytree("/etc/postfix", self.config, symlinks=True)
-        queue, data = folder / "queue", folder / "data"
-        queue.mkdir()
-        data.mkdir()
-        shutil.chown(data, "postfix")
-        for path in (folder, *folder.parents):
-            path.chmod(0o755) if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()) else None
-        self.log = folder / "maillog"
-        (self.config / "main.cf").write_text(
-            f"compatibility_level=3.6\nqueue_directory={queue}\ndata_directory={data}\nmynetworks=127.0.0.0/8\ninet_protocols=ipv4\n"
-            f"inet_interfaces=127.0.0.1\nmyhostname=postfix.example\nmydestination=\nrelayhost=[127.0.0.1]:{sink}\nalias_maps=\n"
-            f"smtp_tls_security_level=none\nsmtpd_tls_security_level=none\nmaillog_file={self.log}\nmaillog_file_prefixes={folder}\n"
-            f"smtpd_peername_lookup=no\n{settings}"
-        )
-        lines = []
-        for line in (self.config / "master.cf").read_text().splitlines():
-            words = line.split()
-            if line[:1] not in ("", "#", " ", "\t") and len(words) > 7:
-                words[4] = "n"
-                if words[:2] == ["smtp", "inet"]:
-                    words[0] = str(self.port)
-                line = " ".join(words)
-            lines.append(line)
-        lines.append("postlog unix-dgram n - n - 1 postlogd")
-        (self.config / "master.cf").write_text("\n".join(lines) + "\n")
-        subprocess.run([_program("postfix"), "-c", str(self.config), "start"], check=True, capture_output=True)
-        self.root = int((queue / "pid/master.pid").read_text())
-        time.sleep(1)
-
-    def delivered(self) -> float:
-        return float(self.log.read_text().count("status=sent")) if self.log.exists() else 0.0
-
-    def close(self) -> None:
-        subprocess.run([_program("postfix"), "-c", str(self.config), "stop"], check=False, capture_output=True)
+        super().__init__(folder, peers.Plan(peers.Load(), sink), settings)
 
 
 def measure(relay: Relaymta | Postfix, load: Load) -> dict[str, float]:

@@ -82,8 +82,6 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
 
 def stop(process: subprocess.Popen[bytes], seconds: float = 20.0) -> None:
     """SIGTERM, and after so many seconds SIGKILL to all of its session."""
-    for stream in (process.stdin, process.stdout):
-        _close(stream)
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -92,6 +90,8 @@ def stop(process: subprocess.Popen[bytes], seconds: float = 20.0) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    for stream in (process.stdin, process.stdout):
+        _close(stream)
 
 
 def _close(stream: IO[bytes] | None) -> None:

@@ -12,7 +12,7 @@ from relaymta.bench.ledger import State
 from relaymta.bench.trial import Run, machine, times_of
 from relaymta.errors import RelayError
 
-__all__ = ["MEASURES", "ReportError", "compared", "figures", "read", "report", "verdict"]
+__all__ = ["MEASURES", "ReportError", "compared", "figures", "first_figures", "read", "report", "verdict"]
 
 VERSION = 1  # of the form of the file
 POINTS = 120  # of a plot, at most
@@ -170,6 +170,15 @@ def compared(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list
                 row.append(f"{one / values[0]:.2f} x" if one is not None and values[0] else "-")
         rows.append(row)
     return columns, rows
+
+
+def first_figures(run: dict[str, Any]) -> str:
+    """The figures of a run in a line, for who waits for the others."""
+    reply, cpu = run["latency_ms"]["reply"], run["cpu"]["relay_per_1000"]
+    parts = [f"{run['rate']['accepted']:,.0f} messages a second"]
+    parts += [f"250 in {reply['p50']:.1f} ms (p99 {reply['p99']:.1f})"] if reply else []
+    parts += [f"{cpu * 1000:,.0f} us CPU a message"] if cpu is not None else []
+    return f"{run['name']}: {', '.join(parts)}"
 
 
 def verdict(run: dict[str, Any]) -> list[str]:

@@ -378,6 +378,7 @@ def _terminated(*_: object) -> NoReturn:
 def _measured(setups: "list[Setup]") -> "tuple[list[Run], int]":
     """(the runs, the status of a signal that has ended them, else 0)."""
     from relaymta.bench.peers import Cannot
+    from relaymta.bench.report import figures, first_figures
     from relaymta.bench.trial import SIGNALS, Interrupted, Unreachable, run
 
     interrupted, runs = Interrupted(), []
@@ -388,6 +389,8 @@ def _measured(setups: "list[Setup]") -> "tuple[list[Run], int]":
         with _progress() as watch:
             for setup in setups:
                 runs.append(run(setup, watch, interrupted))
+                if len(setups) > 1:
+                    say(first_figures(figures(runs[-1])), err=True)
                 if interrupted.is_set():
                     break
     except KeyboardInterrupt as error:
