@@ -24,7 +24,7 @@ from relaymta.control import program
 from relaymta.errors import RelayError
 from relaymta.toml import written
 
-__all__ = ["PEERS", "Cannot", "Exim", "Peer", "Plan", "Postfix", "Relaymta"]
+__all__ = ["PEERS", "POSSIBLE", "Cannot", "Exim", "Peer", "Plan", "Postfix", "Relaymta"]
 
 START_SECONDS = 60.0
 SOCKET_PATH = 100  # octets: a longer path is none of a socket (unix(7))
@@ -193,11 +193,8 @@ class Postfix:
 
     def __init__(self, folder: Path, plan: Plan, more: str = "") -> None:
         """`more`: lines of main.cf."""
+        self.possible(plan.load)
         self._postfix = _found("postfix", "postfix")
-        if os.geteuid() != 0:
-            raise Cannot("Postfix needs root: run this as root", 77)
-        if plan.load.auth != "off":
-            raise Cannot("Postfix has no accounts of its own: no --auth with --peer postfix", 64)
         if len(os.fsencode(folder / "queue/public/postlog")) > SOCKET_PATH:
             raise Cannot(f"{folder}: this path is too long for the sockets of Postfix: give a shorter --spool-dir", 73)
         self.port = free_port()
@@ -212,6 +209,15 @@ class Postfix:
         if not wait_until(pid.exists, START_SECONDS):
             raise Cannot(f"Postfix does not start: {tail_of(self.log)}", 70)
         self.root = int(pid.read_text())
+
+    @staticmethod
+    def possible(load: Load) -> None:
+        """Cannot, where it cannot be started here, or not for this load."""
+        _found("postfix", "postfix")
+        if os.geteuid() != 0:
+            raise Cannot("Postfix needs root: run this as root", 77)
+        if load.auth != "off":
+            raise Cannot("Postfix has no accounts of its own: no --auth with --peer postfix", 64)
 
     def _files(self, folder: Path, plan: Plan, more: str) -> None:
         shutil.copytree("/etc/postfix", self.config, symlinks=True)
@@ -326,11 +332,7 @@ class Exim:
     durability = "fsync of the two spool files before 250, for each message"
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        exim = shutil.which("exim4", path=PATH) or _found("exim", "exim4-daemon-light")
-        if os.geteuid() != 0:
-            raise Cannot("Exim needs root: run this as root", 77)
-        if plan.load.auth != "off" or plan.load.tls != "off":
-            raise Cannot("Exim is compared without --tls and --auth", 64)
+        exim = self.possible(plan.load)
         self.port = free_port()
         self.login: Login | None = None
         self._command = [exim, "-C", str(folder / "exim.conf")]
@@ -355,6 +357,16 @@ class Exim:
         shown = subprocess.run([exim, "-bV"], capture_output=True, text=True, check=False).stdout
         self.version = (re.search(r"version (\S+)", shown) or ["", ""])[1]
 
+    @staticmethod
+    def possible(load: Load) -> str:
+        """The path of the program. Cannot, where it cannot be started here, or not for this load."""
+        exim = shutil.which("exim4", path=PATH) or _found("exim", "exim4-daemon-light")
+        if os.geteuid() != 0:
+            raise Cannot("Exim needs root: run this as root", 77)
+        if load.auth != "off" or load.tls != "off":
+            raise Cannot("Exim is compared without --tls and --auth", 64)
+        return exim
+
     def queued(self) -> set[bytes] | None:
         """As of Peer."""
         done = subprocess.run([*self._command, "-bpi"], capture_output=True, timeout=120, check=False)
@@ -369,4 +381,5 @@ class Exim:
         stop(self.process)
 
 
+POSSIBLE: dict[str, Callable[[Load], object]] = {"postfix": Postfix.possible, "exim": Exim.possible}
 PEERS: dict[str, Callable[[Path, Plan], Peer]] = {"relaymta": Relaymta, "postfix": Postfix, "exim": Exim}

@@ -275,8 +275,16 @@ def _setups(read: Configuration, given: _Options) -> "list[Setup]":
     settings = {key: value for key, value in read.overrides.items() if key != "spool"}
     if "spool" in read.overrides:
         fail(64, "--spool: the queue of a relay that is measured is in a folder of its own: --spool-dir says on which disk")
-    names = ["relaymta", *dict.fromkeys(given.peers)]
     from dataclasses import replace
+
+    from relaymta.bench.peers import POSSIBLE, Cannot
+
+    names = ["relaymta", *dict.fromkeys(given.peers)]
+    for name in names[1:]:
+        try:
+            POSSIBLE[name](load)
+        except Cannot as error:
+            fail(error.status, str(error))
 
     return [replace(setup, peer=name, settings=settings, keep=given.ledger if name == "relaymta" else None) for name in names]
 
