@@ -188,6 +188,8 @@ def test_set_adds_keys_to_the_file(path, unchecked):
     ("workers=-1", 78, "command line: workers: "),
     ("relay.nonsense=1", 78, "relay.nonsense: no such key"),
     ("log.file=\udcff", 64, "not UTF-8"),
+    ('relay={networks=["127.0.0.0/8"]}', 64, "--set relay: this table is in the file already"),
+    ("hostname.x=1", 64, "--set hostname.x: hostname has a value already"),
 ])  # fmt: skip
 def test_a_key_that_cannot_be_set(path, setting, status, message):
     found = call(*SMART_HOST, *DOMAIN, "--set", setting, "--no-connect", "-c", str(path))
@@ -486,6 +488,31 @@ def test_all_files_are_written_or_none(tmp_path, monkeypatch):
     with pytest.raises(Exists):
         write([files[0]._replace(path=tmp_path / "new" / "d"), files[1]], "", False)
     assert sorted(one.name for one in (tmp_path / "new").iterdir()) == ["a", "b", "c"]
+
+
+def test_a_key_that_has_come_meanwhile_is_not_replaced_whatever_is_given(tmp_path):
+    key, other = tmp_path / "key", tmp_path / "other"
+    key.write_bytes(b"another's")
+    other.write_bytes(b"old")
+    with pytest.raises(Exists):
+        write([NewFile(tmp_path / "x", b"x"), NewFile(key, b"ours", never_replaces=True), NewFile(other, b"new")], "", True)
+    assert (key.read_bytes(), other.read_bytes()) == (b"another's", b"old") and not (tmp_path / "x").exists()
+    write([NewFile(other, b"new")], "", True)
+    assert other.read_bytes() == b"new"
+
+
+def test_of_two_at_the_same_time_one_writes(tmp_path, monkeypatch):
+    """The file comes between a look at its place and the move."""
+    moved = Path.replace
+
+    def late(self: Path, target: Path) -> Path:
+        with pytest.raises(FileExistsError):
+            target.open("xb")
+        return moved(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    write([NewFile(tmp_path / "a", b"x")], "", False)
+    assert (tmp_path / "a").read_bytes() == b"x"
 
 
 def test_a_signal_that_comes_while_files_are_written_ends_the_program_behind_that(tmp_path, monkeypatch):

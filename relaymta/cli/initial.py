@@ -114,6 +114,11 @@ def _lay_in(tables: Tables, key: str, value: Any) -> None:
     table, _, name = key.rpartition(".")
     if key.partition(".")[0] in ("listener", "route", "dkim"):
         raise ValueError(f"--set {key}: change it in the file that is written")
+    if any(other == f"[{key}]" for other, _ in tables):
+        raise ValueError(f"--set {key}: this table is in the file already: set each key by itself, as --set {key}.KEY=VALUE")
+    values = (".".join(filter(None, (other.strip("[]"), entry.key))) for other, entries in tables for entry in entries)
+    if above := next((one for one in values if key.startswith(f"{one}.")), ""):
+        raise ValueError(f"--set {key}: {above} has a value already")
     head = f"[{table}]" if table else ""
     entries = next((entries for other, entries in tables if other == head), None)
     if entries is None:
@@ -126,11 +131,13 @@ def _lay_in(tables: Tables, key: str, value: Any) -> None:
 
 
 class NewFile(NamedTuple):
-    """A file to write. `group`: it is root's, and the group of the relay's user may read it; else it is that user's alone."""
+    """A file to write. `group`: it is root's, and the group of the relay's user may read it; else it is that user's alone.
+    `never_replaces`: also with `force` it is not put in the place of another one."""
 
     path: Path
     content: bytes
     group: bool = False
+    never_replaces: bool = False
 
     @property
     def mode(self) -> int:
@@ -165,15 +172,15 @@ def _undisturbed() -> Iterator[None]:
 
 def _write(files: list[NewFile], owner: pwd.struct_passwd | None, force: bool) -> None:
     made: list[Path] = []  # folders
-    fresh: list[tuple[Path, Path]] = []  # (temporary file, its place)
+    fresh: list[tuple[Path, Path, bool]] = []  # (temporary file, its place, whether another one there is replaced)
     try:
         for file in files:
             place = file.path.resolve()
             _make_folders(place.parent, made, owner)
-            fresh.append((_fresh(place, file, owner), place))
-        _put(fresh, force)
+            fresh.append((_fresh(place, file, owner), place, force and not file.never_replaces))
+        _put(fresh)
     except BaseException:
-        for path, _ in fresh:
+        for path, _, _ in fresh:
             path.unlink(missing_ok=True)
         for folder in reversed(made):
             with contextlib.suppress(OSError):
@@ -211,17 +218,19 @@ def _fresh(place: Path, file: NewFile, owner: pwd.struct_passwd | None) -> Path:
     return Path(name)
 
 
-def _put(fresh: list[tuple[Path, Path]], force: bool) -> None:
+def _put(fresh: list[tuple[Path, Path, bool]]) -> None:
     """Move all files to their places. What fails half-way is undone, but for files that were replaced."""
     new: list[Path] = []
     try:
-        for path, place in fresh:
-            there = os.path.lexists(place)
-            if there and not force:
-                raise Exists(0, "it exists already", str(place))
+        for path, place, replaces in fresh:
+            try:
+                os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # who comes later sees it
+                new.append(place)
+            except FileExistsError:
+                if not replaces:
+                    raise Exists(0, "it exists already", str(place)) from None
             path.replace(place)
-            new += [] if there else [place]
-        for folder in {place.parent for _, place in fresh}:
+        for folder in {place.parent for _, place, _ in fresh}:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(descriptor)
             os.close(descriptor)

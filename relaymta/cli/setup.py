@@ -72,7 +72,7 @@ class Setup:
         if self._found.password:
             files.append(NewFile(Path(self._places.password), f"{self._found.password}\n".encode()))
         if self._makes_key:
-            files.append(NewFile(Path(self._places.key), new_key("rsa") if with_key else b""))
+            files.append(NewFile(Path(self._places.key), new_key("rsa") if with_key else b"", never_replaces=True))
         return [*files, NewFile(self._path, self._text.encode(), group=True)]  # last: with it, all it names is there
 
     @property
@@ -113,7 +113,8 @@ class Setup:
         try:
             write(files, self._found.user, force)
         except Exists as error:
-            fail(73, f"{error.filename} exists already: --force replaces it; nothing is written")
+            cure = "it has come meanwhile: run this again" if force else "--force replaces it"
+            fail(73, f"{error.filename} exists already: {cure}; nothing is written")
         except OSError as error:
             fail(73, f"{error.filename or self._path.parent}: {error.strerror or error}; nothing is written")
         for file in files:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from email.utils import formatdate, make_msgid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from relaymta import control
 from relaymta.cli.message import waiting
@@ -176,21 +176,21 @@ def started(config: Config, path: Path) -> Iterator[Running]:
     """A relay with the configuration in a file, but on a free port of the loopback address, and with a spool of its own, which is
     removed at the end. RelayError, with what it has said, when it does not start."""
     folder = Path(tempfile.mkdtemp(prefix="relaymta-init-"))
-    process = None
+    process, said = None, tempfile.TemporaryFile()  # noqa: SIM115 # not in the folder, where the relay's user could put a link
     try:
         if config.user and os.geteuid() == 0:
             user = pwd.getpwnam(config.user)
             os.chown(folder, user.pw_uid, user.pw_gid)
         port = _free_port()
-        with (folder / "said").open("wb") as said:
-            process = subprocess.Popen(
-                _command(path, folder, port), stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
-            )
-        _await(process, port, folder / "said")
+        process = subprocess.Popen(
+            _command(path, folder, port), stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
+        _await(process, port, said)
         yield Running("127.0.0.1", port, folder / "spool" / "control.sock", True)
     finally:
         if process is not None:
             _stop(process)
+        said.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -207,7 +207,7 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _await(process: "subprocess.Popen[bytes]", port: int, said: Path) -> None:
+def _await(process: "subprocess.Popen[bytes]", port: int, said: IO[bytes]) -> None:
     """Wait until the relay greets."""
     until = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < until:
@@ -215,7 +215,8 @@ def _await(process: "subprocess.Popen[bytes]", port: int, said: Path) -> None:
             if sock.recv(3) == b"220":
                 return
         time.sleep(LOOK_SECONDS)
-    why = said.read_text(encoding="utf-8", errors="replace").strip() or f"it does not accept mail within {START_SECONDS:.0f} s"
+    said.seek(0)
+    why = said.read().decode("utf-8", "replace").strip() or f"it does not accept mail within {START_SECONDS:.0f} s"
     raise RelayError(f"the relay does not start: {why}")
 
 

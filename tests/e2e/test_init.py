@@ -198,6 +198,28 @@ def test_a_relay_that_does_not_start_says_why(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives folders away")
+def test_root_writes_nothing_in_a_folder_of_the_relays_user(tmp_path, monkeypatch):
+    """Who has that user's rights puts links there, as soon as the folder is that user's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tmp_path.chmod(0o755)
+    path, precious = tmp_path / "relaymta.toml", tmp_path / "precious"
+    path.write_text('user = "nobody"\nnonsense = 1\n')
+    precious.write_text("precious")
+    given = os.chown
+
+    def chown(folder: Path, *owner: int) -> None:
+        given(folder, *owner)
+        for name in ("said", "log", "spool"):
+            (folder / name).symlink_to(precious)
+
+    monkeypatch.setattr(os, "chown", chown)
+    config = load(None, {"user": "nobody", "listener": [{"address": "127.0.0.1:1"}]})
+    with pytest.raises(RelayError, match="nonsense: no such key"), trial.started(config, path):
+        raise AssertionError
+    assert precious.read_text() == "precious"
+
+
 # A relay that runs
 
 
