@@ -5,6 +5,7 @@ counted. The thread writes to the log and to the history, each of which drops an
 logged once records can be written again.
 """
 
+import contextlib
 import heapq
 import mmap
 import os
@@ -232,9 +233,10 @@ def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
                 position = text.find(wanted)
                 while position >= 0:
                     start, end = text.rfind(b"\n", 0, position) + 1, text.find(b"\n", position)
-                    found.append(msgspec.json.decode(text[start : end if end >= 0 else len(text)]))
+                    with contextlib.suppress(msgspec.DecodeError):  # cut off, or being written
+                        found.append(msgspec.json.decode(text[start : end if end >= 0 else len(text)]))
                     position = text.find(wanted, position + 1)
-        except (OSError, ValueError, msgspec.DecodeError):  # removed or empty, or its last line is being written
+        except (OSError, ValueError):  # removed or empty
             continue
     for event in found:
         for old, new in RENAMED.get(event["event"], {}).items():

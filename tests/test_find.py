@@ -276,6 +276,7 @@ def test_a_time_of_day_is_the_last_one():
 
 @pytest.mark.parametrize("words", [
     ("--since", "yesterday"), ("--until", "25:00"), ("--since", "0001-01-01"), ("--since", "@x"), ("--id", "nonsense"),
+    ("--since", "@nan"), ("--until", "@inf"), ("--since", "@1e18"),
     ("--to", "x y"), ("--domain", "a@b"), ("--limit", "0"), ("--status", "lost"), ("--from", ""), ("--since", "99999999999999d"),
 ])  # fmt: skip
 def test_wrong_usage(words, tmp_path):

@@ -46,6 +46,12 @@ def test_only_events_of_messages_are_kept_in_order(tmp_path):
     assert (tmp_path / "log").read_text().count("\n") == 3
 
 
+def test_a_line_that_was_cut_hides_no_other(tmp_path):
+    whole = [b'{"event":"queued","ts":1,"id":"ONE"}', b'{"event":"delivered","ts":3,"id":"ONE"}']
+    (tmp_path / "0.0.jsonl").write_bytes(b"\n".join([whole[0], b'{"event":"deferred","ts":2,"id":"ONE","repl', whole[1], b""]))
+    assert [event["event"] for event in find_history(tmp_path, "ONE")] == ["queued", "delivered"]
+
+
 def session(ts: float, user: str, pad: int = 0) -> bytes:
     return b'{"event":"session","ts":%r,"user":"%b","client":"%b"}\n' % (ts, user.encode(), b"c" * pad)
 

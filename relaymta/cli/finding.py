@@ -9,7 +9,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from itertools import islice
 from math import inf
@@ -348,7 +348,7 @@ def moment(option: str, text: str) -> float:
     the program (64) where it is none of these."""
     try:
         if text.startswith("@"):
-            return float(text[1:])
+            return datetime.fromtimestamp(float(text[1:]), UTC).timestamp()
         if re.match(r"[\d.]+\s*\w*\Z", text):
             return time.time() - parse_duration(text)
         clock, now = _CLOCK.match(text), datetime.now()

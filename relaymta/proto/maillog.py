@@ -289,8 +289,9 @@ class Said(NamedTuple):
 
 _LINE = re.compile(r"(?:[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \S+ )?postfix/(\w+)\[\d+\]: (.*)", re.S)
 _IDENT = re.compile(r"([0-9A-HJKMNP-TV-Z]{13}): |.*? id=([0-9A-HJKMNP-TV-Z]{13})\b")
-_SENDER = re.compile(r"\bfrom=<([^>]*)>| sender=\"?([^ \"]*)")
-_RECIPIENT = re.compile(r"\bto=<([^>]*)>")
+# A field in a text has no such end: it is escaped, or (as in `?to=`) behind a character that is not in front of a field.
+_SENDER = re.compile(r"(?<![\w?&%/.-])from=<([^<>]*)>| sender=\"?([^ \"]*)")
+_RECIPIENT = re.compile(r"(?<![\w?&%/.-])to=<([^<>]*)>")
 _RECIPIENTS = re.compile(r" recipients?=\"?([^ \"]+)")  # of an event in the form of fields
 _STATUS = {"sent": "delivered", "deferred": "deferred", "bounced": "bounced", "expired": "bounced"}
 _EVENT_OF = [

@@ -279,6 +279,21 @@ def test_a_dsn_about_several_recipients_is_told_of_once():
     assert [text.count(": removed") for text in (first, second)] == [0, 1]
 
 
+@pytest.mark.parametrize("text", ["250 ok?from=<x@y>?to=<u@v>", "250 from=<x@y> to=<u@v>", "250 .from=<.to=<u@v>"])
+def test_what_a_peer_says_is_no_field(text):
+    common = ATTEMPT | {
+        "reply": text,
+        "recipients": ["c@d.example"],
+        "address": "",
+        "port": 0,
+        "tls": "",
+        "cipher": "",
+        "users": [],
+    }
+    found = [heard(line) for line in Writer(lambda ts: BEGIN, 42).lines("delivered", record("delivered", **common)).splitlines()]
+    assert [one and (one.sender, one.recipients) for one in found] == [("", ["c@d.example"]), ("", [])]
+
+
 @pytest.mark.parametrize("line", ["", "x", "Nov 29 14:00:00 host sshd[1]: x", '{"event":"queued"}', "postfix/smtpd: no pid"])
 def test_other_lines_are_none_of_this_form(line):
     assert heard(line) is None
