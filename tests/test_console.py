@@ -226,3 +226,21 @@ def test_a_configuration_in_a_pipe_is_read_once(tmp_path):
 
 def test_a_verb_that_is_misspelt_is_guessed():
     assert "Did you mean 'status'?" in CliRunner().invoke(main, ["statu"]).stderr
+
+
+@pytest.mark.parametrize(("text", "lines"), [
+    ("", [""]), ("one two", ["one two"]), ("one two  three", ["one two", "three"]), ("onetwothree", ["onetwoth", "ree"]),
+    ("\u6f22" * 6, ["\u6f22" * 4, "\u6f22" * 2]), ("\u6f22\u6f22 \u6f22\u6f22", ["\u6f22\u6f22", "\u6f22\u6f22"]),
+    ("e\u0301" * 10, ["e\u0301" * 8, "e\u0301" * 2]),
+])  # fmt: skip
+def test_a_text_is_folded_by_its_columns(text, lines):
+    assert console._folded(text, 8) == lines
+
+
+def test_a_long_text_is_folded_in_linear_time(monkeypatch):
+    """By the characters whose columns are counted: a log event may name a thousand recipients."""
+    counted: list[int] = []
+    columns_of = console._columns_of
+    monkeypatch.setattr(console, "_columns_of", lambda text: counted.append(len(text)) or columns_of(text))
+    assert len(console._folded("a" * 8000 + "\u6f22", 80)) == 101
+    assert sum(counted) < 20_000

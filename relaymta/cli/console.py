@@ -192,14 +192,24 @@ def _cut(text: str, columns: int) -> str:
 
 
 def _folded(text: str, columns: int) -> list[str]:
-    """The text in lines of so many columns, broken at blanks where there are some."""
+    """The text in lines of so many columns, broken at blanks where there are some. Linear time."""
     lines: list[str] = []
-    while _columns_of(text) > columns:
-        end = columns
-        while _columns_of(text[:end]) > columns:
-            end -= 1
-        at = text.rfind(" ", 0, end + 1)
-        at = at if at > 0 else end
-        lines.append(text[:at].rstrip())
-        text = text[at:].lstrip()
-    return [*lines, text]
+    begin = 0
+    while (end := _end(text, begin, columns)) < len(text):
+        at = text.rfind(" ", begin, end + 1)
+        at = at if at > begin else end
+        lines.append(text[begin:at].rstrip())
+        begin = at
+        while text[begin : begin + 1].isspace():
+            begin += 1
+    return [*lines, text[begin:]]
+
+
+def _end(text: str, begin: int, columns: int) -> int:
+    """Where what fits into so many columns ends; one character at least does."""
+    if text.isascii():
+        return min(begin + columns, len(text))
+    used, end = 0, begin
+    while end < len(text) and (used := used + _columns_of(text[end])) <= columns:
+        end += 1
+    return max(end, min(begin + 1, len(text)))
