@@ -207,6 +207,11 @@ def test_a_healthy_relay_and_what_may_happen_to_it(place: Place, monkeypatch: py
             state, what = found["daemon"]
             assert state == "wrong" and "does not answer" in what and "restart it" in what and found["ports"][0] == "warning"
 
+            other = path.replace("relay.toml", "other.toml")
+            Path(other).write_text(Path(path).read_text() + f'[control]\nsocket = "{place.folder}/other.sock"\n')
+            state, what = doctor("-c", other, "--offline")[1]["daemon"]
+            assert state == "wrong" and "shard-0 is in use by a relay that does not answer at" in what and "stop it" in what
+
             (pid,) = relay.worker_pids()
             os.kill(pid, signal.SIGKILL)
             wait_for(lambda: relay.worker_pids() not in ([], [pid]), what="the next worker")
@@ -315,6 +320,13 @@ def test_root_looks_with_the_rights_of_the_relays_user(place: Place, tmp_path: P
     for file in (secret, tmp_path / "mail.test.pem"):
         os.chown(file, 65534, 65534)
     assert doctor("-c", path, "--offline")[1]["permissions"][0] == "ok"
+    (tmp_path / "spool/shard-0/lmdb").mkdir(parents=True)
+    (tmp_path / "spool/shard-0/lmdb/data.mdb").touch(0o600)
+    for made in (tmp_path / "spool").rglob("*"):
+        if made.is_dir():
+            os.chown(made, 65534, 65534)
+    state, what = doctor("-c", path, "--offline")[1]["permissions"]
+    assert state == "wrong" and f"{tmp_path}/spool/shard-0/lmdb/data.mdb is not writable" in what
     shutil.rmtree(tmp_path / "spool")
     (tmp_path / "spool").mkdir()  # root's, in a folder of root's: a start gives it away
     assert doctor("-c", path, "--offline")[1]["permissions"][0] == "ok"
@@ -510,6 +522,24 @@ def test_limits_of_the_machine(place: Place, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(doctor_limits.memory, "limit", lambda process: (1 << 30, 0.97))
     state, what = doctor("-c", path, "--offline")[1]["memory"]
     assert state == "wrong" and "mail is temporarily rejected" in what
+
+
+def test_a_spool_that_is_a_link_to_what_is_not_there(place: Place) -> None:
+    (place.folder / "spool").symlink_to("/nonexistent/disk")
+    state, what = doctor("-c", place.write(), "--offline")[1]["permissions"]
+    assert state == "wrong" and f"{place.folder}/spool is a link to /nonexistent/disk, which is not there" in what
+
+
+def test_a_configuration_that_everybody_can_change(place: Place) -> None:
+    path, folder = place.write(), place.folder / "conf.d"
+    folder.mkdir()
+    assert doctor("-c", path, "--offline")[1]["permissions"][0] == "ok"
+    for one in (Path(path), folder):
+        before = one.stat().st_mode
+        one.chmod(before | 0o002)
+        state, what = doctor("-c", path, "--offline")[1]["permissions"]
+        assert state == "warning" and f"{one}: every user of this machine can change it" in what and "chmod o-w" in what
+        one.chmod(before)
 
 
 def test_an_open_relay(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

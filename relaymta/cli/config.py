@@ -49,7 +49,7 @@ def check(read: Configuration, no_connect: bool) -> None:
     made_by_root = _as_user(config)
     remarks = [*others, *notes(config), *mapped, *shaping.check(config), *ourselves.check(config)]
     remarks += [*checks.missing_variables(config), *checks.absent_places(config), *checks.exposed_secrets(config)]
-    remarks += [*checks.fleeting_spool(config), *busy]
+    remarks += [*checks.changeable_files(config), *checks.fleeting_spool(config), *busy]
     problems += [*checks.ephemeral_spool(config), *checks.unreadable_secrets(config)]
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")

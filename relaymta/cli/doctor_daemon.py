@@ -13,6 +13,7 @@ from relaymta import __version__, privileges
 from relaymta.cli.doctor_scene import Row, Scene
 from relaymta.cli.peer import lasting
 from relaymta.config import parse_hostport
+from relaymta.disk.lock import locked_shard
 from relaymta.errors import ConfigError
 from relaymta.sockets import in_use
 
@@ -34,6 +35,9 @@ def daemon(scene: Scene) -> list[Row]:
     if scene.control is None:
         return []
     if status is None:
+        if scene.given and (shard := locked_shard(Path(scene.config.spool))) is not None:
+            cure = "it was started with another control.socket, or is still ending: stop it, before one with this is started"
+            return [("daemon", "wrong", f"{shard} is in use by a relay that does not answer at {scene.control}: {cure}")]
         start = f"`systemctl start relaymta`, or `relaymta serve{scene.options}`"
         return [("daemon", "warning", f"no relay answers at {scene.control}: start it ({start})")]
     what = f"relaymta {status['version']}, pid {status['pid']}, up {lasting(status['uptime'])}"

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from relaymta.errors import ConfigError
 
 __all__ = ["disks", "permissions"]
 
+ENTRIES = 20_000  # files and folders of the spool whose rights are looked at
 LOG_FLOOR = 64 << 20  # octets free, where a log is
 FEW_INODES, SHARE_OF_INODES = 10_000, 5  # left, and per cent of all
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -112,18 +115,22 @@ def permissions(scene: Scene) -> list[Row]:
         closed = "Permission denied" in found or "not writable" in found
         cure = f": let {name} have it (`chown {name}`, `chmod u+rw`: docs/privileges.md)" if closed else ""
         return [("permissions", "wrong", found + cure)]
-    notes = checks.exposed_secrets(config) + checks.closed_socket(config)
+    notes = checks.changeable_files(config) + checks.exposed_secrets(config) + checks.closed_socket(config)
     if notes:
         return [("permissions", "warning", first_of(notes, "relaymta config check"))]
     return [("permissions", "ok", f"{name} can use the spool, the log, and the files of keys and passwords")]
 
 
 def _foreign(config: Config) -> Iterator[str]:
-    """What is in the spool and cannot be used by the current user: left by a relay of another user, or by root."""
-    spool = Path(config.spool)
-    with contextlib.suppress(OSError):
-        for folder in (spool, *spool.glob("shard-*")):
-            for entry in os.scandir(folder):
-                folder_or_file = os.R_OK | os.W_OK | (os.X_OK if entry.is_dir(follow_symlinks=False) else 0)
-                if not entry.is_symlink() and not os.access(entry.path, folder_or_file):
+    """What is in the spool and cannot be used by the current user: left by a relay of another user, or by root. What lies deep
+    in a large spool is not looked at."""
+    folders, left = deque([config.spool]), ENTRIES
+    while folders and left > 0:
+        with contextlib.suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in islice(entries, left):
+                left -= 1
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if not entry.is_symlink() and not os.access(entry.path, os.R_OK | os.W_OK | (os.X_OK if is_folder else 0)):
                     yield f"{entry.path} is not writable"
+                elif is_folder:
+                    folders.append(entry.path)

@@ -20,9 +20,9 @@ from relaymta.sockets import in_use, reason
 from relaymta.toml import CONF_D
 
 __all__ = [
-    "addresses", "busy_ports", "check_files", "check_program", "closed_socket", "ephemeral_spool", "exposed_secrets",
-    "fleeting_spool", "import_all", "made_by_root", "missing_variables", "unreadable_files", "unreadable_secrets",
-    "unusable_places", "why_not_here",
+    "addresses", "busy_ports", "changeable_files", "check_files", "check_program", "closed_socket", "ephemeral_spool",
+    "exposed_secrets", "fleeting_spool", "import_all", "made_by_root", "missing_variables", "unreadable_files",
+    "unreadable_secrets", "unusable_places", "why_not_here",
 ]  # fmt: skip
 
 SOCKET_PATH = 107  # octets (unix(7))
@@ -110,6 +110,20 @@ def exposed_secrets(config: Config) -> list[str]:
                 (key, f"{path}: every user of this machine can {does} it (mode {stat.S_IMODE(mode):04o}): chmod o= {path}")
             )
     return _placed(config, found)
+
+
+def changeable_files(config: Config) -> list[str]:
+    """Warnings about files of the configuration itself, and the folder with more of them, that every user of this machine can
+    change: root reads them, too."""
+    found = []
+    for path in (*config.files, *(path.parent / CONF_D for path in config.files[:1])):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue
+        if mode & stat.S_IWOTH and not stat.S_ISCHR(mode):  # /dev/stdin
+            found.append(f"{path}: every user of this machine can change it (mode {stat.S_IMODE(mode):04o}): chmod o-w {path}")
+    return found
 
 
 _PRIVATE = {"key": "chain", "client_key": "client_certificate"}  # keys, and where they are if they have no file of their own
@@ -234,6 +248,9 @@ def unusable_places(config: Config, made_by_root: set[str]) -> list[str]:
 def _folder(path: Path, by_root: bool) -> str:
     """Why a folder cannot be used or made, "" if it can. `by_root`: root makes it and gives it away."""
     parents = path.absolute().parents
+    there = next(one for one in (path, *parents) if os.path.lexists(one))
+    if there.is_symlink() and not there.exists():  # to what is not mounted, for example
+        return f"{there} is a link to {os.readlink(there)}, which is not there"
     existing = next(folder for folder in (*(() if by_root else (path,)), *parents) if folder.exists())
     for wrong in (path, existing):
         if wrong.exists() and not wrong.is_dir():
