@@ -20,6 +20,7 @@ from relaymta.errors import ConfigError
 from relaymta.log import Log
 from relaymta.supervisor.checks import (
     absent_places,
+    changeable_files,
     check_files,
     closed_socket,
     exposed_secrets,
@@ -217,6 +218,7 @@ def _warnings(config: Config) -> list[str]:
         *unreadable,
         *missing_variables(config),
         *absent_places(config),
+        *changeable_files(config),
         *exposed_secrets(config),
         *fleeting_spool(config),
         *closed_socket(config),
