@@ -99,6 +99,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"], ("mailbox", "export"): ["a@b.example", "new"],
     ("mailbox", "import"): ["a@b.example", __file__],
     ("mailbox", "alias"): ["a@b.example", "c@b.example"], ("mailbox", "quota"): ["a@b.example", "5G"],
+    ("import", "postfix"): [str(Path(__file__).parent / "postfix/null-client")],
     ("filter", "test"): ["/dev/null"], ("filter", "learn"): ["spam", "/dev/null"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
@@ -125,6 +126,7 @@ NO_DAEMON = {
     "config",
     "dkim",
     "doctor",
+    "import",
     "init",
     "logs",
     "manual",
@@ -640,6 +642,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("queue", "snapshot"): {"lmdb", "asyncio", "email"}, ("mailbox", "history"): CONFIG | {"lmdb", "asyncio"},
     **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG, ("logs", "tail"): CONFIG,
+    ("import", "postfix"): CONFIG,
 }  # fmt: skip
 SLOW = {
     ("bench", "account"),
@@ -689,7 +692,7 @@ def test_the_help_of_all_verbs_imports_none(words):
 def test_the_line_of_a_verb_is_the_beginning_of_its_help():
     shown = call("--help").stdout
     for name, verb in VERBS.items():
-        command = getattr(import_module(f"relaymta.cli.{verb.module}"), name)
+        command = getattr(import_module(f"relaymta.cli.{verb.module}"), verb.command or name)
         assert " ".join(command.help.split()).startswith(verb.line.rstrip(".")), name
         assert command.hidden == (not verb.line)
         assert (f"  {name} " in shown) == bool(verb.line)

@@ -26,10 +26,12 @@ BROKEN_PIPE, TERMINATED = 141, 143  # as a shell has it for a program that SIGPI
 
 
 class Verb(NamedTuple):
-    """A verb: its module, and its line in `relaymta --help`, with which its own help begins. Hidden without a line."""
+    """A verb: its module, and its line in `relaymta --help`, with which its own help begins. Hidden without a line. `command`:
+    its name in the module, "": as the verb."""
 
     module: str
     line: str = ""
+    command: str = ""
 
 
 # Only the module of the verb that is called is imported, and none for `relaymta --help`.
@@ -44,6 +46,7 @@ VERBS = {
     "doctor": Verb("doctor", "Check what runs here; with a subject, what other servers see of this one."),
     "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
     "fsck": Verb("fsck", "Check the queue: every message's rows, schedule, recipients and data."),
+    "import": Verb("import_postfix", "Read the configuration of another mail server.", "import_"),
     "init": Verb("init", "Set up a relay: ask for what it needs, write its configuration, and send a test message."),
     "logs": Verb("logs", "Show the log: what has happened to mail, and why."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
@@ -83,7 +86,8 @@ class Verbs(click.Group):
         """A verb's command; None when there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        found: click.Command = getattr(import_module(f"relaymta.cli.{VERBS[cmd_name].module}"), cmd_name)
+        verb = VERBS[cmd_name]
+        found: click.Command = getattr(import_module(f"relaymta.cli.{verb.module}"), verb.command or cmd_name)
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

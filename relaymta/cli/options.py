@@ -168,9 +168,10 @@ def note_given(
 
 
 def group(function: Callable[[], None]) -> click.Group:
-    """A verb that has verbs, which the options for all verbs may follow, too."""
+    """A verb that has verbs, which the options for all verbs may follow, too. It is called as the function, but for a `_` at the
+    end."""
 
-    @click.group(name=function.__name__, help=function.__doc__)
+    @click.group(name=function.__name__.removesuffix("_"), help=function.__doc__)
     @for_all_verbs
     def made(path: Path | None, settings: tuple[str, ...], spool: str | None) -> None:
         note_given(path, settings, spool)
