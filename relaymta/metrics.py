@@ -4,12 +4,12 @@ Counting is one atomic add on a cell. The supervisor reads the blocks of all wor
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
-    "SITES_SHOWN", "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "clear_filter_gauges",
+    "SITES_SHOWN", "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "activity", "clear_filter_gauges",
     "down_families", "families", "filter_families", "list_families", "list_name", "row_families",
 ]  # fmt: skip
 
@@ -218,6 +218,35 @@ def index(name: str, label: str = "") -> int:
 RESULTS = {"accepted": index("relaymta_messages_received_total")} | {
     result: index("relaymta_recipients_total", result) for result in COUNTERS["relaymta_recipients_total"][2]
 }
+
+# What `relaymta top` shows as rates -> its cells; and of what it shows the mean time.
+_RATES = {name: (cell,) for name, cell in RESULTS.items()} | {
+    "rejected": (
+        *(index("relaymta_messages_refused_total", why) for why in COUNTERS["relaymta_messages_refused_total"][2]),
+        index("relaymta_recipients_refused_total"),
+    ),
+    "connections": (index("relaymta_connections_total", "accepted"),),
+    "refused": (index("relaymta_connections_total", "refused"),),
+    "sessions": (index("relaymta_sessions_total", "opened"),),
+}
+_TIMES = {"accept": "relaymta_accept_seconds", "delivery": "relaymta_delivery_delay_seconds"}
+
+
+def activity(workers: Sequence[Cells]) -> dict[str, Any]:
+    """Of all workers: `counts` since the start by name, `times` as (how many, their sum in ms), `gauges` by their names."""
+
+    def total(cell: int) -> int:
+        return sum(worker.get(cell) for worker in workers)
+
+    times = {}
+    for name, histogram in _TIMES.items():
+        base, buckets = _histogram[histogram], len(HISTOGRAMS[histogram][1]) + 1
+        times[name] = sum(total(base + bucket) for bucket in range(buckets)), total(base + buckets)
+    gauges = {}
+    for name, (_, greatest) in GAUGES.items():
+        values = [worker.get(_gauge[name]) for worker in workers]
+        gauges[name] = max(values, default=0) if greatest else sum(values)
+    return {"counts": {name: sum(map(total, cells)) for name, cells in _RATES.items()}, "times": times, "gauges": gauges}
 
 
 class Counters:

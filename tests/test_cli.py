@@ -661,6 +661,7 @@ SLOW = {
     ("filter", "test"),
     ("quarantine", "learn"),
     ("rule", "test"),
+    ("top",),
     ("trace", "in"),
     ("trace", "out"),
 }  # serve for ever, or do all there is

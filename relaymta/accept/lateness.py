@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 __all__ = ["BEAT", "OWN_SECONDS", "Lateness"]
 
 BEAT, BEATS, LATE_BEATS = 0.05, 100, 3  # seconds between measurements; how many are kept; late ones that shed load
+WORST_KEPT = 0.98  # of the greatest lag, at each measurement
 OWN_SECONDS = 30.0  # work of our own that takes longer hides no load: it may be stuck
 
 
@@ -21,6 +22,7 @@ class Lateness:
 
     def __init__(self, now: Callable[[], float], warn: Callable[[str], None]) -> None:
         self.shedding = False
+        self.worst = 0.0  # the greatest lag (s) lately: it is halved in some two seconds
         self.turned_away = 0  # since load shedding has begun
         self._now = now
         self._warn = warn
@@ -50,6 +52,7 @@ class Lateness:
         late yet; 0: load is not shed."""
         now = self._now()
         lag, self._beat_at = now - self._beat_at - BEAT, now
+        self.worst = max(lag, self.worst * WORST_KEPT)
         working = self._own_works > 0 and now - self._own_since < OWN_SECONDS
         own, self._excused = working or self._excused, False
         if not most:

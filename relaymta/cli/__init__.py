@@ -65,6 +65,7 @@ VERBS = {
     "site": Verb("site", "The sites that mail is sent to."),
     "standing": Verb("policy"),
     "status": Verb("queue", "Show the state of the daemon and its workers."),
+    "top": Verb("top", "Watch the relay: rates, the queue, workers and sites, as they are now."),
     "trace": Verb("trace", "Show SMTP dialogues as they happen."),
     "user": Verb("account", "Manage people who log in to send mail."),
     "view": Verb("view", "Show and end the sessions of users who read mail that is kept here."),

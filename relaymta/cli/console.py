@@ -8,21 +8,25 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TextIO
 from unicodedata import combining, east_asian_width
 
 from relaymta.proto.printable import printable, printable_json
 
 __all__ = [
     "OutputFailed",
+    "Section",
     "check_streams",
     "give_up",
+    "is_screen",
     "record",
     "say",
     "say_json",
     "say_json_lines",
     "say_message",
+    "say_sections",
+    "screen",
     "table",
     "width",
 ]
@@ -31,6 +35,14 @@ LINE = 1 << 16  # characters of a line of message data that are collected
 _LEAST = 12  # columns of a table's column that is narrowed
 _LITTLE = 30  # columns that are too few for a sentence
 _NUMBER = re.compile(r"-?|[\d.]+( of \d+| ?[kMGT]?B|/s|%)?")  # a cell of a column of numbers
+
+
+class Section(NamedTuple):
+    """A part of what is shown: lines, then a table (without `columns`: none)."""
+
+    lines: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[list[str]] = ()
 
 
 class OutputFailed(Exception):
@@ -153,6 +165,54 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     _write(sys.stdout, "".join(line + "\n" for line in lines))
 
 
+@contextlib.contextmanager
+def screen() -> Iterator[Callable[[list[Section]], None]]:
+    """The alternate screen of the terminal, until the context ends; gives a function that shows sections on it, as far as they
+    fit. With NO_COLOR (no-color.org) without colours."""
+    from rich.console import Console
+    from rich.live import Live
+
+    terminal = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    with _written(), Live(console=terminal, screen=True, auto_refresh=False, transient=True) as live:
+        yield lambda sections: live.update(_page(sections, terminal.size.height), refresh=True)
+
+
+def _page(sections: list[Section], height: int) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Any] = []
+    left = height
+    for section in sections:
+        for line in section.lines[: max(0, left)]:
+            parts.append(Text(printable(line), no_wrap=True, overflow="ellipsis"))
+            left -= 1
+        if section.columns and left > 1:
+            shown = Table(box=None, expand=True, padding=(0, 1, 0, 0), header_style="bold reverse")
+            for number, name in enumerate(section.columns):
+                right = all(_NUMBER.fullmatch(row[number]) for row in section.rows)
+                last = number == len(section.columns) - 1
+                shown.add_column(
+                    Text(printable(name)), justify="right" if right and not last else "left", no_wrap=True, overflow="ellipsis",
+                    ratio=1 if last else None,
+                )  # fmt: skip
+            rows = section.rows[: left - 1]
+            for row in rows:
+                shown.add_row(*(Text(printable(cell)) for cell in row))
+            parts.append(shown)
+            left -= 1 + len(rows)
+    return Group(*parts)
+
+
+def say_sections(sections: list[Section]) -> None:
+    """Write sections as lines and tables."""
+    for section in sections:
+        say(*section.lines)
+        if section.columns:
+            table("", list(section.columns), list(section.rows))
+
+
 def record(*parts: str) -> None:
     """Write one record of a list: one line, unless it is wider than the terminal. Then each part has lines of its own, those
     behind the first indented."""
@@ -163,6 +223,11 @@ def record(*parts: str) -> None:
         return
     lines = _folded(text[0], room) + ["  " + line for part in text[1:] for line in _folded(part, room - 2)]
     _write(sys.stdout, "".join(line + "\n" for line in lines))
+
+
+def is_screen() -> bool:
+    """Whether standard output is a terminal on which a screen can be shown."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def width() -> int:

@@ -444,6 +444,7 @@ REQUESTS: dict[str, Request] = {
         Request("lessons", Known, Where.SUPERVISOR),
         Request("learned", Learned, Where.SUPERVISOR, changes=True),
         Request("trace", Trace, Where.LIVE, pieces=True),
+        Request("activity", Nothing, Where.SUPERVISOR),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

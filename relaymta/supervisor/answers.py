@@ -49,7 +49,7 @@ from relaymta.filter.lessons import KEY
 from relaymta.history import history_files, history_piece
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
-from relaymta.metrics import RESULTS
+from relaymta.metrics import RESULTS, activity
 from relaymta.node import DEAD, HOLD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
@@ -234,6 +234,10 @@ class Answers:
             "workers": rows,
         }
         return Answer(value, missing)
+
+    async def activity(self, args: Nothing) -> dict[str, Any]:
+        """As `metrics.activity`, of all workers; they are not asked."""
+        return activity([self._supervisor.shared.counters(slot.number) for slot in self._slots])
 
     async def shards(self, args: Nothing) -> Answer:
         """The numbers of the shards whose workers are ready."""

@@ -1,6 +1,7 @@
 """A worker's answers to the requests of the command line, which the supervisor passes on."""
 
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -266,6 +267,10 @@ class Answers:
             "pid": os.getpid(),
             "shards": list(self._shards),
             "connections": len(acceptor.connections) if acceptor else 0,
+            "cpu": round(time.process_time(), 3),
+            "rss": _resident(),
+            "lag": round(acceptor.lateness.worst, 4) if acceptor else 0.0,
+            "messages": sum(shard.totals.messages for shard in shards if shard.totals is not None),
             "traces": len(self._worker.tracer.watches),
             "in flight": sum(shard.dispatcher.in_flight() for shard in shards),
             "full": any(shard.queue.full for shard in shards) or any(shard.disk.full for shard in mail),
@@ -275,3 +280,9 @@ class Answers:
                 pool.key: pool.reason for shard in shards for pool in shard.dispatcher.pools.values() if pool.failures
             },
         }
+
+
+def _resident() -> int:
+    """Octets of memory that this process has."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -42,6 +42,14 @@ class Terminal:
         self.await_text(question)
         os.write(self._leader, text.encode() + b"\r")
 
+    def press(self, keys: str) -> None:
+        """Press keys, without Return."""
+        os.write(self._leader, keys.encode())
+
+    def signal(self, number: int) -> None:
+        """Send the program a signal."""
+        os.kill(self._pid, number)
+
     def await_text(self, text: str) -> None:
         """Wait until this is shown, behind what was waited for before."""
         until = time.monotonic() + PATIENCE
