@@ -84,6 +84,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "moved": ("queue", "route", "messages", "by"),
     "abuse": ("account", "check", "watch", "value", "limit", "verdict", "enforced", "reason", "ends"),
     "filter": ("filter", "state", "reason"),
+    "audit": ("who", "where", "action", "about", "count", "result", "ids"),
     "rejected": ("client", "helo", "protocol", "phase", "sender", "recipients", "reply"),
     "delivered": (
         "id",
@@ -130,14 +131,14 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 ADDED = {"message_id", "users", "retrieved", "commands", "program", "mechanism"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stays", "expired"}
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stays", "expired", "ids"}
 
 # The types of fields that are no strings, in all events.
 TYPES: dict[str, Any] = {
-    **dict.fromkeys(("pid", "size", "filled", "messages", "changes", "port", "attempt"), int),
+    **dict.fromkeys(("pid", "size", "filled", "messages", "changes", "port", "attempt", "count"), int),
     **dict.fromkeys(("seconds", "value", "limit", "ends", "until", "delay", "next"), float),
     **dict.fromkeys(("good", "enforced", "stays", "expired"), bool),
-    **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to"), list[str]),
+    **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to", "ids"), list[str]),
     **dict.fromkeys(("users", "actions"), list[str] | str),
     **dict.fromkeys(("retrieved", "commands"), int | str),
     "score": float | None,

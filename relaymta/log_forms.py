@@ -85,6 +85,7 @@ _LEVELS: dict[str, Callable[[Any], int]] = {
     "started": lambda record: NOTICE,
     "reloaded": lambda record: NOTICE,
     "stopped": lambda record: NOTICE if record.reason == "signal" else ERROR,
+    "audit": lambda record: NOTICE if record.result == "done" else WARNING,
     "login": lambda record: INFO if record.good else WARNING,
     "abuse": lambda record: NOTICE if record.verdict == "cleared" else WARNING,
     "filter": lambda record: WARNING if record.state == "down" else NOTICE,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 __all__ = [
     "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
     "SITES_SHOWN", "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "activity", "clear_filter_gauges",
-    "down_families", "families", "filter_families", "list_families", "list_name", "row_families",
+    "down_families", "families", "filter_families", "list_families", "list_name", "readings", "row_families",
 ]  # fmt: skip
 
 
@@ -288,6 +288,31 @@ class Counters:
         """Set all gauges to 0, of a worker that has died. Its counters stay."""
         for cell in _gauge.values():
             self.cells.set(cell, 0)
+
+
+# What `readings` shows -> the gauge, or the histogram, behind it.
+_SHOWN_GAUGES = {
+    "messages": "relaymta_queue_messages", "octets": "relaymta_queue_octets", "deferred": "relaymta_queue_deferred",
+    "held": "relaymta_queue_held", "quarantined": "relaymta_quarantine_messages", "connections": "relaymta_connections",
+    "sessions": "relaymta_sessions", "oldest": "relaymta_oldest_message_seconds",
+}  # fmt: skip
+_SHOWN_HISTOGRAMS = {"accept": "relaymta_accept_seconds", "delivery": "relaymta_delivery_delay_seconds"}
+
+
+def readings(blocks: Sequence[Cells]) -> dict[str, Any]:
+    """Of all workers together, for operators: `totals` (as of RESULTS, since the start), `gauges` (now), and `histograms`: by
+    name `bounds` (seconds) and `counts`, one more, of what is above the last one."""
+    histograms = {}
+    for shown, name in _SHOWN_HISTOGRAMS.items():
+        bounds, base = HISTOGRAMS[name][1], _histogram[name]
+        counts = [sum(block.get(base + number) for block in blocks) for number in range(len(bounds) + 1)]
+        histograms[shown] = {"bounds": list(bounds), "counts": counts}
+    gauges = {}
+    for shown, name in _SHOWN_GAUGES.items():
+        values = [block.get(_gauge[name]) for block in blocks]
+        gauges[shown] = max(values, default=0) if GAUGES[name][1] else sum(values)
+    totals = {name: sum(block.get(cell) for block in blocks) for name, cell in RESULTS.items()}
+    return {"totals": totals, "gauges": gauges, "histograms": histograms}
 
 
 class FilterCounters:

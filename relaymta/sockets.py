@@ -109,12 +109,15 @@ def _try(address: str) -> None:
         probe.bind((host, port))
 
 
-def control_socket(path: Path, user: struct_passwd | None = None, group: int | None = None) -> socket.socket:
-    """The listening control socket at `path`, for its owner (`user`, if given) and group (`group`, if given) only. A socket left
+def control_socket(
+    path: Path, user: struct_passwd | None = None, group: int | None = None, key: str = "control.socket"
+) -> socket.socket:
+    """The listening control socket at `path`, for its owner (`user`, if given) and group (`group`, if given) only. `key`: what
+    has its path in the configuration. A socket left
     over there, on which no process answers, is removed. SpoolBusy when one answers; ConfigError when something else is there."""
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _clear_way(path)
+        _clear_way(path, key)
         before = os.umask(0o117)
         try:
             control.bind(str(path))
@@ -124,7 +127,7 @@ def control_socket(path: Path, user: struct_passwd | None = None, group: int | N
         control.listen(16)
     except OSError as error:
         control.close()
-        raise ConfigError([f"control.socket: {path}: {error.strerror or error}"]) from None
+        raise ConfigError([f"{key}: {path}: {error.strerror or error}"]) from None
     except BaseException:
         control.close()
         raise
@@ -146,15 +149,13 @@ def _give_socket(path: Path, user: struct_passwd | None, group: int | None) -> N
         raise ConfigError([f"control.group: {what}"]) from None
 
 
-def _clear_way(path: Path) -> None:
+def _clear_way(path: Path, key: str) -> None:
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise ConfigError(
-            [f"control.socket: {path} exists and is not a socket; it was left as it is: move it, or choose another path"]
-        )
+        raise ConfigError([f"{key}: {path} exists and is not a socket; it was left as it is: move it, or choose another path"])
     if listens(path):
         raise SpoolBusy(f"{path}: another relaymta answers here")
     path.unlink()

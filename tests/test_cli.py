@@ -115,6 +115,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("sieve", "get"): ["a@b.example", "x"], ("sieve", "activate"): ["a@b.example", "x"],
     ("sieve", "remove"): ["a@b.example", "x"],
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
+    ("token", "create"): ["--name", "n", "--scope", "read"], ("token", "revoke"): ["n"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
 # Verbs that do not ask it.
@@ -133,6 +134,7 @@ NO_DAEMON = {
     "route",
     "serve",
     "sink",
+    "token",
     "user",
 }
 ALONE = {
@@ -643,6 +645,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG, ("logs", "tail"): CONFIG,
     ("import", "postfix"): CONFIG,
+    **{("token", verb): CONFIG for verb in ("create", "list", "revoke")},
 }  # fmt: skip
 SLOW = {
     ("bench", "account"),

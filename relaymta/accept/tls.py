@@ -58,14 +58,20 @@ class Certificates:
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
         """SNI callback: select the first certificate that has this name, else the first of all."""
+        found = self.named(name)
+        if name and found is not None:
+            connection.context = found
+        return None
+
+    def named(self, name: str | None) -> ssl.SSLContext | None:
+        """The context of the first certificate that has this name, else of the first of all; None: as of `context`."""
         if name:
             wanted_name = name.lower().rstrip(".")
             wanted = {wanted_name, "*." + wanted_name.partition(".")[2]}
             for one in self.watched:
                 if one.value is not None and not wanted.isdisjoint(one.value.names):
-                    connection.context = one.value.context
-                    break
-        return None
+                    return one.value.context
+        return self.context
 
 
 def check(config: Config) -> None:

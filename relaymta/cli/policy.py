@@ -9,6 +9,7 @@ import click
 from relaymta.cli.console import record, say, say_json
 from relaymta.cli.options import Configuration, configured, fail, group
 from relaymta.cli.peer import (
+    Daemon,
     Offline,
     absent,
     as_json,
@@ -25,7 +26,7 @@ from relaymta.cli.peer import (
 )
 from relaymta.cli.queue import change, pages
 
-__all__ = ["policy", "standing"]
+__all__ = ["POLICIES", "about_mail", "enact", "policy", "shown_policy", "standing"]
 
 # What happens to mail, and the verb of the queue that applies the policy to queued mail: it is held, or due at once.
 POLICIES = {"hold": ("held", "policy"), "bounce": ("returned to its sender", "flush")}
@@ -70,25 +71,36 @@ def _add(kind: str, sentence: str, reason: str) -> None:
         given = {key: value for key, value in chosen.items() if value}
         if not given:
             fail(64, f"which mail? Give --app, --user, --route, --queue, --from or --domain: relaymta policy {kind} --help")
-        if any(" " in value for value in given.values()):
-            fail(64, "the conditions of a policy must not have spaces in them")
+        about = about_mail(given)
         seconds = _seconds(duration, clock)
-        about = " ".join(f"{key}={value}" for key, value in sorted(given.items()))
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running (start it with `relaymta serve`)")
         if given.get("route") and given["route"] not in (known := routes(peer)):
             absent(no_such("route", given["route"], known))
-        done, verb = POLICIES[kind]
+        done, _ = POLICIES[kind]
         if dry_run:
             count = sum(len(idents) for _, idents, _ in pages(peer, given))
             say(f"{count} queued messages would be {done}, and new mail that matches; nothing was changed")
             return
-        asked(peer, "policy", kind=kind, about=about, seconds=seconds, reason=reason)
-        found = change(peer, verb, [given], dry_run, about)
+        found = enact(peer, kind, given, seconds, reason)
         ends = until(time.time() + seconds)
         say(f"mail with {about} is {done} {ends}; {found['changed']} queued messages were {done}")
         say(f'`relaymta policy remove {kind} "{about}"` ends it')
+
+
+def about_mail(given: dict[str, str]) -> str:
+    """The conditions of a policy, in its own form."""
+    if any(" " in value for value in given.values()):
+        fail(64, "the conditions of a policy must not have spaces in them")
+    return " ".join(f"{key}={value}" for key, value in sorted(given.items()))
+
+
+def enact(peer: Daemon, kind: str, given: dict[str, str], seconds: float, reason: str) -> dict[str, Any]:
+    """Set a policy, and apply it to queued mail: as of `queue.change`."""
+    about = about_mail(given)
+    asked(peer, "policy", kind=kind, about=about, seconds=seconds, reason=reason)
+    return change(peer, POLICIES[kind][1], [given], False, about)
 
 
 _add("hold", "Hold mail: no attempts, no expiry, until the policy ends.", "held by the operator")
@@ -103,7 +115,7 @@ def list_policies(read: Configuration, as_json: bool) -> None:
     policies = [state for state in asked(connect(read), "site_states") if state["kind"] in POLICIES]
     if as_json:
         for state in policies:
-            say_json(_policy(state))
+            say_json(shown_policy(state))
         return
     for state in policies:
         record(f"{state['kind']} {state['site']}, since {when(state['since'])}, {until(state['until'])}: {state['reason']}")
@@ -111,7 +123,8 @@ def list_policies(read: Configuration, as_json: bool) -> None:
         say("no policy is in effect", err=True)
 
 
-def _policy(state: dict[str, Any]) -> dict[str, Any]:
+def shown_policy(state: dict[str, Any]) -> dict[str, Any]:
+    """A policy, from its site state."""
     return {"kind": state["kind"], "about": state["site"], **{key: state[key] for key in ("since", "until", "by", "reason")}}
 
 

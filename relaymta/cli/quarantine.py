@@ -34,7 +34,7 @@ from relaymta.cli.peer import (
 from relaymta.cli.queue import change, list_in_order, pages, result
 from relaymta.ident import format_id
 
-__all__ = ["quarantine"]
+__all__ = ["header_of", "quarantine"]
 
 HEAD_MOST = 1 << 17  # octets of a message in which its header is looked for
 SHOWN = ("from", "to", "cc", "reply-to", "subject", "date", "message-id", "authentication-results")
@@ -119,15 +119,15 @@ def show(read: Configuration, ids: tuple[str, ...], as_json: bool) -> None:
         if found is None or found["quarantine"] is None:
             hint = "" if found is None else f"it is {found['state']} in the queue: `relaymta message show {ident}`"
             absent(no_such("message in the quarantine", ident, hint=hint))
-        fields = _fields(peer, ident)
+        fields = header_of(peer, ident)
         if as_json:
             say_json(found | {"header": fields})
         else:
             _show(found, fields)
 
 
-def _fields(peer: Daemon | Offline, ident: str) -> list[tuple[str, str]]:
-    """The header, as it is shown."""
+def header_of(peer: Daemon | Offline, ident: str) -> list[tuple[str, str]]:
+    """The fields of a message's header, decoded, as far as its first 128 kB have it."""
     from relaymta.proto.edits import shown
     from relaymta.proto.header import header_end
     from relaymta.proto.mime_text import header_text

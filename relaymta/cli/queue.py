@@ -392,7 +392,8 @@ def change(
                 for line in lines:
                     look(json.loads(line))
             if idents and not dry_run:
-                changed, in_flight = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word, **how)
+                done = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word, **how)
+                changed, in_flight = done or (0, 0)  # its worker has gone since the page was read
                 found["changed"] += changed
                 found["in_flight"] += in_flight
         if chosen.get("ident") and found["matched"] == before:

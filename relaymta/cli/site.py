@@ -8,11 +8,11 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
+from relaymta.cli.peer import Daemon, Offline, absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
 from relaymta.cli.queue import KINDS, SITES, is_named, names_of_sites
 from relaymta.errors import near
 
-__all__ = ["shaping", "site"]
+__all__ = ["counted_name", "end_suspension", "note_suspensions", "shaping", "site"]
 
 
 @group
@@ -27,7 +27,7 @@ def list_sites(read: Configuration, as_json: bool) -> None:
     """List the sites that have mail or connections now, one a line."""
     peer = connect(read)
     rows = asked(peer, "sites")
-    _note_suspensions(rows, asked(peer, "site_states"))
+    note_suspensions(rows, asked(peer, "site_states"))
     if as_json:
         for row in rows:
             say_json(row)
@@ -45,7 +45,7 @@ def list_sites(read: Configuration, as_json: bool) -> None:
     table("", ["site", "state", "waiting", "deferred", "in flight", "conns", "rate", "reason"], lines)
 
 
-def _note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+def note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
     """Give the sites that are suspended that state."""
     found = {state["site"]: state for state in states if state["kind"] == "suspended" and not state["about"]}
     for row in rows:
@@ -59,7 +59,7 @@ def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list
     rows = [row for row in asked(peer, "sites") if is_named(row, name)]
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
-    _note_suspensions(rows, states)
+    note_suspensions(rows, states)
     if not rows and not states:
         absent(no_such("site", name, names_of_sites(peer), SITES))
     return rows, states
@@ -110,7 +110,7 @@ def limits(read: Configuration, name: str, as_json: bool) -> None:
         _show_limits(row)
 
 
-def _counted(rows: list[dict[str, Any]], name: str) -> str:
+def counted_name(rows: list[dict[str, Any]], name: str) -> str:
     """The name under which the site is counted that has this name, or this host, in the rows of `site list`; ends the program
     where it is that of several. One that has no mail now keeps its name."""
     found = {row["site"] for row in rows if is_named(row, name)}
@@ -135,7 +135,7 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
     rows = asked(peer, "sites") if name else []
     known = names_of_sites(peer, rows) if name else set()
-    done = asked(peer, "suspend", site=_counted(rows, name), about=application, seconds=seconds, reason=reason)
+    done = asked(peer, "suspend", site=counted_name(rows, name), about=application, seconds=seconds, reason=reason)
     if name and done["site"] == name and not done["known"] and name not in known:
         where = "on the workers that answer" if missing() else "now"  # not refused: in an outage suspensions are needed
         say(f"note: no site {name} has mail or connections {where}{near(name, known)}", err=True)
@@ -158,20 +158,29 @@ def resume(read: Configuration, name: str, application: str) -> None:
         fail(64, "which site? Give its name (`relaymta shaping active` lists what is suspended), or --app")
     peer = connect(read)
     rows = asked(peer, "sites") if name else []
-    done = asked(peer, "clear", kind="", site=name, about=application, resume=True)
     mine = [row for row in rows if is_named(row, name)]
-    if not application:  # sites that are down are known by their pools
-        done += sum(asked(peer, "clear", kind="dead", site=row["pool"], about="", resume=False) for row in mine)
-    if not done and mine:
-        counted_as = _counted(rows, name)
-        done += asked(peer, "clear", kind="suspended", site=counted_as, about=application, resume=False)
-        name = _shown_as(name, counted_as) if done else name
+    done, counted_as = end_suspension(peer, rows, name, application)
+    name = _shown_as(name, counted_as)
     if not done:
         if name and not mine and name not in (known := names_of_sites(peer, rows)):
             absent(no_such("site", name, known, SITES))
         about = " ".join(filter(None, (name, f"--app {application}" if application else "")))
         absent(no_such("suspension", about, hint="`relaymta shaping active` lists what is suspended"))
     say(f"{f'mail of {application} to ' if application else ''}{name or 'all sites'} is resumed")
+
+
+def end_suspension(peer: Daemon | Offline, rows: list[dict[str, Any]], name: str, application: str) -> tuple[int, str]:
+    """End what keeps mail from a site ("": of an application from all sites): (how many states were removed, the name by which
+    the site is counted where that is how one was found, else `name`). `rows`: those of `site list`."""
+    done = asked(peer, "clear", kind="", site=name, about=application, resume=True)
+    mine = [row for row in rows if is_named(row, name)]
+    if not application:  # sites that are down are known by their pools
+        done += sum(asked(peer, "clear", kind="dead", site=row["pool"], about="", resume=False) for row in mine)
+    if not done and mine:
+        counted_as = counted_name(rows, name)
+        done += asked(peer, "clear", kind="suspended", site=counted_as, about=application, resume=False)
+        name = counted_as if done else name
+    return done, name
 
 
 def _shown_as(name: str, counted_as: str) -> str:

@@ -11,6 +11,7 @@ a reload; describing.py the reference.
 
 from relaymta.config.abuse import Abuse
 from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, TokensTable
+from relaymta.config.admin import Admin
 from relaymta.config.checks import notes
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
@@ -28,7 +29,7 @@ from relaymta.config.values import check_each, near, parse_duration, parse_hostp
 from relaymta.config.whole import Config
 
 __all__ = [
-    "Abuse", "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim",
+    "Abuse", "Account", "AccountsTable", "Admin", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim",
     "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
     "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable",
     "Verify", "as_toml", "check_each", "describe", "everywhere", "given", "given_values", "header_condition", "load",

@@ -76,6 +76,8 @@ def _overlapping(config: "Config") -> Iterator[tuple[str, str, str]]:
     places = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
     if config.metrics.listen != "off":
         places.append(("metrics.listen", config.metrics.listen))
+    if config.admin.listen != "off":
+        places.append(("admin.listen", config.admin.listen))
     earlier: dict[tuple[str, int], tuple[str, str]] = {}
     for key, address in places:
         host, port = _bound(address)
@@ -333,6 +335,8 @@ def _sent_in_clear(config: "Config") -> Iterator[tuple[str, str]]:
 
 def _needs_of_listeners(config: "Config") -> Iterator[tuple[str, str]]:
     """What listeners need of other tables: certificates and accounts."""
+    if config.admin.tls and not config.certificate:
+        yield "admin.tls", "needs a [[certificate]]"
     for number, listener in enumerate(config.listener):
         if listener.tls in ("require", "implicit") and not config.certificate:
             yield f"listener.{number}.tls", f"{listener.tls!r} needs a [[certificate]]"

@@ -6,6 +6,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from relaymta.config.abuse import Abuse
 from relaymta.config.accounts import AccountsTable
+from relaymta.config.admin import Admin
 from relaymta.config.checks import contradictions
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QuarantineTable, QueueTable
@@ -65,6 +66,7 @@ class Config(Table):
     limits: LimitsTable = LimitsTable()
     metrics: Metrics = Metrics()
     control: Control = Control()
+    admin: Admin = Admin()
     log: Log = Log()
     _origin: Origin = PrivateAttr(default_factory=Origin)
     _renamed: list[str] = PrivateAttr(default_factory=list)  # values given by their old names, as sentences
@@ -133,6 +135,18 @@ class Config(Table):
     def control_path(self) -> Path:
         """Where the control socket is."""
         return Path(self.control.socket) if self.control.socket else Path(self.spool) / "control.sock"
+
+    @property
+    def admin_path(self) -> Path | None:
+        """Where the unix socket of the HTTP API is; None: there is none."""
+        if self.admin.socket == "off":
+            return None
+        return Path(self.admin.socket) if self.admin.socket else self.control_path.parent / "admin.sock"
+
+    @property
+    def tokens_path(self) -> Path:
+        """Where the hashes of tokens are."""
+        return Path(self.admin.tokens) if self.admin.tokens else Path(self.spool) / "admin-tokens.json"
 
     @property
     def keeps_mail(self) -> bool:

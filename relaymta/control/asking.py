@@ -47,11 +47,11 @@ class Asked:
         raise ConnectionError("the daemon closed the connection")
 
 
-def begin(path: Path, op: str, /, **args: Any) -> Asked:
-    """Send a request to the daemon's control socket. Blocks; OSError when there is no daemon, RelayError when the request cannot
-    be sent."""
+def begin(path: Path, op: str, by: tuple[str, str] | None = None, /, **args: Any) -> Asked:
+    """Send a request to the daemon's control socket. `by`: on whose behalf (who, and from where). Blocks; OSError when there is
+    no daemon, RelayError when the request cannot be sent."""
     row = REQUESTS.get(op)
-    data = pack(Frame(1, op, args))
+    data = pack(Frame(1, op, args, by=list(by or ())))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(60 if row is None else row.patience)

@@ -28,11 +28,12 @@ class Answer(NamedTuple):
 async def converse(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    answer: Callable[[str, dict[str, Any]], Awaitable[Answer]],
+    answer: Callable[[str, dict[str, Any], list[str]], Awaitable[Answer]],
     failed: Callable[[str, Exception], None],
 ) -> None:
-    """The daemon's end of a connection: answer its requests in order until the other end closes. An exception of a handler is an
-    answer, too; `failed(op, error)` is called for one that is a bug."""
+    """The daemon's end of a connection: answer its requests in order until the other end closes. `answer` gets the request, its
+    arguments and on whose behalf it is made ([]: nobody else's). An exception of a handler is an answer, too; `failed(op,
+    error)` is called for one that is a bug."""
     frames = Frames()
     try:
         while data := await reader.read(_OCTETS):
@@ -53,11 +54,11 @@ async def _respond(
     writer: asyncio.StreamWriter,
     frame: Frame,
     op: str,
-    answer: Callable[[str, dict[str, Any]], Awaitable[Answer]],
+    answer: Callable[[str, dict[str, Any], list[str]], Awaitable[Answer]],
     failed: Callable[[str, Exception], None],
 ) -> None:
     try:
-        found = await answer(op, frame.args)
+        found = await answer(op, frame.args, frame.by)
         value = found.value
         if isinstance(value, AsyncGenerator):
             async with aclosing(value):

@@ -1,6 +1,7 @@
 """Frames of the control protocol: a length of four octets (big-endian), then a map in msgpack. A map is one of
 
-{"id", "op", "args"}     a request; without an id a notification, which gets no answer. "descriptors": how many come with it
+{"id", "op", "args"}     a request; without an id a notification, which gets no answer. "descriptors": how many come with it;
+                         "by": on whose behalf it is made: who, and from where
 {"id", "ok", "missing"}  its answer; `missing`: the workers whose part of it is not there (left out when there are none)
 {"id", "error"}          or the sentence that says why there is none; "absent": what it is about does not exist
 {"id", "piece"}          a part of an answer that is sent in pieces, ahead of its "ok" or "error"
@@ -44,6 +45,7 @@ class Frame(msgspec.Struct, omit_defaults=True):
     piece: Any = UNSET
     more: int | None = None
     descriptors: int = 0
+    by: list[str] = []
 
 
 class Broken(NamedTuple):

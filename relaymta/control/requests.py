@@ -398,6 +398,8 @@ REQUESTS: dict[str, Request] = {
     row.name: row
     for row in (
         Request("status", Nothing, Where.SUPERVISOR, 5),
+        Request("readiness", Nothing, Where.SUPERVISOR, 5),
+        Request("readings", Nothing, Where.SUPERVISOR, 5),
         Request("summary", Nothing, Where.ALL, 15, _summaries, offline=True),
         Request("shape", Nothing, Where.ALL, 15, _shapes, offline=True),
         Request("shards", Nothing, Where.SUPERVISOR, offline=True),

@@ -31,10 +31,12 @@ from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket, watchdog_seconds
 from relaymta.supervisor.abuse import Accounts
 from relaymta.supervisor.answers import serve_cli, usage
+from relaymta.supervisor.audit import Audit
 from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program, ephemeral_spool
 from relaymta.supervisor.configuration import Configuration
 from relaymta.supervisor.first import bury_adopted
+from relaymta.supervisor.http_api import HttpApi, admin_port, admin_socket, discard
 from relaymta.supervisor.machine import Machine
 from relaymta.supervisor.readiness import reasons
 from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
@@ -55,6 +57,8 @@ class Supervisor:
         self.shared = Shared.create()
         self.stopping = asyncio.Event()
         self.failure = ""
+        self.audit = Audit(lambda: self.log)
+        self.http_api: HttpApi | None = None
         self.mail: MachineMailboxes | None = None
         self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._from_worker, self._started)
         self.configuration = Configuration(config, reload, self.slots, self.stopping)
@@ -70,9 +74,10 @@ class Supervisor:
         workers = min(workers, SLOTS)
         if problems := ephemeral_spool(config):
             raise ConfigError(problems)
-        control, sockets, http = await self._opened_as_root(workers)
+        control, admin, sockets, port, http = await self._opened_as_root(workers)
         self._prepare_spool(spool)
         control = control or control_socket(config.control_path, None, group_of(config))
+        admin = admin or admin_socket(config, group_of(config))
         check_files(config)
         self.log = self.configuration.log = _opened_log(config)
         if os.geteuid() == 0:
@@ -105,21 +110,30 @@ class Supervisor:
             self.log.event("started", pid=os.getpid(), listeners=addresses)
             notify("READY=1")
         self.machine.start()
+        self.http_api = HttpApi(config, admin, port, self._warn)
+        self.http_api.start()
         await self.stopping.wait()
+        await self._end(server, control, http)
+        return 75 if self.failure else 0
+
+    async def _end(self, server: asyncio.Server, control: socket.socket, http: Any) -> None:
+        """Stop the workers; then close all else. Until then the command line is answered."""
         notify("STOPPING=1")
         for slot in self.slots:
             slot.close()
         await self.slots.stop()
+        if self.http_api is not None:
+            await self.http_api.close()
+        await self.audit.end()
         server.close()  # until then the command line is answered: mail may be under way for long
         await self.machine.stop()
         if self.mail is not None:
             self.mail.close()
         if http is not None:
             await http.cleanup()
-        remove_socket(control, config.control_path)
+        remove_socket(control, self.config.control_path)
         self.log.event("stopped", reason=self.failure or "signal")
         self.log.close()
-        return 75 if self.failure else 0
 
     @property
     def config(self) -> Config:
@@ -151,29 +165,39 @@ class Supervisor:
         """What accounts send, and usually send."""
         found = Accounts(lambda: self.config.abuse, machine.states, machine.set_site_state, self.log, machine.kept(ACCOUNTS))
         machine.keep(ACCOUNTS, found)
-        self.configuration.replaced = found.configured
+        self.configuration.replaced = lambda: self._configured(found)
         found.configured()  # the file may have changed meanwhile
         return found
+
+    def _configured(self, abuse: Accounts) -> None:
+        """A reload has replaced the configuration."""
+        abuse.configured()
+        if self.http_api is not None:
+            self.http_api.configured(self.config)
 
     def _warn(self, text: str) -> None:
         self.log.event("warning", text=text)
 
     # Start
 
-    async def _opened_as_root(self, workers: int) -> tuple[socket.socket | None, list[list[socket.socket]], Any]:
-        """What only root may open (the control socket, where it is in root's folder; the listening sockets) and the server of
-        /metrics; from then on root's rights are gone."""
+    async def _opened_as_root(
+        self, workers: int
+    ) -> tuple[socket.socket | None, socket.socket | None, list[list[socket.socket]], socket.socket | None, Any]:
+        """What only root may open (the control socket and that of the HTTP API, where they are in root's folders; the listening
+        sockets; the port of the HTTP API) and the server of /metrics; from then on root's rights are gone."""
         config = self.config
-        control = prepare_as_root(config)
+        control, admin = prepare_as_root(config)
         try:
             sockets, http = await self._open_ports(workers)
+            port = admin_port(config)
             drop_root(config)
             check_program(config)
         except BaseException:
             if control is not None:
                 remove_socket(control, config.control_path)
+            discard(admin, config)
             raise
-        return control, sockets, http
+        return control, admin, sockets, port, http
 
     async def _open_ports(self, workers: int) -> tuple[list[list[socket.socket]], Any]:
         """The listening sockets, and the server of /metrics. SpoolBusy where they are those of a relay with this spool."""
@@ -231,6 +255,8 @@ class Supervisor:
     def _reopen_logs(self) -> None:
         """SIGUSR1: open the log file again, in all processes, after it was rotated."""
         self.log.reopen()
+        if self.http_api is not None:
+            self.http_api.reopen_log()
         for _, channel in self.slots.ready():
             channel.notify("reopen_log")
 

@@ -7,8 +7,6 @@ named in the answer as missing.
 import asyncio
 import contextlib
 import os
-import socket
-import struct
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
@@ -49,11 +47,13 @@ from relaymta.filter.lessons import KEY
 from relaymta.history import history_files, history_piece
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
-from relaymta.metrics import RESULTS, activity
+from relaymta.metrics import RESULTS, activity, readings
 from relaymta.node import DEAD, HOLD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
 from relaymta.store.directory import User, row_of
+from relaymta.supervisor.audit import peer_of
+from relaymta.supervisor.readiness import reasons
 from relaymta.supervisor.slots import Slot
 from relaymta.supervisor.tracing import live
 
@@ -73,15 +73,12 @@ async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writ
     def failed(op: str, error: Exception) -> None:
         supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
 
-    await converse(reader, writer, Answers(supervisor, _user_of(writer)), failed)
+    uid = peer_of(writer.transport)
 
+    async def answer(op: str, args: dict[str, Any], by: list[str]) -> Answer:
+        return await supervisor.audit(Answers(supervisor, uid), uid, op, args, by)
 
-def _user_of(writer: asyncio.StreamWriter) -> int:
-    """Who is at the other end of a connection, by number; -1: not known."""
-    found = writer.get_extra_info("socket")
-    if found is None or found.family != socket.AF_UNIX:
-        return -1
-    return int(struct.unpack("iII", found.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
+    await converse(reader, writer, answer, failed)
 
 
 async def usage(supervisor: "Supervisor") -> list[dict[str, Any]]:
@@ -238,6 +235,15 @@ class Answers:
     async def activity(self, args: Nothing) -> dict[str, Any]:
         """As `metrics.activity`, of all workers; they are not asked."""
         return activity([self._supervisor.shared.counters(slot.number) for slot in self._slots])
+
+    async def readiness(self, args: Nothing) -> list[dict[str, str]]:
+        """As `readiness.reasons`."""
+        return reasons(self._slots, self._supervisor.shared, self._supervisor.stopping)
+
+    async def readings(self, args: Nothing) -> dict[str, Any]:
+        """As `metrics.readings`, and the time (seconds UTC)."""
+        blocks = [self._supervisor.shared.counters(slot.number) for slot in self._slots]
+        return {"time": time.time(), **readings(blocks)}
 
     async def shards(self, args: Nothing) -> Answer:
         """The numbers of the shards whose workers are ready."""

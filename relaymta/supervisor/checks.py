@@ -225,6 +225,8 @@ def made_by_root(config: Config) -> set[str]:
         "log.file": Path(config.log.file).parent,
         "control.socket": config.control_path.parent,
     }
+    if (path := config.admin_path) is not None:
+        folders["admin.socket"] = path.parent
     return {key for key, folder in folders.items() if privileges.roots_alone(folder, user)}
 
 
@@ -235,6 +237,9 @@ def unusable_places(config: Config, made_by_root: set[str]) -> list[str]:
         ("log.file", lambda by_root: _log_file(Path(config.log.file), by_root)),
         ("control.socket", lambda by_root: _socket(config.control_path, by_root or not config.control.socket)),
     ]
+    if (path := config.admin_path) is not None:
+        beside = not config.admin.socket and not config.control.socket
+        checks.append(("admin.socket", lambda by_root: _socket(path, by_root or beside)))
     found = []
     for key, check in checks:
         try:
@@ -287,7 +292,8 @@ def _socket(path: Path, folder_is_made: bool) -> str:
 def addresses(config: Config) -> list[tuple[str, str]]:
     """(dotted key, host:port) of all that the relay listens on."""
     found = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
-    return found if config.metrics.listen == "off" else [*found, ("metrics.listen", config.metrics.listen)]
+    more = (("metrics.listen", config.metrics.listen), ("admin.listen", config.admin.listen))
+    return [*found, *((key, address) for key, address in more if address != "off")]
 
 
 def busy_ports(config: Config, ours: set[str]) -> list[str]:

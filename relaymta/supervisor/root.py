@@ -8,23 +8,32 @@ from pwd import struct_passwd
 from relaymta import privileges
 from relaymta.config import Config
 from relaymta.errors import ConfigError
-from relaymta.sockets import control_socket
+from relaymta.sockets import control_socket, remove_socket
 
 __all__ = ["drop_root", "group_of", "make_folder", "prepare_as_root"]
 
 
-def prepare_as_root(config: Config) -> socket.socket | None:
+def prepare_as_root(config: Config) -> tuple[socket.socket | None, socket.socket | None]:
     """Do what only root can do for `user`: make it the owner of the spool and of the log file, if only root can change their
-    folders; and create the control socket, if only root can change its folder."""
+    folders; and create the control socket and that of the HTTP API, if only root can change their folders."""
     if os.geteuid() != 0 or not config.user:
-        return None
+        return None, None
     user = privileges.account(config.user)
     spool, control, group = Path(config.spool), config.control_path, group_of(config)
     if privileges.roots_alone(spool, user):
         make_folder(spool)
         _give_spool(spool, user)
     _give_log(config.log.file, user)
-    return control_socket(control, user, group) if privileges.roots_alone(control.parent, user) else None
+    found = control_socket(control, user, group) if privileges.roots_alone(control.parent, user) else None
+    path = config.admin_path
+    if path is None or not privileges.roots_alone(path.parent, user):
+        return found, None
+    try:
+        return found, control_socket(path, user, group, "admin.socket")
+    except BaseException:
+        if found is not None:
+            remove_socket(found, control)
+        raise
 
 
 def group_of(config: Config) -> int | None:

@@ -208,7 +208,7 @@ async def test_the_daemons_end_answers_with_values_pieces_and_who_is_missing(tmp
         for _ in range(40):
             yield bytes(1 << 18)
 
-    async def answer(op, args):
+    async def answer(op, args, by):
         if op == "wrong":
             raise KeyError("x")
         return Answer({"raw": pieces(), "rows": list(range(5000))}.get(op, op), [3, 1])
@@ -233,7 +233,7 @@ async def test_the_daemons_end_answers_with_values_pieces_and_who_is_missing(tmp
 
 
 async def test_garbage_on_the_control_socket_is_answered_with_a_sentence(tmp_path):
-    async def answer(op, args):
+    async def answer(op, args, by):
         return Answer(op, [])
 
     path, server = await served(tmp_path, answer)
@@ -267,7 +267,7 @@ def test_an_answer_that_nobody_waits_for_any_more_is_no_error(tmp_path):
         wrong, began, go_on = [], asyncio.Event(), asyncio.Event()
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context))
 
-        async def answer(op, args):
+        async def answer(op, args, by):
             began.set()
             await go_on.wait()
             return Answer("x" * 500_000, [])
