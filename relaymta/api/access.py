@@ -164,23 +164,29 @@ class Access:
             del self._sessions[key]
         return bool(self._sessions)
 
-    def check_form(self, request: web.Request, session: Session, given: Any) -> None:
-        """Problem (403) unless a form was sent by a page of ours: it has the session's secret, and a browser that says where it
-        is from says that it is from here."""
+    def of_session(self, request: web.Request, session: Session) -> Caller:
+        """Who makes a request of the page."""
+        return Caller(f"token {session.token.name}", f"{request.remote or 'unknown'} (page)", frozenset(session.token.scopes))
+
+    def check_origin(self, request: web.Request) -> None:
+        """Problem (403) unless a form is from here, where the browser says where it is from."""
         origin = request.headers.get("Origin")
         here = origin is None or origin.partition("://")[2] == request.headers.get("Host", "")
-        site = request.headers.get("Sec-Fetch-Site", "same-origin")
-        same = isinstance(given, str) and hmac.compare_digest(given.encode("utf-8", "replace"), session.csrf.encode())
-        if not (here and site in ("same-origin", "none") and same):
+        if not here or request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
             self._note(
-                f"token {session.token.name}",
-                request.remote or "unknown",
-                f"{request.method} {request.path}",
-                "denied: foreign form",
+                "unknown", request.remote or "unknown", f"{request.method} {request.path}", "denied: a form of another site"
             )
-            raise Problem(
-                403, "this form was not sent by a page of ours, or the login it was made for has ended: load the page again"
+            raise Problem(403, "this form was sent by another site")
+
+    def check_form(self, request: web.Request, session: Session, given: Any) -> None:
+        """Problem (403) unless a form is from here (`check_origin`), and has the secret of the session."""
+        self.check_origin(request)
+        if not (isinstance(given, str) and hmac.compare_digest(given.encode("utf-8", "replace"), session.csrf.encode())):
+            caller = self.of_session(request, session)
+            self._note(
+                caller.who, caller.where, f"{request.method} {request.path}", "denied: a form without the secret of its login"
             )
+            raise Problem(403, "this form is of an earlier login: load the page again")
 
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="relaymta"'}

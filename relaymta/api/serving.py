@@ -20,6 +20,7 @@ from relaymta.api.access import Access
 from relaymta.api.asking import Asker
 from relaymta.api.connections import LOOK_SECONDS, Connections
 from relaymta.api.operations import BODY_MOST, Operations, problem
+from relaymta.api.page import Page
 from relaymta.api.problems import Problem
 from relaymta.config import Config
 from relaymta.log import Log
@@ -46,6 +47,7 @@ class Server:
         self.log = Log(config.log.file, WORKER, form=config.log.format)
         self._access = Access(config, Tokens(Path(config.tokens_path)), self._note)
         self._ask = Asker(config.control_path)
+        self._page = Page(self._access, self._ask, config.admin.tls)
         self._connections: list[Connections] = []
         self._certificates = Certificates(config)
         self._used = 0.0
@@ -79,6 +81,7 @@ class Server:
             task.cancel()
         for runner in runners:
             await runner.cleanup()
+        self._page.close()
         self._ask.close()
         self.log.close()
 
@@ -139,6 +142,7 @@ class Server:
 
         app = web.Application(middlewares=[every], client_max_size=BODY_MOST)
         app.add_routes(Operations(self._access, self._ask, local).routes())
+        app.add_routes(self._page.routes())
         return app
 
     async def _answer(self, request: web.Request, handler: Handler, local: bool) -> web.StreamResponse:
@@ -147,13 +151,15 @@ class Server:
                 raise Problem(421, "this is no name of this server: admin.names")
             return await handler(request)
         except Problem as error:
-            return problem(error)
+            found = error
         except web.HTTPException as error:
             more = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            return problem(Problem(error.status, error.reason, more))
+            found = Problem(error.status, error.reason, more)
         except Exception as error:
             self.log.event("warning", text=f"{request.method} {request.path}: internal error: {type(error).__name__}: {error}")
-            return problem(Problem(500, "internal error; the log says more"))
+            found = Problem(500, "internal error; the log says more")
+        shown = not request.path.startswith("/api/") and "text/html" in request.headers.get("Accept", "")
+        return self._page.error(found) if shown else problem(found)
 
     def _note(self, who: str, where: str, action: str, result: str) -> None:
         self.log.event("audit", who=who, where=where, action=action, about="", count=0, result=result)

@@ -24,7 +24,7 @@ from relaymta.cli.peer import (
     when,
 )
 
-__all__ = ["message", "waiting"]
+__all__ = ["message", "waiting", "what_happened"]
 
 IN_QUEUE = "message in the queue"
 STATUSES = ["queued", "deferred", "held", "delivered", "bounced", "gone"]  # what `find` may be asked for
@@ -166,13 +166,18 @@ def history(read: Configuration, ident: str, as_json: bool) -> None:
 
 def _show_history(events: list[dict[str, Any]]) -> None:
     for event in events:
-        who = event.get("recipients") or [event.get("recipient", "")]
-        more = f" +{len(who) - 1}" if len(who) > 1 else ""
-        reply = f": {event['reply']}" if event.get("reply") else ""
-        where = f" by {event['route']}" if event.get("route") else ""
-        peer = f" to {event['peer']}" if event.get("peer") else ""
-        filtered = _SAID.get(event["event"], _forwarded)(event)
-        record(f"{when(event['ts']):>10}  {event['event']:<10}  <{who[0]}>{more}{where}{peer}{filtered}{reply}")
+        record(f"{when(event['ts']):>10}  {event['event']:<10}  {what_happened(event)}")
+
+
+def what_happened(event: dict[str, Any]) -> str:
+    """An event of a message's history in words, but for its time and name."""
+    who = event.get("recipients") or [event.get("recipient", "")]
+    more = f" +{len(who) - 1}" if len(who) > 1 else ""
+    reply = f": {event['reply']}" if event.get("reply") else ""
+    where = f" by {event['route']}" if event.get("route") else ""
+    peer = f" to {event['peer']}" if event.get("peer") else ""
+    filtered = _SAID.get(event["event"], _forwarded)(event)
+    return f"<{who[0]}>{more}{where}{peer}{filtered}{reply}"
 
 
 def _forwarded(event: dict[str, Any]) -> str:

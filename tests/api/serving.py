@@ -54,7 +54,7 @@ class Serving:
             "admin": {"listen": f"127.0.0.1:{self.number}", **admin},
         }  # fmt: skip
         self.server = Server(Config.model_validate(given), {"unix": unix, "tcp": self.port})
-        self.asked = self.server._ask = Asked()  # type: ignore[assignment]
+        self.asked = self.server._ask = self.server._page._ask = Asked()  # type: ignore[assignment]
 
     def token(self, name: str, *scopes: str, expires: float = 0.0) -> str:
         """Add a token; the token."""
