@@ -10,6 +10,7 @@ __all__ = ["Connections", "Limited"]
 HEAD_SECONDS = 15.0  # for the head of a request, from the connection or its first octet
 STUCK_SECONDS = 60.0  # in which a client must take something of its answer
 LOOK_SECONDS = 10.0
+CLOSE_SECONDS = 0.02  # in which the handling of a request begins, and its answer is written
 
 
 class Connections:
@@ -41,6 +42,7 @@ class Limited(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._busy = 0
         self._unsent = 0
+        self._ended = False
         self._stuck = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -72,8 +74,20 @@ class Limited(asyncio.Protocol):
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
-        """As of Protocol."""
-        return self._inner.eof_received() if self in self._owner.open else None
+        """As of Protocol. A client that says no more may still wait for its answer (but for TLS, where asyncio cannot tell)."""
+        if self not in self._owner.open or self._transport is None or self._transport.get_extra_info("sslcontext") is not None:
+            return None
+        self._inner.eof_received()
+        self._ended = True
+        self._close_soon()
+        return True
+
+    def _close_soon(self) -> None:
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close)
+
+    def _close(self) -> None:
+        if not self._busy and self._transport is not None:
+            self._transport.close()
 
     def pause_writing(self) -> None:
         """As of Protocol."""
@@ -94,6 +108,8 @@ class Limited(asyncio.Protocol):
     def ends(self) -> None:
         """It has been answered."""
         self._busy -= 1
+        if self._ended:
+            self._close_soon()
 
     def _wait(self) -> None:
         self._deadline = asyncio.get_running_loop().call_later(HEAD_SECONDS, self._late)

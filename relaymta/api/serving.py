@@ -69,6 +69,7 @@ class Server:
             )  # fmt: skip
             await runner.setup()
             assert runner.server is not None
+            runner.server.request_handler = _expecting(runner.server.request_handler)
             connections = Connections(runner.server, CONNECTIONS[kind])
             self._connections.append(connections)
             runners.append(runner)
@@ -155,6 +156,8 @@ class Server:
         except web.HTTPException as error:
             more = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
             found = Problem(error.status, error.reason, more)
+        except ConnectionError:  # the client has gone
+            raise
         except Exception as error:
             self.log.event("warning", text=f"{request.method} {request.path}: internal error: {type(error).__name__}: {error}")
             found = Problem(500, "internal error; the log says more")
@@ -184,6 +187,17 @@ class Server:
     async def _until(self, closed: asyncio.StreamReader) -> None:
         await closed.read()
         self._ending.set()
+
+
+def _expecting(handler: Callable[..., Awaitable[web.StreamResponse]]) -> Callable[..., Awaitable[web.StreamResponse]]:
+    """`handler`, for requests that expect nothing but 100-continue: aiohttp answers others with their own words, or fails."""
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+            return problem(Problem(417, "nothing but 100-continue can be expected"))
+        return await handler(request)
+
+    return handle
 
 
 class _Errors(logging.Handler):

@@ -356,3 +356,29 @@ def test_any_octets_get_an_answer_that_is_no_500(loop_of_module, server, text):
 def test_no_octets_were_a_defect(server):
     """After the one before."""
     assert [one for one in server.noted() if one["event"] == "warning"] == []
+
+
+async def test_who_says_no_more_still_gets_the_answer_and_who_has_gone_is_no_defect(tmp_path):
+    async with serving(tmp_path) as (found, _):
+        token, release = found.token("good", "all"), asyncio.Event()
+
+        class Slow(type(found.asked)):  # type: ignore[misc]
+            async def __call__(self, by, verb):
+                await release.wait()
+                return {}, []
+
+        found.asked.__class__ = Slow
+        head = f"Host: localhost\r\nAuthorization: Bearer {token}\r\n".encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", found.number)
+        writer.write(b"GET /api/v1/queues HTTP/1.1\r\n" + head + b"\r\n")
+        writer.write_eof()
+        gone, leaving = await asyncio.open_connection("127.0.0.1", found.number)
+        leaving.write(
+            b"POST /api/v1/queue/hold HTTP/1.1\r\n" + head + b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        await asyncio.sleep(0.05)
+        leaving.transport.abort()
+        release.set()
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK") and await gone.read() == b""
+        writer.close()
+        assert [one for one in found.noted() if one["event"] == "warning"] == []

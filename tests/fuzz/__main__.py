@@ -10,6 +10,8 @@ import atheris
 from relaymta.accept.connection import Connection
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
+from relaymta.api import access, operations, page, problems
+from relaymta.api import verbs as api_verbs
 from relaymta.filter import published, signatures
 from relaymta.proto import (
     access_session,
@@ -75,7 +77,7 @@ MODULES = (
     imap_messages, imap_search, imap_text, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar,
     managesieve_reply, managesieve_server, milter, policy, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates,
     sieve_grammar, sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings,
-    sieve_tests, sieve_vacation, sieve_values, spamc,
+    sieve_tests, sieve_vacation, sieve_values, spamc, access, operations, page, problems, api_verbs,
 )  # fmt: skip
 CLASSES = (
     imap_session.Session, imap_server.ServerSession, imap_words.Words, pop3_maildrop.Maildrop, pop3_maildrop.Wanted,

@@ -568,6 +568,13 @@ def attachments(data: bytes) -> None:
     assert again.excessive or names <= {name for one in again.parts for name in one.names}
 
 
+def http(data: bytes) -> None:
+    """Requests to the HTTP API and the page: an answer with a status that is expected, and no defect in the log."""
+    from tests.fuzz.http import said  # which starts a server
+
+    said(data)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
@@ -587,4 +594,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "milter": milter,
     "policy": policy,
     "attachments": attachments,
+    "http": http,
 }

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 PACKAGES = {
+    "chromium": "chromium",
     "unbound": "unbound",
     "smtp-source": "postfix",
     "smtp-sink": "postfix",
