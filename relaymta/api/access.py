@@ -119,9 +119,11 @@ class Access:
         if count >= FAILURES:
             wait = str(max(1, int(since + FAILURE_SECONDS - now)))
             raise Problem(429, "too many wrong tokens from this address", {"Retry-After": wait})
-        self._note("unknown", where, f"{request.method} {request.path}", "denied: wrong token")
-        problem = self._tokens.problem
-        raise Problem(401, f"no valid token{f' ({problem})' if problem else ''}", _CHALLENGE)
+        problem = self._tokens.problem  # for the log alone: it names a path
+        self._note(
+            "unknown", where, f"{request.method} {request.path}", "denied: wrong token" + (f" ({problem})" if problem else "")
+        )
+        raise Problem(401, "no valid token", _CHALLENGE)
 
     def require(self, request: web.Request, caller: Caller, scope: str) -> None:
         """Problem (403) unless the caller has a scope."""
