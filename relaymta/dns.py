@@ -143,7 +143,8 @@ class _OnLoop(aiodns.DNSResolver):
 class Resolver:
     """One worker's resolver. `nameservers`: `host[:port]` each, empty for the system's. Construct it in a running event loop.
 
-    `count(what)` is called for each "query" that is sent and each "hit" of the cache. `now()`: monotonic seconds.
+    `count(what)` is called for each "query" that is sent and each "hit" of the cache; `took(result, seconds)` when the answer
+    to one has come: "found", "none" (no such name, or no such record) or "failed". `now()`: monotonic seconds.
 
     All queries raise NoSuchName, NoData or DnsFailure when there is no record.
     """
@@ -153,7 +154,9 @@ class Resolver:
         nameservers: list[str] | None = None,
         count: Callable[[str], None] = lambda what: None,
         now: Callable[[], float] = time.monotonic,
+        took: Callable[[str, float], None] = lambda result, seconds: None,
     ) -> None:
+        self._took = took
         self._nameservers = list(nameservers or [])
         self._resolver = _on_loop(self._nameservers)
         self._retiring: set[asyncio.Task[None]] = set()
@@ -256,8 +259,12 @@ class Resolver:
 
     async def _question(self, name: str, kind: str) -> Records:
         """Send a query. Its callers get an answer even where the task is cancelled."""
+        began = self.now()
         try:
-            return await self._query(name, kind, ALIASES)
+            found = await self._query(name, kind, ALIASES)
+            result = "found" if found.error is None else "failed" if isinstance(found.error, DnsFailure) else "none"
+            self._took(result, self.now() - began)
+            return found
         except asyncio.CancelledError:  # only by `close`
             return Records([], DnsFailure(f"{name} {kind}: the resolver is closed"), 0.0)
 

@@ -1,16 +1,19 @@
 """All metrics, in tables: name, help, labels; and their cells in a worker's block of shared memory.
 
-Counting is one atomic add on a cell. The supervisor reads the blocks of all workers and exposes their sums by prometheus_client.
+Counting is one atomic add on a cell; an observation of a histogram is two. The supervisor reads the blocks of all workers and
+exposes their sums by prometheus_client.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
-    "SITES_SHOWN", "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "activity", "clear_filter_gauges",
-    "down_families", "families", "filter_families", "list_families", "list_name", "readings", "row_families",
+    "SITES_SHOWN", "SITE_GAUGES", "SITE_RESULTS", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "Own", "activity",
+    "certificate_name", "clear_filter_gauges", "down_families", "families", "filter_families", "list_families", "list_name",
+    "own_families", "readings", "row_families", "shown",
 ]  # fmt: skip
 
 
@@ -25,6 +28,9 @@ class Cells(Protocol):
 
     def get(self, index: int) -> int:
         """A cell's value."""
+
+    def observer(self, at: int, bounds: Sequence[float]) -> Callable[[float], None]:
+        """What adds observations to the histogram in the cells from `at` on (`_speedups.cells.Observer`)."""
 
 
 # name: (help, label name or "", label values)
@@ -89,6 +95,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_in_doubt_total": ("Attempts that ended between the last octet and its reply: possible duplicates", "", ("",)),
     "relaymta_commits_total": ("Group commits", "", ("",)),
     "relaymta_commit_operations_total": ("Operations in group commits", "", ("",)),
+    "relaymta_commit_errors_total": ("Messages and changes of the queue that could not be committed", "", ("",)),
     "relaymta_syncs_total": ("fdatasync and fsync calls for bodies", "", ("",)),
     "relaymta_dsns_total": ("DSNs queued", "", ("",)),
     "relaymta_dsns_dropped_total": ("Permanent failures without a DSN, since the message has the null sender", "", ("",)),
@@ -103,19 +110,66 @@ RENAMED = {
     "relaymta_notices_dropped_total": "relaymta_dsns_dropped_total",
 }
 
-# name: (help, upper bounds in seconds or messages)
-HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "relaymta_accept_seconds": ("From the final dot to 250", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)),
-    "relaymta_imap_command_seconds": (
-        "From an IMAP command to its end",
-        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10),
-    ),
-    "relaymta_delivery_delay_seconds": ("From acceptance to delivery", (0.01, 0.05, 0.1, 0.5, 1, 5, 60, 600, 3600, 86400)),
-    "relaymta_messages_per_session": ("Messages sent over one outgoing connection", (1, 2, 5, 10, 50, 100, 500, 1000)),
-}
 
-# Gauges, set by each worker once a second: (help, whether the greatest value of all workers is exposed instead of their sum).
-GAUGES: dict[str, tuple[str, bool]] = {
+class Histogram(NamedTuple):
+    """`bounds`: upper, in seconds or messages. `label`: its name ("": none), with `values`; "worker": each worker has a series of
+    its own."""
+
+    text: str
+    bounds: tuple[float, ...]
+    label: str = ""
+    values: tuple[str, ...] = ("",)
+
+
+WORKER = "worker"
+# Phases of an attempt: until a site's hosts are known; until they are connected to; for their greeting; and so on, each from the
+# command to its reply.
+PHASES = ("dns", "connect", "greeting", "ehlo", "tls", "auth", "mail", "rcpt", "data", "dot")
+CLASSES = ("express", "normal", "bulk")
+HISTOGRAMS: dict[str, Histogram] = {
+    "relaymta_accept_seconds": Histogram("From the final dot to 250", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)),
+    "relaymta_commit_seconds": Histogram(
+        "What a group commit of the queue takes: bodies written and synced, then one transaction",
+        (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5),
+    ),
+    "relaymta_messages_per_commit": Histogram(
+        "Messages that one group commit stores, of those that store any", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+    ),
+    "relaymta_first_attempt_seconds": Histogram(
+        "From the commit of a message (its release, where it was held) to its first attempt, by class",
+        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30, 60, 600, 3600), "class", CLASSES,
+    ),
+    "relaymta_attempt_phase_seconds": Histogram(
+        "What the phases of attempts to deliver take, failed ones too",
+        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300), "phase", PHASES,
+    ),
+    "relaymta_delivery_delay_seconds": Histogram(
+        "From acceptance to delivery", (0.01, 0.05, 0.1, 0.5, 1, 5, 60, 600, 3600, 86400)
+    ),
+    "relaymta_messages_per_session": Histogram(
+        "Messages sent over one outgoing connection", (1, 2, 5, 10, 50, 100, 500, 1000)
+    ),
+    "relaymta_dns_seconds": Histogram(
+        "What queries of the DNS take, by what comes of them (none: no such name, or no such record)",
+        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10), "result", ("found", "none", "failed"),
+    ),
+    "relaymta_imap_command_seconds": Histogram(
+        "From an IMAP command to its end", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10)
+    ),
+    "relaymta_loop_lag_seconds": Histogram(
+        "How much later than it should a worker's event loop gets to a timer, measured 20 times a second",
+        (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5), WORKER,
+    ),
+    "relaymta_gc_pause_seconds": Histogram(
+        "How long Python's garbage collections stop a worker", (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
+    ),
+}  # fmt: skip
+
+# Gauges, set by each worker once a second: (help, whether the greatest value of all workers is exposed instead of their sum; or
+# LEAST, EACH).
+LEAST = "least"  # the least of those that are above 0; not exposed while there is none
+EACH = "each"  # of each worker, with its number as a label
+GAUGES: dict[str, tuple[str, bool | str]] = {
     "relaymta_queue_messages": ("Messages in the queue", False),
     "relaymta_queue_octets": ("Octets of the messages in the queue", False),
     "relaymta_queue_deferred": ("Placements in the queue that are deferred: tried, to be tried again", False),
@@ -127,6 +181,7 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_quarantine_limit_octets": ("What these may have (quarantine.octets)", True),
     "relaymta_oldest_overdue_seconds": ("How long the longest expired message in the queue has been expired", True),
     "relaymta_oldest_message_seconds": ("Age of the oldest message in the queue that is not held", True),
+    "relaymta_oldest_held_seconds": ("Age of the oldest held message, those in the quarantine included", True),
     "relaymta_connections": ("Open incoming connections", False),
     "relaymta_sessions": ("Open outgoing connections", False),
     "relaymta_window": ("Messages in memory for delivery", False),
@@ -159,7 +214,13 @@ GAUGES: dict[str, tuple[str, bool]] = {
     ),
     "relaymta_mailbox_store_full": ("1 while the disk or the LMDB map is too full to file messages in mailboxes", True),
     "relaymta_mailbox_store_stalled": ("1 while the mailboxes cannot be opened again after a failed commit", True),
+    "relaymta_disk_free_octets": ("Octets free for the relay on the disk of the spool", LEAST),
+    "relaymta_disk_floor_octets": ("Octets free below which no mail is taken", LEAST),
+    "relaymta_lmdb_map_used_ratio": ("Used share of the LMDB map of the fullest shard; above 0.9 no mail is taken", True),
+    "relaymta_mailbox_lmdb_map_used_ratio": ("Used share of the LMDB map of the fullest shard of mailboxes", True),
+    "relaymta_rss_octets": ("Memory of a worker that is its own: pages of files, such as LMDB's map, are not counted", EACH),
 }
+RATIOS = frozenset(name for name in GAUGES if name.endswith("_ratio"))  # their cells have millionths
 
 # Gauges of the SITES_SHOWN busiest sites, labelled with the site: help, and the key in a row of `site list --json`.
 SITE_GAUGES: dict[str, tuple[str, str]] = {
@@ -188,6 +249,13 @@ DNSBL_RESULTS = ("listed", "clean", "refused", "failed", "paused")
 DNSBL_TOTAL = "relaymta_dnsbl_total"
 RULE_TOTAL = "relaymta_rule_matches_total"
 ABUSE_TOTAL, ABUSE_GAUGE = "relaymta_abuse_total", "relaymta_abuse_accounts"
+RESTARTS, WORKERS, CERTIFICATES = "relaymta_worker_restarts_total", "relaymta_workers", "relaymta_cert_expiry_seconds"
+GENERATION, REFUSED = "relaymta_config_generation", "relaymta_config_reload_refused"
+REFUSALS = "relaymta_config_reload_errors_total"
+SITE_TOTAL = "relaymta_site_attempts_total"
+OTHER = "other"  # the sites that are not shown
+SITE_RESULTS = ("delivered", "deferred", "bounced")
+LABEL_MOST = 100  # characters of a label's value that comes from outside
 _FAILURES_AT = len(FILTER_VERDICTS)
 _BUCKETS_AT = _FAILURES_AT + len(FILTER_FAILURES)
 _SUM_AT = _BUCKETS_AT + len(FILTER_BOUNDS) + 1  # microseconds
@@ -197,15 +265,19 @@ _index: dict[tuple[str, str], int] = {}
 for _name, (_, _, _values) in COUNTERS.items():
     for _value in _values:
         _index[_name, _value] = len(_index)
-_histogram: dict[str, int] = {}
+_histogram: dict[tuple[str, str], int] = {}
 _next = len(_index)
-for _name, (_, _bounds) in HISTOGRAMS.items():
-    _histogram[_name] = _next
-    _next += len(_bounds) + 2  # +Inf, and the sum in milli-units
+for _name, _one in HISTOGRAMS.items():
+    for _value in _one.values:
+        _histogram[_name, _value] = _next
+        _next += len(_one.bounds) + 2  # +Inf, and the sum in millionths
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
-_ROWS = (QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE)
+_ROWS = (
+    QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE, RESTARTS, WORKERS, CERTIFICATES,
+    GENERATION, REFUSED, REFUSALS, SITE_TOTAL,
+)  # fmt: skip
 NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
 
 
@@ -240,13 +312,23 @@ def activity(workers: Sequence[Cells]) -> dict[str, Any]:
 
     times = {}
     for name, histogram in _TIMES.items():
-        base, buckets = _histogram[histogram], len(HISTOGRAMS[histogram][1]) + 1
-        times[name] = sum(total(base + bucket) for bucket in range(buckets)), total(base + buckets)
+        base, buckets = _histogram[histogram, ""], len(HISTOGRAMS[histogram].bounds) + 1
+        times[name] = sum(total(base + bucket) for bucket in range(buckets)), total(base + buckets) // 1000
     gauges = {}
     for name, (_, greatest) in GAUGES.items():
         values = [worker.get(_gauge[name]) for worker in workers]
         gauges[name] = max(values, default=0) if greatest else sum(values)
     return {"counts": {name: sum(map(total, cells)) for name, cells in _RATES.items()}, "times": times, "gauges": gauges}
+
+
+def shown(text: str) -> str:
+    """A label's value that comes from outside: names of hosts, files, accounts. Printable, at most LABEL_MOST characters; what
+    was changed ends with a hash, so that two that differ still do. (Quotes and backslashes are escaped by prometheus_client.)"""
+    clean = "".join(c if c.isprintable() else "?" for c in text)  # lone surrogates are not printable
+    if clean == text and len(text) <= LABEL_MOST:
+        return text
+    hashed = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{clean[: LABEL_MOST - 10]}...{hashed}"[:LABEL_MOST]
 
 
 class Counters:
@@ -260,28 +342,23 @@ class Counters:
         self._observers: dict[str, Callable[[float], None]] = {}  # by their histograms, as far as they were asked for
 
     def observe(self, name: str, value: float) -> None:
-        """Add an observation (seconds, or messages) to a histogram."""
-        observer = self._observers.get(name) or self.histogram(name)
+        """Add an observation (seconds, or messages) to a histogram without labels."""
+        observer = self._observers.get(name)
+        if observer is None:
+            observer = self._observers[name] = self.histogram(name)
         observer(value)
 
-    def histogram(self, name: str) -> Callable[[float], None]:
-        """`observe` for one histogram, with the look-ups done in advance: for hot paths."""
-        bounds, base, add = HISTOGRAMS[name][1], _histogram[name], self.add
-        total = base + len(bounds) + 1
-
-        def observe(value: float) -> None:
-            add(base + bisect_left(bounds, value), 1)
-            add(total, int(value * 1000))
-
-        self._observers[name] = observe
-        return observe
+    def histogram(self, name: str, value: str = "") -> Callable[[float], None]:
+        """What adds observations to a histogram, of one value of its label: for hot paths. What is negative or absurd is left
+        out (`_speedups.cells.Observer`). Durations are measured by a monotonic clock all the same."""
+        return self.cells.observer(_histogram[name, value], HISTOGRAMS[name].bounds)
 
     def gauge(self, name: str, value: float) -> None:
-        """Set a gauge; the fraction is dropped."""
-        self.cells.set(_gauge[name], int(value))
+        """Set a gauge; the fraction is dropped, but for a ratio's."""
+        self.cells.set(_gauge[name], int(value * 1_000_000 if name in RATIOS else value))
 
     def reading(self, name: str) -> int:
-        """The value of a gauge."""
+        """The value of a gauge that is no ratio."""
         return self.cells.get(_gauge[name])
 
     def clear_gauges(self) -> None:
@@ -304,7 +381,7 @@ def readings(blocks: Sequence[Cells]) -> dict[str, Any]:
     name `bounds` (seconds) and `counts`, one more, of what is above the last one."""
     histograms = {}
     for shown, name in _SHOWN_HISTOGRAMS.items():
-        bounds, base = HISTOGRAMS[name][1], _histogram[name]
+        bounds, base = HISTOGRAMS[name].bounds, _histogram[name, ""]
         counts = [sum(block.get(base + number) for block in blocks) for number in range(len(bounds) + 1)]
         histograms[shown] = {"bounds": list(bounds), "counts": counts}
     gauges = {}
@@ -414,8 +491,8 @@ def rule_families(totals: dict[str, RuleTotals]) -> list[object]:
 
     found = CounterMetricFamily(RULE_TOTAL, "Messages that rules about mail match", labels=["rule", "enforced"])
     for name, total in totals.items():
-        found.add_metric([name, "true"], total.enforced)
-        found.add_metric([name, "false"], total.dry)
+        found.add_metric([shown(name), "true"], total.enforced)
+        found.add_metric([shown(name), "false"], total.dry)
     return [found]
 
 
@@ -426,10 +503,49 @@ def abuse_families(counts: dict[str, tuple[int, int, int]]) -> list[object]:
     found = CounterMetricFamily(ABUSE_TOTAL, "Times an account was not as usual", labels=["check", "enforced"])
     now = GaugeMetricFamily(ABUSE_GAUGE, "Accounts that are not as usual now, enforced or not", labels=["check"])
     for name, (enforced, dry, there) in counts.items():
-        found.add_metric([name, "true"], enforced)
-        found.add_metric([name, "false"], dry)
-        now.add_metric([name], there)
+        found.add_metric([shown(name), "true"], enforced)
+        found.add_metric([shown(name), "false"], dry)
+        now.add_metric([shown(name)], there)
     return [found, now]
+
+
+class Own(NamedTuple):
+    """What the supervisor knows of itself. `generation`: the number of the configuration in use; `refused`: whether the last
+    reload was refused, and how often one was; `restarts`: of workers, by reason; `workers`: by state; `certificates`: when they
+    end (seconds since 1970), by path."""
+
+    generation: int
+    refused: bool
+    refusals: int
+    restarts: dict[str, int]
+    workers: dict[str, int]
+    certificates: dict[str, int]
+
+
+def certificate_name(path: str) -> str:
+    """The name under which the end of a certificate is known, which is no filter's."""
+    return f"certificate {path}"
+
+
+def own_families(own: Own, now: float) -> list[object]:
+    """Metrics of the supervisor as prometheus_client metric families. `now`: seconds since 1970."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    restarts = CounterMetricFamily(RESTARTS, "Workers that have ended and were replaced", labels=["reason"])
+    for reason, count in own.restarts.items():
+        restarts.add_metric([reason], count)
+    workers = GaugeMetricFamily(WORKERS, "Workers by state (late: it does not answer)", labels=["state"])
+    for state, count in own.workers.items():
+        workers.add_metric([state], count)
+    ends = GaugeMetricFamily(CERTIFICATES, "Seconds until a certificate in use ends, by its file", labels=["name"])
+    for path, moment in own.certificates.items():
+        ends.add_metric([shown(path)], moment - now)
+    return [
+        GaugeMetricFamily(GENERATION, "The number of the configuration in use, counted since the start", value=own.generation),
+        GaugeMetricFamily(REFUSED, "1 while the last reload was refused: the file is not what is in use", value=own.refused),
+        CounterMetricFamily(REFUSALS, "Reloads that were refused", value=own.refusals),
+        restarts, workers, ends,
+    ]  # fmt: skip
 
 
 def list_name(zone: str) -> str:
@@ -444,7 +560,7 @@ def list_families(zones: dict[str, list[list[int]]]) -> list[object]:
     found = CounterMetricFamily(DNSBL_TOTAL, "Answers of lists in the DNS", labels=["zone", "result"])
     for zone, blocks in zones.items():
         for cell, word in enumerate(DNSBL_RESULTS):
-            found.add_metric([zone, word], sum(cells[cell] for cells in blocks))
+            found.add_metric([shown(zone), word], sum(cells[cell] for cells in blocks))
     return [found]
 
 
@@ -482,7 +598,8 @@ def filter_families(totals: dict[str, FilterTotals]) -> list[object]:
     up = GaugeMetricFamily(FILTER_METRICS["up"], "0 while a filter is down for a worker, and not asked", labels=["filter"])
     timeout = GaugeMetricFamily(FILTER_METRICS["timeout"], "How long a filter may take (timeout)", labels=["filter"])
     waiting = GaugeMetricFamily(FILTER_METRICS["waiting"], "Messages that wait for a place at a filter", labels=["filter"])
-    for name, total in totals.items():
+    for full, total in totals.items():
+        name = shown(full)
         running, buckets = 0, []
         for bound, count in zip([*map(str, FILTER_BOUNDS), "+Inf"], total.buckets, strict=True):
             running += count
@@ -497,22 +614,29 @@ def filter_families(totals: dict[str, FilterTotals]) -> list[object]:
     return [seconds, verdicts, failures, up, waiting, timeout]
 
 
-def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> list[object]:
+def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]], attempts: dict[str, tuple[int, ...]]) -> list[object]:
     """Metrics of single sites and accounts as prometheus_client metric families, from rows of `site list --json` and of
-    `app usage --json`."""
-    from prometheus_client.core import GaugeMetricFamily
+    `app usage --json`, and the attempts at sites, by SITE_RESULTS."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    found: list[object] = []
+    total = CounterMetricFamily(
+        SITE_TOTAL, "Attempts to deliver by site and result, one for each recipient (other: all sites that are not shown)",
+        labels=["site", "result"],
+    )  # fmt: skip
+    for site, counts in attempts.items():
+        for result, count in zip(SITE_RESULTS, counts, strict=True):
+            total.add_metric([shown(site), result], count)
+    found: list[object] = [total]
     for name, (text, key) in SITE_GAUGES.items():
         gauge = GaugeMetricFamily(name, text, labels=["site"])
         for row in sites:
-            gauge.add_metric([row["pool"]], row[key])
+            gauge.add_metric([shown(row["pool"])], row[key])
         found.append(gauge)
     gauge = GaugeMetricFamily(
         QUOTA_GAUGE, "Used share of an account's quota (of the accounts that have used most)", labels=["account", "what"]
     )
     for row in sorted(quotas, key=lambda row: -row["share"])[:ACCOUNTS_SHOWN]:
-        gauge.add_metric([row["name"], row["what"]], row["share"])
+        gauge.add_metric([shown(row["name"]), row["what"]], row["share"])
     found.append(gauge)
     return found
 
@@ -525,17 +649,13 @@ def down_families(count: int, rows: list[dict[str, Any]]) -> list[object]:
         DOWN_GAUGE, "1 for a site that is down, with the cause of its last failure", labels=["site", "hosts", "cause"]
     )
     for row in rows:
-        gauge.add_metric([row["site"], row["hosts"], row["cause"]], 1)
+        gauge.add_metric([shown(row["site"]), row["hosts"], shown(row["cause"])], 1)
     return [GaugeMetricFamily(DOWN_TOTAL, "Sites that are down", value=count), gauge]
 
 
 def families(blocks: Iterable[Cells]) -> list[object]:
-    """The metrics of all workers together as prometheus_client metric families. `blocks`: the cells of each."""
-    from prometheus_client.core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        HistogramMetricFamily,
-    )
+    """The metrics of all workers together as prometheus_client metric families. `blocks`: the cells of each, by its number."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     workers = list(blocks)
 
@@ -550,16 +670,38 @@ def families(blocks: Iterable[Cells]) -> list[object]:
         found.append(counter)
     for old, name in RENAMED.items():
         found.append(CounterMetricFamily(old, f"Deprecated: {name}", value=total(_index[name, ""])))
-    for name, (text, bounds) in HISTOGRAMS.items():
-        base = _histogram[name]
-        running, buckets = 0, []
-        for position, bound in enumerate([*map(str, bounds), "+Inf"]):
-            running += total(base + position)
+    for name, kind in HISTOGRAMS.items():
+        found.append(_histogram_family(name, kind, workers))
+    for name, (text, how) in GAUGES.items():
+        cell, scale = _gauge[name], 1_000_000 if name in RATIOS else 1
+        readings = [worker.get(cell) / scale for worker in workers]
+        gauge = GaugeMetricFamily(name, text, labels=[WORKER] if how == EACH else [])
+        if how == EACH:
+            for number, reading in enumerate(readings):
+                gauge.add_metric([str(number)], reading)
+        elif how == LEAST:
+            some = [reading for reading in readings if reading > 0]
+            if not some:
+                continue
+            gauge.add_metric([], min(some))
+        else:
+            gauge.add_metric([], max(readings, default=0) if how else sum(readings))
+        found.append(gauge)
+    return found
+
+
+def _histogram_family(name: str, kind: Histogram, workers: list[Cells]) -> object:
+    from prometheus_client.core import HistogramMetricFamily
+
+    found = HistogramMetricFamily(name, kind.text, labels=[kind.label] if kind.label else [])
+    rows: list[tuple[str, str, list[Cells]]] = [(value, value, workers) for value in kind.values]
+    if kind.label == WORKER:
+        rows = [(str(number), "", [worker]) for number, worker in enumerate(workers)]
+    for shown, value, counted in rows:
+        base, running, buckets = _histogram[name, value], 0, list[tuple[str, float]]()
+        for position, bound in enumerate([*map(str, kind.bounds), "+Inf"]):
+            running += sum(worker.get(base + position) for worker in counted)
             buckets.append((bound, running))
-        histogram = HistogramMetricFamily(name, text)
-        histogram.add_metric([], buckets, sum_value=total(base + len(bounds) + 1) / 1000)
-        found.append(histogram)
-    for name, (text, most) in GAUGES.items():
-        readings = [worker.get(_gauge[name]) for worker in workers]
-        found.append(GaugeMetricFamily(name, text, value=(max(readings, default=0) if most else sum(readings))))
+        total = sum(worker.get(base + len(kind.bounds) + 1) for worker in counted)
+        found.add_metric([shown] if kind.label else [], buckets, sum_value=total / 1_000_000)
     return found

@@ -20,7 +20,7 @@ from relaymta._speedups.pairs import Pairs
 __all__ = ["NAMED", "NAMED_CELLS", "SLOTS", "InFlight", "Limits", "Named", "Rates", "Shared"]
 
 SLOTS = 64  # worker slots
-COUNTERS = 256  # cells of one worker
+COUNTERS = 1024  # cells of one worker
 IN_FLIGHT = 512  # cells of one worker for ids of messages in flight
 PROBED = 16  # of these, for messages that are probed side by side
 ROWS = 4096  # limits in use at the same time
@@ -350,7 +350,7 @@ class Named:
         if row < 0:
             return []
         at = row * NAMED_CELLS
-        found = [[cells.get(at + cell) for cell in range(NAMED_CELLS)] for cells in self._values]
+        found = [cells.some(at, NAMED_CELLS) for cells in self._values]
         return [one for one in found if any(one)]
 
 

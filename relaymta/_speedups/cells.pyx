@@ -89,7 +89,54 @@ cdef class Cells:
                     result = one
         return result
 
+    def some(self, Py_ssize_t first, Py_ssize_t count):
+        """`count` cells from `first` on as a list."""
+        cdef Py_ssize_t i
+        if first < 0 or count < 0 or first + count > self.count:
+            raise IndexError(first)
+        return [cell_get(self.base + i) for i in range(first, first + count)]
+
+    def observer(self, Py_ssize_t at, bounds):
+        """`Observer.observe` of a histogram in the cells from `at` on."""
+        return Observer(self, at, bounds).observe
+
     def values(self):
         """All cells as a list."""
         cdef Py_ssize_t i
         return [cell_get(self.base + i) for i in range(self.count)]
+
+
+cdef enum:
+    BOUNDS = 24
+
+cdef double ABSURD = 1e9
+
+
+cdef class Observer:
+    """Adds observations to a histogram: one cell for each of up to 24 `bounds` (upper, ascending), one for what is above them, and
+    one for the sum, in millionths. What is negative, no number or absurd (above 1e9: 30 years, in seconds) is left out: a clock was
+    set. IndexError where the cells are too few."""
+
+    cdef Cells cells
+    cdef int64_t *base
+    cdef double bounds[BOUNDS]
+    cdef Py_ssize_t count
+
+    def __cinit__(self, Cells cells, Py_ssize_t at, bounds):
+        self.count = len(bounds)
+        if self.count > BOUNDS or at < 0 or at + self.count + 2 > cells.count:
+            raise IndexError(at)
+        for i, bound in enumerate(bounds):
+            self.bounds[i] = bound
+        self.cells = cells
+        self.base = cells.base + at
+
+    cpdef observe(self, double value):
+        """Add an observation."""
+        cdef Py_ssize_t i = 0
+        if not 0.0 <= value <= ABSURD:
+            return
+        while i < self.count and value > self.bounds[i]:
+            i += 1
+        cell_add(self.base + i, 1)
+        cell_add(self.base + self.count + 1, <int64_t> (value * 1e6 + 0.5))

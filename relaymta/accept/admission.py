@@ -61,7 +61,9 @@ class Admission:
         self.now = loop.time
         self.time = self.now()  # of the last check of deadlines: near enough for those
         self.stressed = False
-        self.lateness = Lateness(self.now, lambda text: intake.log.event("warning", text=text))
+        self.lateness = Lateness(
+            self.now, lambda text: intake.log.event("warning", text=text), intake.counters.histogram("relaymta_loop_lag_seconds")
+        )
         self.connections: set[Admitted] = set()
         self.files = 0
         self.filing = Filing()

@@ -19,7 +19,7 @@ from relaymta.errors import ConfigError, check_all
 from relaymta.files import read_text
 from relaymta.filter.signing import Signer, SigningKey
 from relaymta.log import Log
-from relaymta.metrics import Counters
+from relaymta.metrics import Counters, certificate_name
 from relaymta.proto.address import comparable, plain
 from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
@@ -57,6 +57,7 @@ class Parts(NamedTuple):
         """Read the files that have changed. Blocks."""
         for one in self.watched:
             one.refresh()
+        self.certificates.look()
 
     @property
     def watched(self) -> list[Watched[Any]]:
@@ -202,8 +203,18 @@ class Endpoint:
             self._log.event("warning", text=f"resolved: {problem}")
         self._reported = set(problems)
         self._counters.gauge("relaymta_tls_certificate_errors", _broken(self.certificates.watched))
+        self._note_ends()
         self._counters.gauge("relaymta_dkim_key_errors", _broken(self._parts.keys))
         self._counters.gauge("relaymta_accounts_file_errors", bool(self.logins.watched.problem))
+
+    def _note_ends(self) -> None:
+        """Note for /metrics when the certificates in use end."""
+        if self._means is None or self._means.named is None:
+            return
+        for path, ends in self.certificates.ends().items():
+            at = self._means.named.row(certificate_name(path))
+            if at >= 0:
+                self._means.named.own().set(at, ends)
 
 
 def _broken(watched: Sequence[Watched[Any]]) -> int:

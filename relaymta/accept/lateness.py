@@ -17,10 +17,14 @@ OWN_SECONDS = 30.0  # work of our own that takes longer hides no load: it may be
 
 
 class Lateness:
-    """`now()`: seconds of the loop's clock; `warn(text)`: logs a warning. `shedding`: new clients get 421; only `beat` changes
+    """`now()`: seconds of the loop's clock; `warn(text)`: logs a warning; `observe(lag)`: for /metrics, whatever the lag is due
+    to. `shedding`: new clients get 421; only `beat` changes
     it. Whoever turns a client away adds it to `turned_away`."""
 
-    def __init__(self, now: Callable[[], float], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, now: Callable[[], float], warn: Callable[[str], None], observe: Callable[[float], None] = lambda lag: None
+    ) -> None:
+        self._observe = observe
         self.shedding = False
         self.worst = 0.0  # the greatest lag (s) lately: it is halved in some two seconds
         self.turned_away = 0  # since load shedding has begun
@@ -53,6 +57,7 @@ class Lateness:
         now = self._now()
         lag, self._beat_at = now - self._beat_at - BEAT, now
         self.worst = max(lag, self.worst * WORST_KEPT)
+        self._observe(max(lag, 0.0))
         working = self._own_works > 0 and now - self._own_since < OWN_SECONDS
         own, self._excused = working or self._excused, False
         if not most:

@@ -15,16 +15,18 @@ from relaymta.watch import Watched
 if TYPE_CHECKING:  # a worker without certificates starts without it
     from cryptography.x509 import Certificate as Leaf
 
-__all__ = ["Certificates", "check", "names_of", "server_context"]
+__all__ = ["Certificates", "certificate_paths", "check", "names_of", "server_context"]
 
 Choose = Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]
 
 
 class _Loaded(NamedTuple):
-    """A certificate in use: its context, and its DNS names in lower case, wildcards ("*.example") included."""
+    """A certificate in use: its context, its DNS names in lower case, wildcards ("*.example") included, and when it ends (seconds
+    since 1970)."""
 
     context: ssl.SSLContext
     names: list[str]
+    ends: int
 
 
 class Certificates:
@@ -33,6 +35,8 @@ class Certificates:
 
     def __init__(self, config: Config, keys: bytes = b"") -> None:
         self._tickets = keys
+        self._theirs, ours = certificate_paths(config)
+        self._ours = [(path, Watched([path], lambda path=path: ends_of(path))) for path in ours]  # type: ignore[misc]
         self.watched = [
             Watched([c.chain, c.key or c.chain], lambda c=c: self._loaded(c))  # type: ignore[misc]
             for c in config.certificate
@@ -43,6 +47,17 @@ class Certificates:
         if self._tickets:
             tickets.share(found.context, self._tickets)
         return found
+
+    def look(self) -> None:
+        """Look at the certificates with which we identify ourselves to other hosts: only at when they end. Blocks."""
+        for _, one in self._ours:
+            one.refresh()
+
+    def ends(self) -> dict[str, int]:
+        """When the certificates that are in use end (seconds since 1970), by their path: those for clients, and our own as a
+        client of other hosts. (`certificate_paths` names them all.)"""
+        found = {path: one.value.ends for path, one in zip(self._theirs, self.watched, strict=True) if one.value is not None}
+        return found | {path: one.value for path, one in self._ours if one.value is not None}
 
     def renew_tickets(self, keys: bytes) -> None:
         """Replace the session ticket keys."""
@@ -72,6 +87,12 @@ class Certificates:
                 if one.value is not None and not wanted.isdisjoint(one.value.names):
                     return one.value.context
         return self.context
+
+
+def certificate_paths(config: Config) -> tuple[list[str], list[str]]:
+    """The files of the certificates for clients, in their order, and of those with which we identify ourselves to other hosts."""
+    ours = dict.fromkeys(route.client_certificate for route in config.route if route.client_certificate)
+    return [certificate.chain for certificate in config.certificate], list(ours)
 
 
 def check(config: Config) -> None:
@@ -108,7 +129,19 @@ def _load(certificate: Certificate, choose: Choose) -> _Loaded:
     except (OSError, ValueError) as error:
         raise ConfigError([f"certificate.key: {key}: {getattr(error, 'strerror', None) or error}"]) from None
     context.sni_callback = choose
-    return _Loaded(context, names_of(leaf))
+    return _Loaded(context, names_of(leaf), _ends(leaf))
+
+
+def _ends(leaf: "Leaf") -> int:
+    """When a certificate ends, seconds since 1970."""
+    return int(leaf.not_valid_after_utc.timestamp())
+
+
+def ends_of(path: str) -> int:
+    """When the certificate in a PEM file ends, seconds since 1970. OSError, ValueError."""
+    from cryptography import x509
+
+    return _ends(x509.load_pem_x509_certificate(read_octets(path)))
 
 
 @contextlib.contextmanager

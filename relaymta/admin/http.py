@@ -1,11 +1,12 @@
 """The HTTP server for monitoring: /metrics (Prometheus), /health, /livez and /readyz, on one address, by aiohttp."""
 
 import asyncio
+import json
+import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 
@@ -15,12 +16,14 @@ from relaymta.errors import RelayError
 from relaymta.metrics import (
     Cells,
     FilterTotals,
+    Own,
     RuleTotals,
     abuse_families,
     down_families,
     families,
     filter_families,
     list_families,
+    own_families,
     row_families,
     rule_families,
 )
@@ -34,6 +37,19 @@ ROWS_EVERY = 5.0  # seconds for which the rows of sites and quotas are cached
 Rows = list[dict[str, Any]]
 
 
+@web.middleware
+async def _in_words(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Say what is wrong with a request in a line."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        paths = sorted(resource.canonical for resource in request.app.router.resources())
+        return web.Response(text=f"there is no {request.path!a} here, but: {', '.join(paths)}\n", status=404)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return web.Response(text=f"this path is for {allowed}\n", status=405, headers={"Allow": allowed})
+
+
 async def _rows(asked: Awaitable[Rows]) -> Rows:
     try:
         async with asyncio.timeout(ROWS_SECONDS):
@@ -43,7 +59,8 @@ async def _rows(asked: Awaitable[Rows]) -> Rows:
 
 
 class _Collector:
-    """Collects all metrics from shared memory at each scrape."""
+    """All metrics. `collect` reads shared memory and what the supervisor knows, on the loop; what it returns is rendered on a
+    thread."""
 
     def __init__(
         self,
@@ -53,6 +70,8 @@ class _Collector:
         zones: Callable[[], dict[str, list[list[int]]]],
         rules: Callable[[], dict[str, RuleTotals]],
         abuse: Callable[[], dict[str, tuple[int, int, int]]],
+        attempts: Callable[[], dict[str, tuple[int, ...]]],
+        own: Callable[[], Own] | None,
     ) -> None:
         self._blocks = blocks
         self._down = down
@@ -60,6 +79,8 @@ class _Collector:
         self._zones = zones
         self._rules = rules
         self._abuse = abuse
+        self._attempts = attempts
+        self._own = own
         self.sites: Rows = []
         self.quotas: Rows = []
         self.until = 0.0
@@ -67,12 +88,23 @@ class _Collector:
     def collect(self) -> Iterable[object]:
         yield InfoMetricFamily("relaymta_build", "The running program", value={"version": __version__})
         yield from families(self._blocks())
-        yield from row_families(self.sites, self.quotas)
+        yield from row_families(self.sites, self.quotas, self._attempts())
         yield from down_families(*self._down())
         yield from filter_families(self._filters())
         yield from list_families(self._zones())
         yield from rule_families(self._rules())
         yield from abuse_families(self._abuse())
+        if self._own is not None:
+            yield from own_families(self._own(), time.time())
+
+
+class _Collected(NamedTuple):
+    """What an encoder of prometheus_client takes for a registry."""
+
+    families: list[object]
+
+    def collect(self) -> list[object]:
+        return self.families
 
 
 async def serve_http(
@@ -88,15 +120,16 @@ async def serve_http(
     zones: Callable[[], dict[str, list[list[int]]]] = dict,
     rules: Callable[[], dict[str, RuleTotals]] = dict,
     abuse: Callable[[], dict[str, tuple[int, int, int]]] = dict,
+    attempts: Callable[[], dict[str, tuple[int, ...]]] = dict,
+    own: Callable[[], Own] | None = None,
 ) -> web.AppRunner:
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `reasons()`: why the
     relay is not ready, as of `supervisor.readiness`; `down()`: the sites that are down, as `supervisor.outages` counts them;
     `filters()`: of each configured filter; `zones()`: the counters of each list in the DNS; `rules()`: of each rule about
-    mail; `abuse()`: as of `Accounts.counts`. OSError when the address is in use."""
-    registry = CollectorRegistry(auto_describe=False)
-    collector = _Collector(blocks, down, filters, zones, rules, abuse)
-    registry.register(collector)  # type: ignore[arg-type]
+    mail; `abuse()`: as of `Accounts.counts`; `attempts()`: those at sites; `own()`: what the supervisor knows of itself. OSError
+    when the address is in use."""
+    collector = _Collector(blocks, down, filters, zones, rules, abuse, attempts, own)
 
     async def metrics(request: web.Request) -> web.Response:
         now = asyncio.get_running_loop().time()
@@ -104,7 +137,9 @@ async def serve_http(
             collector.until = now + ROWS_EVERY
             collector.sites, collector.quotas = await asyncio.gather(_rows(sites()), _rows(quotas()))
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return web.Response(body=encode(registry), headers={"Content-Type": content_type})
+        collected = _Collected(list(collector.collect()))
+        body = await asyncio.to_thread(encode, collected)  # type: ignore[arg-type]
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def health(request: web.Request) -> web.Response:
         wrong = healthy()
@@ -115,9 +150,10 @@ async def serve_http(
 
     async def readyz(request: web.Request) -> web.Response:
         why = reasons()
-        return web.json_response({"ready": not why, "reasons": why}, status=503 if why else 200)
+        body = json.dumps({"ready": not why, "reasons": why}) + "\n"
+        return web.Response(text=body, content_type="application/json", status=503 if why else 200)
 
-    app = web.Application()
+    app = web.Application(middlewares=[_in_words])
     answers = {"/metrics": metrics, "/health": health, "/livez": livez, "/readyz": readyz}
     app.add_routes([web.get(path, answer) for path, answer in answers.items()])
     runner = web.AppRunner(app, access_log=None, handle_signals=False)

@@ -8,6 +8,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,10 +97,20 @@ class Stopped:
     async def _open(self) -> None:
         counters = Counters(Shared.create().counters(0))  # which nobody reads
         for number in shard_numbers(self.spool):
-            witness = Witness(counters, self._log, lambda entry: None, lambda entry: None, lambda outcome: outcome.retry_at)
+            witness = Witness(
+                counters,
+                self._log,
+                lambda entry: None,
+                lambda entry: None,
+                lambda outcome: outcome.retry_at,
+                partial(self._now, number),
+            )
             queue = Queue(self.spool, number, queue_settings(self._config), self._table.assign, Null(), witness)
             self._queues[number] = queue
             await queue.start_idle()
+
+    def _now(self, number: int) -> int:
+        return self._queues[number].clock.now()
 
     def close(self) -> None:
         """Commit what is pending, and give the shards back."""

@@ -43,14 +43,15 @@ class Move:
 
 
 class Group:
-    """The operations of one group, with their results; `syncs`: how many syncs its bodies took."""
+    """The operations of one group, with their results; `syncs`: how many syncs its bodies took; `seconds`: how long it took."""
 
-    __slots__ = ("moves", "syncs", "tasks")
+    __slots__ = ("moves", "seconds", "syncs", "tasks")
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
         self.moves: list[Move] = []
         self.syncs = 0
+        self.seconds = 0.0
 
     def add(self, batch: Iterable[Any]) -> None:
         """Sort operations into their lists."""

@@ -21,6 +21,7 @@ class Disk:
     `full`: no mail is taken. `room`: octets until then. `pressure`: 0 while there is room enough, up to 1 as the last quarter of
     a floor of room is used up. `brim`: half of the floor is used up, too: nothing is written that can be spared. `reserve`:
     octets until then, and none while the map is nearly full, for mail without which no room would come free.
+    `free`: octets that the file system has for us, 0 until they are known, never after; `map_used`: the used share of the map.
     `used()`: octets of the map that are used, and its size."""
 
     def __init__(self, path: Path, used: Callable[[], tuple[int, int]]) -> None:
@@ -33,12 +34,15 @@ class Disk:
         self.brim = False
         self.reserve = 1 << 62
         self.floor = FLOOR_MOST
+        self.free = 0
+        self.map_used = 0.0
 
     def check(self) -> None:
         """Reader thread, each second: look at the file system and at the map."""
         stats = os.statvfs(self._path)
         total, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
         used, size = self._used()
+        self.free, self.map_used = max(free, 1), used / size
         floor = self.floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
         self.room = max(0, free - floor)
         slow = floor // SLOW_SHARE

@@ -177,7 +177,10 @@ class GroupWriter(Generic[O, G, C]):
     def _run(self) -> None:
         try:
             while (batch := self._inbox.get()) is not None:
-                self._loop.call_soon_threadsafe(self._posted, self._commit(batch))
+                began = time.monotonic()
+                group = self._commit(batch)
+                group.seconds = time.monotonic() - began
+                self._loop.call_soon_threadsafe(self._posted, group)
         except BaseException:  # a defect: nothing can be stored without this thread, so let the supervisor start another worker
             traceback.print_exc()
             os._exit(70)

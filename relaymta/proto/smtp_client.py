@@ -111,6 +111,7 @@ class Mail:
         "todo",
         "trail",
         "unanswered",
+        "waited",
     )  # fmt: skip
 
     def __init__(
@@ -142,6 +143,7 @@ class Mail:
         self.answer = (0, b"")  # code and text of the reply to the final dot
         self.reached = ""  # phase of the last reply, "" before the first
         self.data_sent = False  # the last octet is written and its reply awaited: in doubt
+        self.waited: dict[str, float] = {}  # seconds for replies, by the phase of the first that came together
 
 
 class Tap(Protocol):
@@ -161,8 +163,8 @@ class ClientSession:
     """One connection. `recipients`: the maximum of one transaction; `lmtp`: the peer speaks LMTP."""
 
     __slots__ = (
-        "_behind", "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages",
-        "no_bdat", "not_sent", "open_envelope", "out", "recipients", "streaming", "tap",
+        "_behind", "_expected", "_replies", "_since", "broken", "closing", "features", "finished", "last_said", "lmtp",
+        "messages", "moment", "no_bdat", "not_sent", "open_envelope", "out", "recipients", "streaming", "tap",
     )  # fmt: skip
 
     def __init__(self, features: Features, recipients: int = 100, lmtp: bool = False) -> None:
@@ -183,6 +185,8 @@ class ClientSession:
         self.no_bdat = False  # it offered CHUNKING, and does not implement BDAT
         self.not_sent = False  # so no mail under way was sent
         self.tap: Tap | None = None
+        self.moment = 0.0  # now, seconds of a monotonic clock: its owner sets it before each call
+        self._since = 0.0  # from then on the next reply has been waited for
 
     @property
     def idle(self) -> bool:
@@ -200,6 +204,11 @@ class ClientSession:
             return False
         # A mail with recipients left begins their transaction itself: its envelope must not follow another mail's DATA.
         return not mail.todo and (len(expected) == 1 or (mail is expected[-1][1] and not self.lmtp))
+
+    @property
+    def waits(self) -> float:
+        """For how long the next reply has been waited for, at `moment`."""
+        return self.moment - self._since
 
     @property
     def awaiting(self) -> str:
@@ -224,6 +233,8 @@ class ClientSession:
         mail.refused_mail = None
         mail.reached = ""
         mail.data_sent = False
+        if not self._expected:
+            self._since = self.moment
         features, expected = self.features, self._expected
         lines = []
         if self.open_envelope:
@@ -316,6 +327,11 @@ class ClientSession:
 
     def _take(self, replies: list[tuple[int, bytes]], unsent: int) -> None:
         expected = self._expected
+        if replies and expected:
+            kind, mail, _ = expected[0]
+            if mail is not None:
+                mail.waited[kind] = mail.waited.get(kind, 0.0) + self.moment - self._since
+            self._since = self.moment
         for number, (code, text) in enumerate(replies):
             if self.closing:
                 return
@@ -472,6 +488,7 @@ class ClientSession:
     def data_written(self, whole: bool) -> None:
         """The caller has stopped streaming; `whole`: message data and final dot were written."""
         mail, self.streaming = self.streaming, None
+        self._since = self.moment
         if mail is not None and whole:
             self._data_sent(mail)
 

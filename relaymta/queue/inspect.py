@@ -11,6 +11,7 @@ import msgspec
 from relaymta.control.filters import Filter
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.segments import Segments
+from relaymta.ident import stamp_of
 from relaymta.proto.envelope import (
     BY_CRASHES,
     BY_CRASHES_UNSEEN,
@@ -184,7 +185,8 @@ def policy_held(
 
 class Totals(NamedTuple):
     """A shard's counts. `overdue`: seconds since the earliest deadline (0: none has passed); `oldest`: age of the oldest message
-    that is not held, seconds; `unseen`: messages that filters have not looked at, and the age of the oldest of them."""
+    that is not held, seconds; `unseen`: messages that filters have not looked at, and the age of the oldest of them;
+    `oldest_held`: of those held. Ages are by the shard's clock."""
 
     messages: int
     octets: int
@@ -196,38 +198,42 @@ class Totals(NamedTuple):
     oldest: float = 0.0
     unseen: int = 0
     oldest_unseen: float = 0.0
+    oldest_held: float = 0.0
 
 
 def totals(store: Store, segments: Segments, clock: ShardClock) -> Totals:
     """Count the messages and octets of a shard, from its queue rows and inlined mail."""
     fresh = store.fresh.live()
     messages, octets, deferred, held = len(fresh), sum(envelope.size for _, envelope in fresh), 0, 0
+    oldest_held = 0
     with store.reading() as txn:
         for row in store.queues(txn):
             messages += row.messages
             octets += row.bytes
             deferred += row.deferred
             held += row.held
+            ident = next(iter(store.held(txn, row.number, 0)), 0) if row.held else 0
+            oldest_held = min(ident, oldest_held) or ident or oldest_held
         first = next(store.expiries(txn), None)
-        waiting = (envelope for _, envelope in islice(store.idents(txn, 0, fresh), HELD_SEEN) if not envelope.flags & HELD)
-        oldest = next(waiting, None)  # ids are in the order of arrival
-        if oldest is None and first is not None:  # so much is held: deadlines are nearly in the same order
-            oldest = store.envelope(txn, first[1])
-        unseen = _unseen(store, txn)
-    age = max(0.0, (wall_ms() - oldest.arrived) / 1000) if oldest is not None else 0.0
-    overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
+        waiting = (ident for ident, envelope in islice(store.idents(txn, 0, fresh), HELD_SEEN) if not envelope.flags & HELD)
+        oldest = next(waiting, 0)  # ids are in the order of arrival
+        if not oldest and first is not None:  # so much is held: deadlines are nearly in the same order
+            oldest = first[1]
+        unseen, oldest_unseen = _unseen(store, txn)
+    now = clock.now()
+    ages = [max(0, now - stamp_of(ident)) / 1000 if ident else 0.0 for ident in (oldest, oldest_unseen, oldest_held)]
+    overdue = 0.0 if first is None else max(0.0, (now - first[0]) / 1000)
     files, live, _ = segments.usage()
-    return Totals(messages, octets, deferred, held, overdue, files, live, age, *unseen)
+    return Totals(messages, octets, deferred, held, overdue, files, live, ages[0], unseen, ages[1], ages[2])
 
 
-def _unseen(store: Store, txn: Any) -> tuple[int, float]:
-    """How many messages filters have not looked at, and the age of the oldest, seconds."""
-    count, arrived = int(txn.stat(db=store.tables["unseen"])["entries"]), list[int]()
+def _unseen(store: Store, txn: Any) -> tuple[int, int]:
+    """How many messages filters have not looked at, and the id of the oldest; 0: there is none."""
+    count, idents = int(txn.stat(db=store.tables["unseen"])["entries"]), list[int]()
     for priority in CLASSES.values() if count else ():
         (found, ident), _ = next(store.unseen(txn, (priority, 0)), ((-1, 0), []))
-        envelope = store.envelope(txn, ident) if found == priority else None
-        arrived += [envelope.arrived] if envelope is not None else []
-    return count, max(0.0, (wall_ms() - min(arrived)) / 1000) if arrived else 0.0
+        idents += [ident] if found == priority else []
+    return count, min(idents, default=0)
 
 
 def reroute(

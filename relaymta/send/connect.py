@@ -26,6 +26,7 @@ from relaymta.send.greeting import LenientSMTP
 from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Link, Session
+from relaymta.send.timing import Stopwatch, Timed, untimed
 from relaymta.send.trust import NO_FILES, Context, Files
 
 __all__ = ["ConnectFailed", "Peer", "Via", "connect", "implicit_tls"]
@@ -137,10 +138,20 @@ class _Client(LenientSMTP):
 
 
 async def connect(
-    peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int
+    peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int, timed: Timed = untimed
 ) -> Session:
     """A session past EHLO, STARTTLS and AUTH. ConnectFailed when one of them fails; NoRoute when the peer is this host.
-    `make(core, peer)` makes the session; `recipients`: at most in one transaction."""
+    `make(core, peer)` makes the session; `recipients`: at most in one transaction; `timed`: what each phase takes."""
+    watch = Stopwatch(timed)
+    try:
+        return await _connect(peer, via, tokens, make, recipients, watch)
+    finally:
+        watch.begin("")
+
+
+async def _connect(
+    peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int, watch: Stopwatch
+) -> Session:
     client: _Client | None = None
     phase = "connect"
     try:
@@ -148,21 +159,25 @@ async def connect(
         if via.trace is not None:
             via.trace(client)
             client.made = partial(_tell_made, client, via)
-        await _open(client, peer, via)
+        await _open(client, peer, via, watch)
         client.check_unsolicited()
         phase = "ehlo"
+        watch.begin("ehlo")
         await _greet(client)
         if via.by_name:
             _check_name(client, peer, via)
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
             phase = "starttls"
+            watch.begin("tls")
             await _start_tls(client, peer, via.tls)
             _tell_tls(client, via, client.transport)
             client.listen_anew()
             phase = WITHIN_TLS
+            watch.begin("ehlo")
             await _greet(client)
         if via.route.username and via.tls == "verify":
             phase = "auth"
+            watch.begin("auth")
             await _log_in(client, via, tokens)
         return _handed_over(client, peer, via, make, recipients)
     except BaseException as error:
@@ -228,15 +243,17 @@ def _loop(peer: Peer, cause: str = "") -> NoRoute:
     return NoRoute(True, "5.4.6", public, cause and f"{cause}: {public}", US, "loop")
 
 
-async def _open(client: _Client, peer: Peer, via: Via) -> None:
+async def _open(client: _Client, peer: Peer, via: Via, watch: Stopwatch) -> None:
     """Connect and wait for the greeting, each within its own time."""
     what = "connecting"
+    watch.begin("connect")
     try:
         async with asyncio.timeout(via.connect_timeout) as limit:
 
             def opened(transport: asyncio.BaseTransport) -> None:
                 nonlocal what
                 what = "waiting for the greeting"
+                watch.begin("greeting")
                 limit.reschedule(asyncio.get_running_loop().time() + via.reply_timeout)
                 address = transport.get_extra_info("peername")
                 if not peer.path and address is not None and via.ourselves.at(address[0], address[1]):
@@ -246,6 +263,7 @@ async def _open(client: _Client, peer: Peer, via: Via) -> None:
             if client.use_tls:
                 sock = await _dialed(peer, via)
                 client.opened_by(sock)
+                watch.begin("tls")
             await client.connect(timeout=None)
     except TimeoutError as error:
         raise TimeoutError(f"timed out {what}") from error

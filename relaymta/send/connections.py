@@ -11,7 +11,7 @@ from collections.abc import Callable
 from relaymta.config import Config, Source
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.proto.envelope import PERMANENT
+from relaymta.proto.envelope import PERMANENT, TRANSIENT
 from relaymta.proto.smtp_client import ClientSession, Mail, Said
 from relaymta.queue import Entry, Queue, format_id
 from relaymta.queue.schedule import retry_delay
@@ -234,6 +234,7 @@ class Connections:
             return None
         self._marks.add(entry.ident)
         refusal = unfit(entry, session.core.features)
+        self._outcomes.stages.begun(entry, self.queue.clock.now())
         if refusal is None:
             pool.began(self._loop.time())
             return mail_of(entry, pool.site.route)
@@ -283,6 +284,8 @@ class Connections:
         phase = error.phase if isinstance(error, ConnectFailed) else "route"
         enhanced = said.enhanced if said.code else getattr(error, "enhanced", "4.4.1")
         self._parking.sleeps_for(pool, entries)
+        if entries:
+            self._outcomes.tally.add(pool.key, TRANSIENT, len(entries[0].recipients))
         self._outcomes.charge_one(entries, until, phase, said, enhanced, error)
 
     # Callbacks of sessions

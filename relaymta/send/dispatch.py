@@ -90,7 +90,7 @@ class Dispatcher:
         self.landed = self.recovery.landed  # called when an entry's outcome is durable
         self.local = Local(self.outcomes, in_flight, self.tasks, counters, log)
         self.lookups = Lookups(self.outcomes, self.parking, self.tasks, self._found, loop.time)
-        self.opener = Opener(config, resolver, log, tokens, self._make)
+        self.opener = Opener(config, resolver, log, tokens, self._make, self.outcomes.stages.took)
         self.sessions = Sessions(
             loop, self.pools, self.room, self.opener, self.decisions, self.parking, self.tasks, counters
         )  # fmt: skip

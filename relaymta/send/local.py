@@ -81,6 +81,7 @@ class Local:
         if not self.queue.begin(entry):
             return
         self._marks.add(entry.ident)
+        self._outcomes.stages.begun(entry, self.queue.clock.now())
         self.under_way += 1
         self._octets += entry.envelope.size
         self._tasks.spawn(self._deliver(entry))

@@ -14,6 +14,7 @@ from relaymta.route.sites import Site, Sites
 from relaymta.send.outcomes import Outcomes
 from relaymta.send.parking import Parking
 from relaymta.send.tasks import Tasks
+from relaymta.send.timing import Stopwatch
 
 __all__ = ["Lookups"]
 
@@ -97,7 +98,8 @@ class Lookups:
                 while asked is not self._sites:  # again after a reload: the site has the route of its configuration
                     asked, site, failure = self._sites, None, None
                     try:
-                        site = await asked.find(name)
+                        with Stopwatch(self._outcomes.stages.took).phase("dns"):
+                            site = await asked.find(name)
                     except NoRoute as error:
                         failure = error
                     except Exception as error:

@@ -21,6 +21,7 @@ from relaymta.send.connect import ConnectFailed, Peer, Via, connect, implicit_tl
 from relaymta.send.greeting import LenientSMTP
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
+from relaymta.send.timing import Stopwatch, Timed, untimed
 from relaymta.send.trust import Files
 from relaymta.trace import Facts, Tracer
 
@@ -80,7 +81,8 @@ def _score(source: Source, key: str) -> float:
 
 
 class Opener:
-    """Connects to the hosts of sites. `make(core, peer)` makes the session; `tokens`: for hosts that require OAuth 2.0."""
+    """Connects to the hosts of sites. `make(core, peer)` makes the session; `tokens`: for hosts that require OAuth 2.0; `timed`:
+    what the phases of that take."""
 
     def __init__(
         self,
@@ -89,7 +91,9 @@ class Opener:
         log: Log,
         tokens: Tokens,
         make: Callable[[ClientSession, str], Session],
+        timed: Timed = untimed,
     ) -> None:
+        self._timed = timed
         self._config = config
         self._resolver = resolver
         self._log = log
@@ -149,10 +153,11 @@ class Opener:
                     yield peer
             return
         port = self._config.delivery.port
-        found = await targets(
-            self._resolver, site.hosts, families, lambda address: ours.is_exchange(address, port),
-            lambda host: not ours.names.isdisjoint(self._resolver.aliases(host)),
-        )  # fmt: skip
+        with Stopwatch(self._timed).phase("dns"):
+            found = await targets(
+                self._resolver, site.hosts, families, lambda address: ours.is_exchange(address, port),
+                lambda host: not ours.names.isdisjoint(self._resolver.aliases(host)),
+            )  # fmt: skip
         if self.tracer is not None:
             order = ", ".join(f"{target.host} [{target.address}]" for target in found)
             self._told(site, f"MX hosts in this order: {order}", tuple(target.host for target in found))
@@ -166,7 +171,8 @@ class Opener:
         if path:
             return [Peer(text, "", 0, path, text, files)]
         try:
-            found = await self._resolver.host(name, families)
+            with Stopwatch(self._timed).phase("dns"):
+                found = await self._resolver.host(name, families)
         except (DnsFailure, NoData, NoSuchName) as error:
             what = {NoSuchName: "it does not exist", NoData: f"it has no address of IPv{' or IPv'.join(families)}"}
             why = what.get(type(error)) or str(error)
@@ -225,7 +231,7 @@ class Opener:
             trace = partial(self._trace, self.tracer, site, peer, source)
         via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source, by_name, trace)
         try:
-            session = await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+            session = await connect(peer, via, self._tokens, self._make, RECIPIENTS, self._timed)
         except ConnectFailed as error:
             if peer.failure is not None and error.category == "dns":
                 raise peer.failure from None  # says more

@@ -15,6 +15,8 @@ from relaymta.send.decisions import Decisions
 from relaymta.send.parking import Parking
 from relaymta.send.pool import Pool
 from relaymta.send.session import Session
+from relaymta.send.tally import Tally
+from relaymta.send.timing import Stages
 from relaymta.send.trail import Trail
 
 __all__ = ["Judged", "Outcomes", "judge"]
@@ -79,6 +81,8 @@ class Outcomes:
 
     def __init__(self, counters: Counters, decisions: Decisions, parking: Parking) -> None:
         self._counters = counters
+        self.stages = Stages(counters)
+        self.tally = Tally()
         self._decisions = decisions
         self._parking = parking
         self._rule_of: RuleOf = lambda host, reply: None
@@ -92,8 +96,10 @@ class Outcomes:
         entry = mail.cargo
         assert isinstance(entry, Entry)
         self._counters.add(TRANSACTIONS, 1)
+        self.stages.replied(mail, session.core.features.chunking and mail.data is not None)
         entry.route = (session.peer, mail.answer, session.link)
         if mail.all_sent and mail.trail is None:
+            self.tally.add(pool.key if pool is not None else "", SUCCESS, len(mail.recipients))
             self.queue.finish(entry, None)
             return
         unseen = Said(*mail.answer, "final") if mail.all_sent else Said(0, b"no reply was seen", "final")
@@ -105,6 +111,8 @@ class Outcomes:
         ends. `doubtful`: recipients for which the host may have the message."""
         entry = mail.cargo
         assert isinstance(entry, Entry)
+        for attempt in judged.results.values():
+            self.tally.add(pool.key if pool is not None else "", attempt.kind, 1)
         self._decisions.rules(pool, entry.name.application, judged.rules)
         trail = mail.trail if isinstance(mail.trail, Trail) else Trail()
         place = session.place or session.peer
@@ -144,6 +152,7 @@ class Outcomes:
             entry.lost += 1
             return False
         phase = core.awaiting or mail.reached or "mail"
+        self.stages.lost(core.awaiting, core.waits)
         now = wall_ms()
 
         def unanswered(index: int) -> Said | Attempt:

@@ -2,6 +2,7 @@
 messages."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ class Session(asyncio.Protocol):
         if self.tap is not None:
             ident, application = told_of(mail)
             self.tap.begin(ident, application, mail.sender, [address for _, address in mail.recipients])
+        self.core.moment = time.monotonic()
         self.core.begin(mail)
         self._flush()
 
@@ -121,6 +123,7 @@ class Session(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         core = self.core
         self._unsent = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        core.moment = time.monotonic()
         core.receive(data, self._unsent)
         if core.finished:
             self._report()
@@ -176,6 +179,7 @@ class Session(asyncio.Protocol):
 
     def _settle(self) -> None:
         """A reply that had begun when the connection ended counts by its code."""
+        self.core.moment = time.monotonic()
         self.core.ended(self._unsent)
         self.core.out.clear()
         self._report()
@@ -227,5 +231,6 @@ class Session(asyncio.Protocol):
             self.fail("reading the message failed", f"reading the message failed: {error}")
             return
         self._stream = None
+        self.core.moment = time.monotonic()
         self.core.data_written(whole)
         self._flush()

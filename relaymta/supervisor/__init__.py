@@ -19,17 +19,19 @@ import msgspec
 import uvloop
 
 from relaymta import privileges
+from relaymta.accept.tls import certificate_paths
 from relaymta.config import Config, parse_hostport
 from relaymta.disk.lock import locked_shard
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
-from relaymta.metrics import SITES_SHOWN, FilterTotals, RuleTotals, list_name, rule_name
+from relaymta.metrics import FilterTotals, Own, RuleTotals, certificate_name, list_name, rule_name
 from relaymta.node import keep_secret
 from relaymta.queue.snapshot import remove_stale
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket, watchdog_seconds
 from relaymta.supervisor.abuse import Accounts
+from relaymta.supervisor.activity import Activity
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.audit import Audit
 from relaymta.supervisor.busiest import busiest
@@ -59,6 +61,8 @@ class Supervisor:
         self.failure = ""
         self.audit = Audit(lambda: self.log)
         self.http_api: HttpApi | None = None
+        self.activity = Activity()
+        self._named = self.shared.named()
         self.mail: MachineMailboxes | None = None
         self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._from_worker, self._started)
         self.configuration = Configuration(config, reload, self.slots, self.stopping)
@@ -156,6 +160,7 @@ class Supervisor:
         """Answer a worker's request."""
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "site_state": self.machine.site_state, "token": self.machine.token, "conduct": self.abuse.conduct,
+            "sites": self.activity.note,
         }  # fmt: skip
         if op not in answers:
             raise RelayError(f"no such request of a worker: {op}")
@@ -232,18 +237,30 @@ class Supervisor:
                 host,
                 port,
                 lambda: [self.shared.counters(slot.number) for slot in self.slots],
-                lambda: busiest(self.slots, SITES_SHOWN),
+                lambda: busiest(self.slots, self.activity),
                 lambda: usage(self),
                 self.slots.health,
                 lambda: reasons(self.slots, self.shared, self.stopping),
                 lambda: self.machine.outages.rows(_smart_sites(self.config)),
-                lambda: {one.name: FilterTotals(self.shared.named().of(one.name), one.timeout) for one in self.config.filter},
-                lambda: {zone: self.shared.named().of(list_name(zone)) for zone in _zones(self.config)},
-                lambda: {one.name: RuleTotals.of(self.shared.named().of(rule_name(one.name))) for one in self.config.mail_rule},
+                lambda: {one.name: FilterTotals(self._named.of(one.name), one.timeout) for one in self.config.filter},
+                lambda: {zone: self._named.of(list_name(zone)) for zone in _zones(self.config)},
+                lambda: {one.name: RuleTotals.of(self._named.of(rule_name(one.name))) for one in self.config.mail_rule},
                 lambda: self.abuse.counts(),
+                self.activity.totals,
+                self._own,
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
+
+    def _own(self) -> Own:
+        """What /metrics shows of the supervisor."""
+        ends: dict[str, int] = {}
+        for path in {path for paths in certificate_paths(self.config) for path in paths}:
+            known = [cells[0] for cells in self._named.of(certificate_name(path)) if cells[0]]
+            if known:  # of the workers that use it: the first to end
+                ends[path] = min(known)
+        made = self.configuration
+        return Own(made.number, made.refused, made.refusals, self.slots.restarts, self.slots.states(), ends)
 
     def _hear_signals(self) -> None:
         loop = asyncio.get_running_loop()

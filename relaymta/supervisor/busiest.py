@@ -1,10 +1,10 @@
-"""The busiest sites of the machine, for /metrics."""
+"""The sites that /metrics shows, with the sums of all workers."""
 
 import asyncio
-from heapq import nlargest
 from typing import Any
 
 from relaymta.control import Channel, Refused
+from relaymta.supervisor.activity import Activity
 from relaymta.supervisor.slots import Slots
 
 __all__ = ["busiest"]
@@ -12,16 +12,15 @@ __all__ = ["busiest"]
 SECONDS = 0.8  # for a worker's answer, of each of two
 
 
-async def busiest(slots: Slots, most: int) -> list[dict[str, Any]]:
-    """The `most` sites for which most messages wait (then: with most connections): one row for each, with the sums of all workers
-    that answer. All sites of all workers are compared: one may be the busiest though it is it for no worker."""
-    loads: dict[str, list[int]] = {}
+async def busiest(slots: Slots, activity: Activity) -> list[dict[str, Any]]:
+    """A row for each site that is shown and that a worker knows, with the sums of all workers that answer. All sites of all
+    workers are compared (`Activity.loads`): one may be the busiest though it is it for no worker."""
+    loads: dict[str, int] = {}
     for load in await _of_all(slots, None):
         for key, waiting, connections in load:
-            known = loads.setdefault(key, [0, 0])
-            known[0] += waiting
-            known[1] += connections
-    shown = nlargest(most, loads, key=loads.__getitem__)
+            loads[key] = loads.get(key, 0) + waiting + connections
+    activity.loads(sorted(loads.items(), key=lambda pair: -pair[1]))
+    shown = activity.shown
     rows: dict[str, dict[str, Any]] = {}
     for found in await _of_all(slots, shown):
         for row in found:

@@ -53,6 +53,8 @@ class Configuration:
         self.config = config
         self.number = 1  # of this configuration, counted since the start
         self.log: Log | None = None  # once it is open
+        self.refused = False  # whether the last reload was
+        self.refusals = 0  # reloads that were refused
         self._read = read
         self._slots = slots
         self._given: dict[int, int] = {}  # slot -> number of the configuration that its worker has
@@ -131,11 +133,13 @@ class Configuration:
         return fresh, _warnings(fresh)
 
     def _refused(self, why: list[str]) -> str:
+        self.refused, self.refusals = True, self.refusals + 1
         text = "\n".join(why)
         self._warn(f"reload refused, the old configuration stays: {text}")
         return f"refused, the old configuration stays:\n{text}"
 
     def _replaced(self, change: Change, missing: list[str]) -> str:
+        self.refused = False
         if self.log is not None:
             self.log.event("reloaded", applied=change.applied, restart=change.restart)
         for sentence in (*change.left_out, *missing):

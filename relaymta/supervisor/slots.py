@@ -51,6 +51,10 @@ STOP_SECONDS = 45.0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "4"}
 
 
+# Why a worker was replaced: it did not start, or ended by a signal or by itself; silent: it did not answer, and was killed.
+RESTARTS = ("start", "signal", "exit", "silent")
+
+
 class State(enum.StrEnum):
     """What a slot's worker is doing; see the table above."""
 
@@ -176,6 +180,7 @@ class Slots:
         self._handle = handle
         self._slots: list[Slot] = []
         self._keepers: list[asyncio.Task[None]] = []
+        self.restarts = dict.fromkeys(RESTARTS, 0)  # workers that have ended, and were replaced
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots)
@@ -196,6 +201,10 @@ class Slots:
         for slot in self:
             if slot.channel is not None:
                 slot.channel.notify(op, **args)
+
+    def states(self) -> dict[str, int]:
+        """How many slots are in each state."""
+        return {str(state): sum(slot.state is state for slot in self) for state in State}
 
     def health(self) -> str:
         """ "" when all workers are ready; otherwise which are not, for operators."""
@@ -378,6 +387,7 @@ class Slots:
         if not life.served and not life.refused:
             error = life.begun.exception() if life.begun.done() and not life.begun.cancelled() else None
             self._failed(slot, f"worker {slot.number} did not start: {error or 'no answer'}")
+        self.restarts["silent" if life.killed else "start" if not life.served else "signal" if status < 0 else "exit"] += 1
         how = f"signal {-status}" if status < 0 else f"status {status}"
         self._warn(f"worker {slot.number} (pid {life.process.pid}) ended with {how}; starting another")
 

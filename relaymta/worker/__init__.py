@@ -41,7 +41,7 @@ from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import SLOTS, Shared
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
-from relaymta.worker.gauges import QUARANTINE, Gauges, busy
+from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
 from relaymta.worker.tracing import wire
@@ -78,7 +78,9 @@ class Shard:
         )  # fmt: skip
         if worker.mail is not None:
             self.dispatcher.keep_mail(worker.mail.store())
-        self.witness = Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try)
+        self.witness = Witness(
+            worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try, self._now
+        )
         self.queue = Queue(
             Path(config.spool),
             number,
@@ -116,6 +118,10 @@ class Shard:
         self.queue.unseen.noticed = lambda: None
         if self.scanner is not None:
             await self.scanner.stop()
+
+    def _now(self) -> int:
+        """The time by the shard's clock, ms."""
+        return self.queue.clock.now()
 
     def _next_try(self, outcome: Outcome) -> int:
         """When an outcome's deferred recipients are tried again (ms of the wall clock): at its due time, or later if its queue
@@ -186,7 +192,10 @@ class Worker:
         self.tokens = Tokens(self._exchange)
         if any(route.lookup for route in self.config.route):
             import aiohttp  # noqa: F401 (at start, rather than while mail waits)
-        self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
+        took = {result: self.counters.histogram("relaymta_dns_seconds", result) for result in ("found", "none", "failed")}
+        nameservers = self.config.delivery.nameservers
+        self.resolver = Resolver(nameservers, self._count_dns, took=lambda result, seconds: took[result](seconds))
+        watch_collector(self.counters)
         if mail is not None:
             from relaymta.worker.mail import Mail
 
@@ -201,6 +210,11 @@ class Worker:
             if culprit and shard.queue.quarantined:
                 text = f"message {format_id(culprit)} was probed when a worker died again: it is quarantined"
                 self.log.event("warning", text=text + " (`relaymta queue list --held` shows it, `release` tries it once more)")
+        self._report_lost()
+        await self._listen(self.shards[shards[0]].queue, tickets, descriptors[1:])
+
+    def _report_lost(self) -> None:
+        """Log which segments are missing."""
         lost = "is missing: the messages in it are lost"
         for shard in self.shards.values():
             for path in shard.queue.segments.lost:
@@ -208,7 +222,6 @@ class Worker:
         for mailboxes in self.mail.shards.values() if self.mail is not None else ():
             for path in mailboxes.segments.lost:
                 self.log.event("warning", text=f"{path} {lost} (`relaymta mailbox verify` names them)")
-        await self._listen(self.shards[shards[0]].queue, tickets, descriptors[1:])
 
     def _open_log(self, keeps_mail: bool) -> Log:
         """The log, with the histories."""

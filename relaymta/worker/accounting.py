@@ -1,10 +1,10 @@
 """What a worker counts and logs of what its queue has committed."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 from relaymta.filter.conduct import Conduct
+from relaymta.ident import stamp_of
 from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope, QueueName
@@ -21,6 +21,7 @@ DELIVERED_OCTETS = index("relaymta_delivered_octets_total")
 COMMITS = index("relaymta_commits_total")
 OPERATIONS = index("relaymta_commit_operations_total")
 SYNCS = index("relaymta_syncs_total")
+COMMIT_ERRORS = index("relaymta_commit_errors_total")
 DSNS = index("relaymta_dsns_total")
 DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 QUARANTINE = {how: index("relaymta_quarantine_total", how) for how in COUNTERS["relaymta_quarantine_total"][2]}
@@ -67,16 +68,24 @@ class Witness(Events):
         landed: Callable[[Entry], None],
         refused: Callable[[Entry], None],
         next_try: Callable[[Outcome], int],
+        now: Callable[[], int],
     ) -> None:
         """`landed(entry)`: called when an entry's outcome is committed; `refused(entry)`: when it could not be.
-        `next_try(outcome)`: when its deferred recipients are tried again (ms of the wall clock)."""
+        `next_try(outcome)`: when its deferred recipients are tried again (ms of the wall clock). `now()`: the shard's clock."""
         self._landed = landed
         self._refused = refused
         self._next_try = next_try
         self._add = counters.add
+        self._now = now
         self._delay = counters.histogram("relaymta_delivery_delay_seconds")
+        self._commit_seconds = counters.histogram("relaymta_commit_seconds")
+        self._commit_messages = counters.histogram("relaymta_messages_per_commit")
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
         self._log = log
+
+    def _age(self, ident: int) -> float:
+        """Seconds since a message was accepted. Its id says when, by the shard's clock, which nobody sets."""
+        return max(0, self._now() - stamp_of(ident)) / 1000
 
     def queued(self, put: Put) -> None:
         envelope = put.envelope
@@ -95,7 +104,7 @@ class Witness(Events):
             peer, answer, link = entry.route if isinstance(entry.route, tuple) else NO_ROUTE
             everyone, indexes = envelope.recipients, entry.indexes
             recipients = everyone if indexes is None else [everyone[index] for index in indexes]
-            delay = time.time() - envelope.arrived / 1000
+            delay = self._age(entry.ident)
             self._add(DELIVERED, len(recipients))
             self._add(DELIVERED_OCTETS, envelope.size)
             self._delay(delay)
@@ -104,7 +113,7 @@ class Witness(Events):
             self._log.event(
                 "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=_shown(*answer),
-                delay=round(delay, 3), attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
+                delay=delay, attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
             )  # fmt: skip
             return
         last, expired = next(reversed(outcome.results), -1), {id(attempt) for _, attempt, late in outcome.failed if late}
@@ -120,7 +129,7 @@ class Witness(Events):
         entry = outcome.entry
         common = {
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
-            "reply": attempt.cause, "delay": round(time.time() - entry.envelope.arrived / 1000, 3),
+            "reply": attempt.cause, "delay": self._age(entry.ident),
         }  # fmt: skip
         address = entry.envelope.recipients[position]
         # What an operator or a policy bounces has not failed because of who has sent it.
@@ -178,3 +187,9 @@ class Witness(Events):
         self._add(COMMITS, 1)
         self._add(OPERATIONS, len(group.puts) + len(group.outcomes) + len(group.tasks))
         self._add(SYNCS, group.syncs)
+        self._commit_seconds(group.seconds)
+        if group.puts:
+            self._commit_messages(len(group.puts))
+        failed = sum(put.error is not None for put in group.puts) + sum(task.error is not None for task in group.tasks)
+        if failed:
+            self._add(COMMIT_ERRORS, failed)

@@ -1,21 +1,24 @@
 """What a worker shows of its state every second: gauges, and what follows from memory and disk."""
 
 import asyncio
+import gc
+import time
 from collections.abc import Callable, Iterable
+from heapq import nlargest
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relaymta import memory
 from relaymta.hosts import RESOLV_CONF
-from relaymta.metrics import index
+from relaymta.metrics import Counters, index
 from relaymta.queue import Totals
 
 if TYPE_CHECKING:
     from relaymta.worker import Shard, Worker
     from relaymta.worker.mail import Mail
 
-__all__ = ["QUARANTINE", "Gauges", "busy"]
+__all__ = ["QUARANTINE", "Gauges", "busy", "watch_collector"]
 
 QUARANTINE = "relaymta_quarantine_octets"
 LOG_DROPPED = index("relaymta_log_dropped_total")
@@ -29,21 +32,25 @@ _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], 
     ("relaymta_oldest_message_seconds", attrgetter("oldest"), max),
     ("relaymta_unseen", attrgetter("unseen"), sum),
     ("relaymta_unseen_oldest_seconds", attrgetter("oldest_unseen"), max),
+    ("relaymta_oldest_held_seconds", attrgetter("oldest_held"), max),
     ("relaymta_segment_octets", attrgetter("segment_octets"), sum),
     ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
 ]
 
+TALLY_EVERY = 5  # seconds between two reports of attempts by site
 COUNT_SECONDS = 60.0  # after so long another count is started, even if the last one has not ended
 COUNT_SHARE = 50  # counting takes at most 1/50 of the time
+LOADS_MOST = 1000  # sites of one worker that are compared with those of others
 _STORE_REASONS = {"slow": "free space is near its floor", "full": "free space is below its floor"}
 
 
 def busy(shards: "Iterable[Shard]", names: list[str] | None, now: float) -> list[Any]:
-    """The load of sites for /metrics. Without `names`: of all, as (name, messages waiting, connections). With names: the rows of
-    these, for `metrics.SITE_GAUGES`."""
+    """The load of sites for /metrics. Without `names`: of the LOADS_MOST with most mail, as (name, messages waiting,
+    connections). With names: the rows of these, for `metrics.SITE_GAUGES`."""
     pools = [pool for shard in shards for pool in shard.dispatcher.pools.values()]
     if names is None:
-        return [(pool.key, len(pool.ready), len(pool.sessions)) for pool in pools]
+        loads = ((len(pool.ready), len(pool.sessions), pool.key) for pool in pools)
+        return [(key, waiting, connections) for waiting, connections, key in nlargest(LOADS_MOST, loads)]
     wanted = set(names)
     return [
         {
@@ -55,6 +62,21 @@ def busy(shards: "Iterable[Shard]", names: list[str] | None, now: float) -> list
     ]  # fmt: skip
 
 
+def watch_collector(counters: Counters) -> None:
+    """Observe how long Python's garbage collections stop this process from now on."""
+    observe, began = counters.histogram("relaymta_gc_pause_seconds"), 0.0
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        if phase == "start":
+            began = now
+        else:
+            observe(now - began)
+
+    gc.callbacks.append(note)
+
+
 class Gauges:
     """Sets a worker's gauges, from its start on until `stop`."""
 
@@ -63,11 +85,19 @@ class Gauges:
         self._store_state = self._mail_state = "ok"
         self._log_dropped = 0
         self._memory_level = 0
+        self._beats = 0
         self._timer: asyncio.TimerHandle
         self._set()
 
     def stop(self) -> None:
         self._timer.cancel()
+        self._report_sites()
+
+    def _report_sites(self) -> None:
+        """Tell the supervisor of the attempts since the last report."""
+        counts = [row for shard in self._worker.shards.values() for row in shard.dispatcher.outcomes.tally.take()]
+        if counts:
+            self._worker.channel.notify("sites", counts=counts)
 
     def _set(self) -> None:
         """Set the gauges, and what follows from memory and disk; once a second, even if it fails."""
@@ -96,10 +126,18 @@ class Gauges:
         gauge("relaymta_listeners_paused", worker.acceptor is not None and worker.acceptor.paused)
         gauge("relaymta_stressed", worker.acceptor is not None and worker.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
+        self._beats += 1
+        if self._beats % TALLY_EVERY == 0:
+            self._report_sites()
         worker.report_conduct()
         gauge("relaymta_quarantine_messages", sum(shard.queue.quarantine.messages for shard in worker.shards.values()))
         worker.note_quarantine()
         gauge("relaymta_quarantine_limit_octets", worker.config.quarantine.octets)
+        disks = [shard.queue.disk for shard in worker.shards.values()]
+        gauge("relaymta_disk_free_octets", min(disk.free for disk in disks))
+        gauge("relaymta_disk_floor_octets", min(disk.floor for disk in disks))
+        gauge("relaymta_lmdb_map_used_ratio", max(disk.map_used for disk in disks))
+        gauge("relaymta_rss_octets", memory.anonymous())
         self._watch_memory()
         if worker.mail is not None:
             worker.mail.set_gauges(gauge)

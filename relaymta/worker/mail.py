@@ -108,6 +108,7 @@ class Mail:
         gauge("relaymta_mailbox_segment_octets", files)
         gauge("relaymta_mailbox_segment_live_octets", live)
         gauge("relaymta_mailbox_bodies", bodies)
+        gauge("relaymta_mailbox_lmdb_map_used_ratio", max((shard.disk.map_used for shard in shards), default=0.0))
         gauge("relaymta_mailbox_store_full", any(shard.disk.full for shard in shards))
         gauge("relaymta_mailbox_store_stalled", any(shard.writer.stalled for shard in shards))
         gauge("relaymta_mailbox_oldest_reader_seconds", max((shard.behind.seconds for shard in shards), default=0.0))

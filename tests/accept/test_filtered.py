@@ -41,10 +41,11 @@ def calls(made: Connection, data: bytes) -> Counter[str]:
 
 
 @pytest.mark.parametrize("lines, settings, expected", [
-    (1, {}, 67), (1, {"looks": True}, 73), (1, {"signs": True, "relay": TRUSTED}, 54), (322, {}, 67),
+    (1, {}, 66), (1, {"looks": True}, 72), (1, {"signs": True, "relay": TRUSTED}, 53), (322, {}, 66),
 ], ids=["small", "verified", "signed", "large"])  # fmt: skip
 def test_a_message_that_no_filter_looks_at_takes_as_many_calls_as_before_there_were_filters(lines, settings, expected):
-    """Counted in the tree before filters; whoever changes the way of a message for another reason counts anew."""
+    """Counted in the tree before filters, less one (what observes a duration is compiled since); whoever changes the way of a
+    message for another reason counts anew."""
     made = connected(machine(**settings))
     say(made, EHLO)
     calls(made, message(1))

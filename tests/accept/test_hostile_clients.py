@@ -538,7 +538,9 @@ class Bench:
         self.counted: Counter[int] = Counter()
         intake = SimpleNamespace(
             client=lambda address: Client(address, address, False, each, "", "", SessionLimits(), False, "", "", ""),
-            counters=SimpleNamespace(add=lambda cell, count: self.counted.update({cell: count})),
+            counters=SimpleNamespace(
+                add=lambda cell, count: self.counted.update({cell: count}), histogram=lambda name: lambda value: None
+            ),
             draining=False,
         )
         endpoint = SimpleNamespace(refresh=lambda loop, threads: None, certificates=SimpleNamespace(context=None), chains=None)

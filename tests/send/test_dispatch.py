@@ -505,7 +505,7 @@ async def test_what_cannot_be_held_is_tried_less_and_less_often_and_holds_up_not
 
 
 def _session(**core: Any) -> SimpleNamespace:
-    its = SimpleNamespace(not_sent=False, **core)
+    its = SimpleNamespace(not_sent=False, waits=0.0, **core)
     return SimpleNamespace(
         core=its, closed_by_peer=True, peer="h", place="127.0.0.1:2", cause="", fell_back=False, our_fault=False,
         link=Link(),

@@ -45,3 +45,23 @@ def test_they_are_bounded(monkeypatch):
         made.changed(state, state.key)
     count, rows = made.rows(lambda site: False)
     assert count <= 10 and len(rows) <= 10 and "s99" in {row["site"] for row in rows}
+
+
+def test_few_new_sites_of_others_are_shown_a_minute_and_those_that_are_stay_while_they_are_down():
+    """Else each of 10,000 domains that are down in turn would leave a series behind in Prometheus."""
+    now, seen = [0.0], set[str]()
+    made = Outages(now=lambda: now[0])
+    for number in range(500):
+        made.changed(dead(f"mx/{number}"), dead(f"mx/{number}").key)
+    first = set(names(made))
+    assert len(first) == outages.SHOWN and set(names(made)) == first
+    for minute in range(60):
+        now[0] += 60
+        for number in range(500):
+            state = dead(f"mx/{minute}-{number}", failures=float(minute))
+            made.changed(state, state.key)
+        seen |= set(names(made))
+    assert len(seen - first) <= 60 * outages.SWAPS
+    down = dead("out")
+    made.changed(down, down.key)
+    assert names(made)[0] == "out", "one of ours is shown at once"
