@@ -71,6 +71,21 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_logins_total", {"result": "wrong"}, (0.7,), (0.0,)),
         ("relaymta_logins_total", {"result": "limited"}, (0.7,), (0.0,)),
     ],
+    "RelaymtaCertificateEnds": [("relaymta_cert_expiry_seconds", {"name": "/a.pem"}, 13 * 86400, 60 * 86400)],
+    "RelaymtaLoopLag": [
+        ("relaymta_loop_lag_seconds_bucket", {"worker": "1", "le": "0.5"}, (19.0,), (20.0,)),
+        ("relaymta_loop_lag_seconds_bucket", {"worker": "1", "le": "1"}, (20.0,), (20.0,)),
+        ("relaymta_loop_lag_seconds_bucket", {"worker": "1", "le": "+Inf"}, (20.0,), (20.0,)),
+    ],
+    "RelaymtaReloadRefused": [("relaymta_config_reload_refused", {}, 1, 0)],
+    "RelaymtaWorkersRestart": [("relaymta_worker_restarts_total", {"reason": "signal"}, (0.01,), (0.0,))],
+    "RelaymtaWorkersMissing": [("relaymta_workers", {"state": "late"}, 1, 0), ("relaymta_workers", {"state": "ready"}, 1, 2)],
+    "RelaymtaMapFull": [("relaymta_lmdb_map_used_ratio", {}, 0.85, 0.5)],
+    "RelaymtaCommitsSlow": [
+        ("relaymta_commit_seconds_bucket", {"le": "1"}, (0.9,), (1.0,)),
+        ("relaymta_commit_seconds_bucket", {"le": "2"}, (1.0,), (1.0,)),
+        ("relaymta_commit_seconds_bucket", {"le": "+Inf"}, (1.0,), (1.0,)),
+    ],
 }
 # What looks similar and is no trouble.
 HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
@@ -107,6 +122,9 @@ HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_recipients_total", {"result": "bounced"}, (0.2,), (0.2,)),
     ],
     "RelaymtaBruteForce": [("relaymta_logins_total", {"result": "wrong"}, (0.5,), (0.5,))],
+    "RelaymtaCertificateEnds": [("relaymta_cert_expiry_seconds", {"name": "/a.pem"}, 15 * 86400, 15 * 86400)],
+    "RelaymtaWorkersRestart": [("relaymta_worker_restarts_total", {"reason": "signal"}, (0.0005,), (0.0005,))],
+    "RelaymtaWorkersMissing": [("relaymta_workers", {"state": "ready"}, 2, 2), ("relaymta_workers", {"state": "late"}, 0, 0)],
 }
 
 
@@ -130,12 +148,17 @@ def _series(rows: list[tuple[str, dict[str, str], object, object]], instance: st
     return found
 
 
+def _quiet(trouble: object, rest: object) -> object:
+    """What a relay without trouble has: 0, where less is not worse."""
+    if isinstance(trouble, tuple):
+        return (0.0,)
+    worse_if_less = isinstance(trouble, int) and isinstance(rest, int) and trouble <= rest
+    return rest if worse_if_less or not trouble else 0
+
+
 def _resting(rows: list[tuple[str, dict[str, str], object, object]]) -> list[tuple[str, dict[str, str], object, object]]:
     """The series of a relay without trouble."""
-    still = [
-        (name, labels, (0.0,) if isinstance(trouble, tuple) else 0 if trouble else rest, rest)
-        for name, labels, trouble, rest in rows
-    ]
+    still = [(name, labels, _quiet(trouble, rest), rest) for name, labels, trouble, rest in rows]
     return [(name, labels, trouble, trouble) for name, labels, trouble, rest in still if rest is not None]
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -96,15 +97,44 @@ def used_metrics(text: str) -> set[str]:
 
 
 def test_dashboard_and_alerts_use_metrics_that_exist():
-    board = (ROOT / "grafana/relaymta.json").read_text()
-    panels = json.loads(board)["panels"]
-    assert len(panels) >= 8
-    expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    boards = [json.loads(path.read_text()) for path in sorted((ROOT / "grafana").glob("*.json"))]
+    assert len(boards) == 4
+    expressions = [target["expr"] for board in boards for panel in board["panels"] for target in panel["targets"]]
     rules = (ROOT / "grafana/alerts.yml").read_text()
     assert used_metrics(" ".join(expressions)) <= metrics.NAMES | {"relaymta_build_info"}
     assert used_metrics(rules) - {"relaymta_alerts"} <= metrics.NAMES
-    places = [tuple(panel["gridPos"].values()) for panel in panels]
-    assert len(set(places)) == len(places)
+    assert used_metrics(" ".join([*expressions, rules])) >= metrics.NAMES, "each metric is on a dashboard, or in an alert"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "grafana").glob("*.json")), ids=lambda path: path.stem)
+def test_a_dashboard_is_whole(path):
+    board = json.loads(path.read_text())
+    assert board["uid"].startswith("relaymta-") and board["links"][0]["tags"] == ["relaymta"] and "relaymta" in board["tags"]
+    assert [variable["name"] for variable in board["templating"]["list"]] == ["datasource", "instance"]
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+        assert panel["description"].endswith(".") and panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        sources = {one["datasource"]["uid"] for one in (panel, *panel["targets"])}
+        assert sources == {"${datasource}"}
+        for target in panel["targets"]:
+            named = len(re.findall(r"\brelaymta_\w+", target["expr"]))
+            assert target["expr"].count('instance=~"$instance"') == named and target["legendFormat"]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert len({panel["title"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_the_page_of_metrics_is_what_its_tool_writes():
+    found = runpy.run_path(str(ROOT / "tools/metrics_page.py"))["page"]()
+    assert found == (ROOT / "docs/metrics.md").read_text(), "python tools/metrics_page.py"
+
+
+def test_dashboards_are_what_their_tool_writes():
+    found = runpy.run_path(str(ROOT / "tools/dashboards.py"))["files"]()
+    assert found == {path.name: path.read_text() for path in (ROOT / "grafana").glob("*.json")}, "python tools/dashboards.py"
 
 
 def test_promtool_accepts_the_alert_rules():

@@ -28,7 +28,7 @@ from relaymta.metrics import (
     rule_families,
 )
 
-__all__ = ["serve_http"]
+__all__ = ["exposed", "serve_http"]
 
 ROWS_SECONDS = 2.0  # to wait for the workers' answers
 ROWS_EVERY = 5.0  # seconds for which the rows of sites and quotas are cached
@@ -85,17 +85,38 @@ class _Collector:
         self.quotas: Rows = []
         self.until = 0.0
 
-    def collect(self) -> Iterable[object]:
-        yield InfoMetricFamily("relaymta_build", "The running program", value={"version": __version__})
-        yield from families(self._blocks())
-        yield from row_families(self.sites, self.quotas, self._attempts())
-        yield from down_families(*self._down())
-        yield from filter_families(self._filters())
-        yield from list_families(self._zones())
-        yield from rule_families(self._rules())
-        yield from abuse_families(self._abuse())
-        if self._own is not None:
-            yield from own_families(self._own(), time.time())
+    def collect(self) -> list[object]:
+        own = self._own() if self._own is not None else None
+        return exposed(
+            self._blocks(), self.sites, self.quotas, self._attempts(), self._down(), self._filters(), self._zones(),
+            self._rules(), self._abuse(), own,
+        )  # fmt: skip
+
+
+def exposed(
+    blocks: Iterable[Cells],
+    sites: Rows,
+    quotas: Rows,
+    attempts: dict[str, tuple[int, ...]],
+    down: tuple[int, Rows],
+    filters: dict[str, FilterTotals],
+    zones: dict[str, list[list[int]]],
+    rules: dict[str, RuleTotals],
+    abuse: dict[str, tuple[int, int, int]],
+    own: Own | None,
+) -> list[object]:
+    """All metrics as prometheus_client metric families."""
+    return [
+        InfoMetricFamily("relaymta_build", "The running program", value={"version": __version__}),
+        *families(blocks),
+        *row_families(sites, quotas, attempts),
+        *down_families(*down),
+        *filter_families(filters),
+        *list_families(zones),
+        *rule_families(rules),
+        *abuse_families(abuse),
+        *(own_families(own, time.time()) if own is not None else ()),
+    ]
 
 
 class _Collected(NamedTuple):
@@ -137,7 +158,7 @@ async def serve_http(
             collector.until = now + ROWS_EVERY
             collector.sites, collector.quotas = await asyncio.gather(_rows(sites()), _rows(quotas()))
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        collected = _Collected(list(collector.collect()))
+        collected = _Collected(collector.collect())
         body = await asyncio.to_thread(encode, collected)  # type: ignore[arg-type]
         return web.Response(body=body, headers={"Content-Type": content_type})
 

@@ -1,56 +1,25 @@
-"""Every panel of the dashboard, asked of a real Prometheus that scrapes a real relay."""
+"""Every panel of the dashboards, asked of a real Prometheus that scrapes a real relay."""
 
 import json
+import re
 import smtplib
 import subprocess
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+import trustme
 
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
+from tests.support.prometheus import asked, prometheus
 
-BOARD = json.loads((Path(__file__).resolve().parents[2] / "grafana" / "relaymta.json").read_text())
-EXPRESSIONS = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
-
-
-@contextmanager
-def prometheus(folder: Path, relay: Relay) -> Iterator[str]:
-    """A Prometheus that scrapes a relay each second: its URL."""
-    port = free_port()
-    config = folder / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 1s}\nscrape_configs:\n  - job_name: relaymta\n"
-        f'    static_configs: [{{targets: ["127.0.0.1:{relay.metrics_port}"]}}]\n'
-    )
-    options = [f"--config.file={config}", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
-    process = subprocess.Popen(
-        [need("prometheus"), *options],
-        stderr=(folder / "prometheus.err").open("wb"),
-    )  # fmt: skip
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def asked(url: str, expression: str) -> list[dict[str, Any]]:
-    """The series that an expression of a panel gives now, with a number each."""
-    query = urllib.parse.urlencode({"query": expression.replace("$__rate_interval", "1m")})
-    try:
-        with urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=30) as answer:
-            return [row for row in json.loads(answer.read())["data"]["result"] if row["value"][1] != "NaN"]
-    except (ConnectionError, urllib.error.URLError):
-        return []
+ROOT = Path(__file__).resolve().parents[2]
+BOARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "grafana").glob("*.json"))]
+EXPRESSIONS = [target["expr"] for board in BOARDS for panel in board["panels"] for target in panel["targets"]]
 
 
 class Busy(Relay):
@@ -61,6 +30,7 @@ class Busy(Relay):
         super().__init__(folder, None, "delivery.idle=1")
         self.submission = free_port()
         self.config = folder / "relay.toml"
+        trustme.CA().issue_cert("relay.example").private_key_and_cert_chain_pem.write_to_path(str(folder / "relay.pem"))
         self.config.write_text(
             f'''
 [[listener]]
@@ -70,6 +40,8 @@ address = "127.0.0.1:{self.submission}"
 auth = "may"
 auth_in_clear = true
 submission = true
+[[certificate]]
+chain = "{folder}/relay.pem"
 [accounts]
 file = "{folder}/accounts.toml"
 [[filter]]
@@ -92,6 +64,11 @@ name = "down"
 recipient_domain = ["down.example"]
 hosts = ["127.0.0.1:1"]
 [[route]]
+name = "mx"
+recipient_domain = ["mx.example"]
+[delivery]
+nameservers = ["127.0.0.1:1"]
+[[route]]
 name = "out"
 hosts = ["127.0.0.1:{port}"]
 '''
@@ -108,19 +85,38 @@ hosts = ["127.0.0.1:{port}"]
 
 
 @pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Prometheus, after a relay has done a little of everything."""
+def relay_and_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Relay, str]]:
+    """A relay that has done a little of everything, and a Prometheus that scrapes it."""
     folder = tmp_path_factory.mktemp("board")
     rules = {"RCPT": {"no@d.example": b"550 5.1.1 no\r\n", "later@d.example": b"450 4.2.1 later\r\n"}}
     with FakeMx(rules) as peer, Busy(folder, peer.port) as relay, prometheus(folder, relay) as url:
         wait_for(lambda: asked(url, "up == 1"))
-        recipients = ["a@d.example", "no@d.example", "later@d.example", "x@down.example"]
+        recipients = ["a@d.example", "no@d.example", "later@d.example", "x@down.example", "x@mx.example"]
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", *recipients)
         with smtplib.SMTP("127.0.0.1", relay.submission) as client:
             client.login("shop", relay.key)
             client.sendmail("a@b.example", ["a@d.example"], "Subject: x\r\n\r\nx\r\n")
         wait_for(lambda: relay.events("site") and len(peer.messages) >= 2)
-        yield url
+        yield relay, url
+
+
+@pytest.fixture
+def board(relay_and_board: tuple[Relay, str]) -> str:
+    return relay_and_board[1]
+
+
+def test_the_page_of_metrics_has_what_is_exposed_and_promtool_finds_nothing(relay_and_board):
+    relay, board = relay_and_board
+    wait_for(lambda: asked(board, "relaymta_disk_free_octets"))
+    with urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/metrics") as answer:
+        text = answer.read()
+    done = subprocess.run([need("promtool"), "check", "metrics"], input=text, capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+    page = (ROOT / "docs/metrics.md").read_text()
+    listed = {(name, kind.replace("info", "gauge")) for name, kind in re.findall(r"^\| `(relaymta_\w+)` \| (\w+) \|", page, re.M)}
+    old = set(re.findall(r"`(relaymta_\w+)` \(now", page))
+    exposed = {(name, kind) for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text.decode(), re.M) if name not in old}
+    assert listed == exposed
 
 
 def test_every_panel_has_data(board):

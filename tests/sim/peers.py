@@ -118,7 +118,7 @@ class Network:
     def _host(self, peer: Any) -> Host:
         return self.by_address.get(peer.address) or self.hosts[peer.name]
 
-    async def connect(self, peer: Any, via: Any, tokens: Any, make: Any, recipients: int) -> Any:
+    async def connect(self, peer: Any, via: Any, tokens: Any, make: Any, recipients: int, timed: Any) -> Any:
         """As `relaymta.send.connect.connect`."""
         process = self.stage.process
         assert process is not None
