@@ -38,6 +38,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "started": ("pid", "listeners"),
     "stopped": ("reason",),
     "reloaded": ("applied", "restart"),
+    "upgrade": ("state", "program", "pid", "slot", "seconds", "reason"),
     "warning": ("text",),
     "queued": (
         "id",
@@ -135,7 +136,7 @@ LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stay
 
 # The types of fields that are no strings, in all events.
 TYPES: dict[str, Any] = {
-    **dict.fromkeys(("pid", "size", "filled", "messages", "changes", "port", "attempt", "count"), int),
+    **dict.fromkeys(("pid", "slot", "size", "filled", "messages", "changes", "port", "attempt", "count"), int),
     **dict.fromkeys(("seconds", "value", "limit", "ends", "until", "delay", "next"), float),
     **dict.fromkeys(("good", "enforced", "stays", "expired"), bool),
     **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to", "ids"), list[str]),

@@ -17,7 +17,7 @@ from relaymta import triplets
 from relaymta._speedups.cells import Cells
 from relaymta._speedups.pairs import Pairs
 
-__all__ = ["NAMED", "NAMED_CELLS", "SLOTS", "InFlight", "Limits", "Named", "Rates", "Shared"]
+__all__ = ["LAYOUT", "NAMED", "NAMED_CELLS", "SLOTS", "InFlight", "Limits", "Named", "Rates", "Shared"]
 
 SLOTS = 64  # worker slots
 COUNTERS = 1024  # cells of one worker
@@ -37,6 +37,11 @@ _DIRECTORY_AT = _RATES_AT + 2 * RATE_ROW * RATE_ROWS
 _NAMED_AT = _DIRECTORY_AT + 1
 _TRIPLETS_AT = (_NAMED_AT + NAMED + SLOTS * NAMED * NAMED_CELLS + 511) // 512 * 512  # on a page: pairs are aligned
 _CELLS = _TRIPLETS_AT + triplets.CELLS
+
+# What is where, and, by the number in front, what it means: two programs with the same layout can share the memory.
+LAYOUT = repr(
+    (1, SLOTS, COUNTERS, IN_FLIGHT, PROBED, ROWS, ROW, RATE_ROWS, RATE_ROW, PROBES, NAMED, NAMED_CELLS, triplets.LAYOUT)
+)
 
 SUPERVISOR = SLOTS  # who changes a table, where it is not the worker of a slot
 

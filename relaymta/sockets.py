@@ -4,6 +4,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import select
 import socket
 import stat
 from pathlib import Path
@@ -12,29 +13,39 @@ from pwd import struct_passwd
 from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
-__all__ = ["bound", "check_free", "control_socket", "in_use", "listens", "notify", "reason", "remove_socket", "watchdog_seconds"]
+__all__ = [
+    "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "listens", "normal", "notify", "notify_wait",
+    "reason", "remove_socket", "watchdog_seconds",
+]  # fmt: skip
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
+HTTP_BACKLOG = 128
 PROBE_SECONDS = 10.0
+BARRIER_SECONDS = 5.0
 
 
-def bound(listeners: list[Listener], slots: int) -> list[list[socket.socket]]:
+def bound(
+    listeners: list[Listener], slots: int, own: dict[tuple[str, int], list[socket.socket]] | None = None
+) -> list[list[socket.socket]]:
     """For each worker slot, one socket for each listener. A socket passed by systemd with a listener's address is used by all
-    slots (several with the same address, ReusePort=yes, are distributed); the others are bound with SO_REUSEPORT. ConfigError
+    slots (several with the same address, ReusePort=yes, are distributed); the others are bound with SO_REUSEPORT. `own`: those
+    that an older program has passed, by address, one for each slot; those that belong to no listener are closed. ConfigError
     when an address is in use, is not local, or was passed by systemd and belongs to no listener."""
-    inherited = _inherited()
+    inherited = _inherited() if own is None else own
     rows: list[list[socket.socket]] = [[] for _ in range(slots)]
     for listener in listeners:
-        address = _normal(*parse_hostport(listener.address))
+        address = normal(*parse_hostport(listener.address))
         passed = inherited.pop(address, [])
         if not passed:
             check_free(listener.address)
         for number, row in enumerate(rows):
-            row.append(passed[number % len(passed)].dup() if passed else _bind(listener.address))
+            row.append(passed[number % len(passed)].dup() if passed else bind(listener.address))
         for sock in passed:
             sock.close()
-    if inherited:
+    for sock in (sock for passed in inherited.values() for sock in passed if own is not None):
+        sock.close()
+    if inherited and own is None:
         names = ", ".join(f"{host}:{port}" for host, port in inherited)
         raise ConfigError([f"listener.address: systemd passes a socket on {names}, which no [[listener]] has as its address"])
     return rows
@@ -53,17 +64,18 @@ def _inherited() -> dict[tuple[str, int], list[socket.socket]]:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError([f"listener.address: systemd's descriptor {descriptor} is not a listening TCP socket"])
         host, port, *_ = sock.getsockname()
-        found.setdefault(_normal(host, port), []).append(sock)
+        found.setdefault(normal(host, port), []).append(sock)
     return found
 
 
-def _normal(host: str, port: int) -> tuple[str, int]:
+def normal(host: str, port: int) -> tuple[str, int]:
+    """An address in the form in which two of the same are equal."""
     with contextlib.suppress(ValueError):
         host = ipaddress.ip_address(host.partition("%")[0]).compressed
     return host, port
 
 
-def _bind(address: str) -> socket.socket:
+def bind(address: str) -> socket.socket:
     """A listening SO_REUSEPORT socket. ConfigError when the address is in use or not local."""
     host, port = parse_hostport(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -79,6 +91,25 @@ def _bind(address: str) -> socket.socket:
         sock.close()
         raise ConfigError([f"listener.address: {address}: {reason(error)}"]) from None
     return sock
+
+
+def http_sockets(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for an address of /metrics, one for each that its name has. OSError when it is in use."""
+    found: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            found.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(HTTP_BACKLOG)
+    except BaseException:
+        for sock in found:
+            sock.close()
+        raise
+    return found
 
 
 def check_free(address: str) -> None:
@@ -196,6 +227,29 @@ def watchdog_seconds() -> float:
     """How often systemd expects a sign of life (sd_watchdog_enabled(3)); 0: it does not."""
     period, owner = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
     return int(period) / 1e6 if period.isdigit() and owner in ("", str(os.getpid())) else 0.0
+
+
+def notify_wait(state: str) -> None:
+    """As `notify`, and wait until systemd has seen it (sd_notify_barrier(3)): this process may end then. Blocks for
+    BARRIER_SECONDS at most."""
+    notify(state)
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    ours, theirs = os.pipe()
+    try:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            socket.send_fds(sock, [b"BARRIER=1"], [theirs])
+            os.close(theirs)
+            theirs = -1
+            seen = select.poll()
+            seen.register(ours, 0)  # its other end is closed
+            seen.poll(BARRIER_SECONDS * 1000)
+    finally:
+        for descriptor in (ours, theirs):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def notify(state: str) -> None:

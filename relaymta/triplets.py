@@ -23,13 +23,14 @@ import xxhash
 
 from relaymta._speedups.pairs import Pairs
 
-__all__ = ["CELLS", "PROBES", "ROWS", "Triplets"]
+__all__ = ["CELLS", "LAYOUT", "PROBES", "ROWS", "Triplets"]
 
 ROWS = 1 << 20
 CELLS = 2 * (ROWS + 1)  # 64-bit cells of the mapping: the last two are for the number of rows in use
 PROBES = 16  # rows in which a key can be: two runs of 8, so that more of them are in use before one is lost
 _TRIES = 8  # collisions with other workers until a call does without a row
 _TIME = (1 << 32) - 1
+LAYOUT = (1, ROWS, PROBES)  # the first changes with what a row means
 
 
 class Triplets:

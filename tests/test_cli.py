@@ -653,6 +653,7 @@ SLOW = {
     ("manual",),
     ("serve",),
     ("sink",),
+    ("upgrade",),
     ("config", "check"),
     ("doctor", "domain"),
     ("init",),

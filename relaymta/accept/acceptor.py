@@ -13,7 +13,7 @@ from typing import Any
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.arrival import Arrival
-from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
+from relaymta.accept.client import ENGAGED, STRESS_PATIENCE, ClientConnection
 from relaymta.accept.connection import Connection
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
@@ -150,11 +150,24 @@ class Acceptor(Admission):
         self.lateness.beat(self.config.intake.shed_lag)
         self._beat_timer = self.loop.call_later(BEAT, self._beat)
 
+    def stop_accepting(self) -> None:
+        """Accept no new connections, for good."""
+        for listening in self._sockets:
+            listening.close()
+
+    async def disengaged(self, seconds: float) -> None:
+        """Wait until no client is in the middle of something, `seconds` at most."""
+        begun = self.now()
+        while self.connections or self.arriving:
+            self.time = now = self.now()  # what arrives from now on is dated by it
+            if now - begun > seconds or (now - begun > ENGAGED and not any(one.engaged(now) for one in self.connections)):
+                return
+            await asyncio.sleep(0.01)
+
     def stop_listening(self) -> None:
         """Begin to drain: accept no new connections, end those before SMTP, and drain the others."""
         self.intake.draining = True
-        for listening in self._sockets:
-            listening.close()
+        self.stop_accepting()
         for arrival in list(self.arriving):
             self._evict(arrival)
         for connection in list(self.connections):

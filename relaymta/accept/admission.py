@@ -36,6 +36,9 @@ class Admitted(Protocol):
     def drain(self) -> None:
         """Begin to end it."""
 
+    def engaged(self, now: float) -> bool:
+        """Whether its client is in the middle of something, so that it goes on within a moment."""
+
 
 class Admission:
     """Admits connections and the files of large messages, each for as long as its Reservation is held. `connections`: those that

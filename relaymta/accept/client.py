@@ -24,11 +24,12 @@ from relaymta.proto import reply
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.sasl import Claim
 
-__all__ = ["KEPT", "STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection"]
+__all__ = ["ENGAGED", "KEPT", "STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection"]
 
 FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
 REFUSED = index("relaymta_connections_total", "refused")
+ENGAGED = 0.2  # seconds in which a client goes on that is in the middle of something
 STRESS_PATIENCE = 0.1  # factor of the timeouts under stress
 # Seconds for the handshake, and for the client's close_notify.
 TLS_TIMEOUTS: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
@@ -180,6 +181,10 @@ class ClientConnection(Line, Generic[S]):
         self.admission.connections.add(self)
         self.active_at = self.admission.now()
         return None
+
+    def engaged(self, now: float) -> bool:
+        """Whether the client has sent something a moment ago, and so may go on."""
+        return not self.gone and now - self.active_at < ENGAGED
 
     def trace(self, client: Client, begins: bool = True) -> None:
         """Let those know of the dialogue who watch it. `begins`: now, or (after a PROXY header) anew, of this client."""

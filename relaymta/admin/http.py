@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
@@ -129,8 +130,7 @@ class _Collected(NamedTuple):
 
 
 async def serve_http(
-    host: str,
-    port: int,
+    sockets: list[socket.socket],
     blocks: Callable[[], Iterable[Cells]],
     sites: Callable[[], Awaitable[Rows]],
     quotas: Callable[[], Awaitable[Rows]],
@@ -144,12 +144,12 @@ async def serve_http(
     attempts: Callable[[], dict[str, tuple[int, ...]]] = dict,
     own: Callable[[], Own] | None = None,
 ) -> web.AppRunner:
-    """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
+    """Serve on listening sockets, which are the server's from now on, until `cleanup()` of the returned runner is called.
+    `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `reasons()`: why the
     relay is not ready, as of `supervisor.readiness`; `down()`: the sites that are down, as `supervisor.outages` counts them;
     `filters()`: of each configured filter; `zones()`: the counters of each list in the DNS; `rules()`: of each rule about
-    mail; `abuse()`: as of `Accounts.counts`; `attempts()`: those at sites; `own()`: what the supervisor knows of itself. OSError
-    when the address is in use."""
+    mail; `abuse()`: as of `Accounts.counts`; `attempts()`: those at sites; `own()`: what the supervisor knows of itself."""
     collector = _Collector(blocks, down, filters, zones, rules, abuse, attempts, own)
 
     async def metrics(request: web.Request) -> web.Response:
@@ -179,5 +179,6 @@ async def serve_http(
     app.add_routes([web.get(path, answer) for path, answer in answers.items()])
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
-    await web.TCPSite(runner, host, port).start()
+    for sock in sockets:
+        await web.SockSite(runner, sock).start()
     return runner

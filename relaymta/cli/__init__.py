@@ -68,6 +68,7 @@ VERBS = {
     "token": Verb("token", "Manage tokens of the HTTP API."),
     "top": Verb("top", "Watch the relay: rates, the queue, workers and sites, as they are now."),
     "trace": Verb("trace", "Show SMTP dialogues as they happen."),
+    "upgrade": Verb("upgrade", "Have a new program take over, without a closed port."),
     "user": Verb("account", "Manage people who log in to send mail."),
     "view": Verb("view", "Show and end the sessions of users who read mail that is kept here."),
 }

@@ -294,6 +294,13 @@ class SieveChange(_Arguments, frozen=True):
     text: bytes
 
 
+class Upgrading(_Arguments, frozen=True):
+    """To the program at a path ("": the one that the relay was started with), each of whose steps may take so many seconds."""
+
+    program: Text
+    seconds: Seconds
+
+
 # How answers are merged: the workers' answers and the request's arguments -> one answer
 
 Rows = list[dict[str, Any]]
@@ -448,6 +455,7 @@ REQUESTS: dict[str, Request] = {
         Request("trace", Trace, Where.LIVE, pieces=True),
         Request("activity", Nothing, Where.SUPERVISOR),
         Request("usage", Nothing, Where.ANY, 5),
+        Request("upgrade", Upgrading, Where.SUPERVISOR, HOURS, changes=True),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )
 }

@@ -3,6 +3,9 @@ and serves /metrics. It does not handle mail.
 
 Each listener has one SO_REUSEPORT socket for each slot. The socket stays open in the supervisor when the slot's worker dies, so
 that new connections wait in its backlog; it is lent to another worker until the successor is ready.
+
+A supervisor that an older one has started (upgrade.py, elder.py) does the same, but for what it has from that one: sockets,
+shared memory and, until it is committed, all that is decided and stored.
 """
 
 import asyncio
@@ -11,14 +14,13 @@ import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
 
-from relaymta import privileges
+from relaymta import __version__, privileges
 from relaymta.accept.tls import certificate_paths
 from relaymta.config import Config, parse_hostport
 from relaymta.disk.lock import locked_shard
@@ -26,10 +28,19 @@ from relaymta.disk.shards import shard_numbers
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
 from relaymta.metrics import FilterTotals, Own, RuleTotals, certificate_name, list_name, rule_name
-from relaymta.node import keep_secret
+from relaymta.node import SiteState, SiteStates, keep_secret
 from relaymta.queue.snapshot import remove_stale
 from relaymta.shm import SLOTS, Shared
-from relaymta.sockets import bound, control_socket, notify, reason, remove_socket, watchdog_seconds
+from relaymta.sockets import (
+    bound,
+    control_socket,
+    http_sockets,
+    notify,
+    notify_wait,
+    reason,
+    remove_socket,
+    watchdog_seconds,
+)
 from relaymta.supervisor.abuse import Accounts
 from relaymta.supervisor.activity import Activity
 from relaymta.supervisor.answers import serve_cli, usage
@@ -37,26 +48,39 @@ from relaymta.supervisor.audit import Audit
 from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program, ephemeral_spool
 from relaymta.supervisor.configuration import Configuration
+from relaymta.supervisor.elder import Elder, absolute, check_same, met, notice_end
 from relaymta.supervisor.first import bury_adopted
 from relaymta.supervisor.http_api import HttpApi, admin_port, admin_socket, discard
 from relaymta.supervisor.machine import Machine
 from relaymta.supervisor.readiness import reasons
 from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
+from relaymta.supervisor.standing_by import stand_by
+from relaymta.supervisor.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from relaymta.supervisor.mailboxes import MachineMailboxes
 
 __all__ = ["Supervisor", "serve"]
 
+ANSWER_SECONDS = 5.0  # for the command line to get its answers after an upgrade
 ACCOUNTS = "accounts"  # the table of node/ of what they usually send
 
 
 class Supervisor:
     """The processes of one spool. `reload`: reads the configuration again (ConfigError)."""
 
-    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
-        self.shared = Shared.create()
+    def __init__(self, config: Config, reload: Callable[[], Config], elder: Elder | None = None) -> None:
+        self._elder = elder
+        self.shared = elder.shared if elder is not None and elder.shared is not None else Shared.create()
+        self.watchdog = elder.facts.watchdog if elder is not None else watchdog_seconds()
+        self.control: socket.socket
+        self.http_sockets: list[socket.socket] = []
+        self.admin: socket.socket | None = None  # the unix socket of the HTTP API
+        self.admin_port: socket.socket | None = None
+        self._http: Any = None
+        self._server: asyncio.AbstractServer | None = None
+        self.conversations: set[asyncio.Task[None]] = set()  # with the command line
         self.stopping = asyncio.Event()
         self.failure = ""
         self.audit = Audit(lambda: self.log)
@@ -64,8 +88,9 @@ class Supervisor:
         self.activity = Activity()
         self._named = self.shared.named()
         self.mail: MachineMailboxes | None = None
-        self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._from_worker, self._started)
+        self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._by_worker, self._started)
         self.configuration = Configuration(config, reload, self.slots, self.stopping)
+        self.upgrade = Upgrade(self)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> int:
@@ -78,19 +103,23 @@ class Supervisor:
         workers = min(workers, SLOTS)
         if problems := ephemeral_spool(config):
             raise ConfigError(problems)
-        control, admin, sockets, port, http = await self._opened_as_root(workers)
+        if self._elder is None:
+            control, sockets = self._opened_as_root(workers)
+        else:
+            control, sockets = self._inherited(self._elder, workers)
+        self._sockets = sockets
         self._prepare_spool(spool)
-        control = control or control_socket(config.control_path, None, group_of(config))
-        admin = admin or admin_socket(config, group_of(config))
+        self.control = control or control_socket(config.control_path, None, group_of(config))
+        self.admin = self.admin or admin_socket(config, group_of(config))
         check_files(config)
+        if self._elder is not None:
+            self._elder.errors_are_heard()
         self.log = self.configuration.log = _opened_log(config)
         if os.geteuid() == 0:
             others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
-        secret = (spool / "secret").read_bytes()
-        self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots, secret)
-        self.abuse = self._accounts(self.machine)
-        self.mail = None
+        if self._elder is None:
+            self._open_machine()
         if config.keeps_mail:
             from relaymta.supervisor.mailboxes import MachineMailboxes  # where it is needed: others do without
 
@@ -102,42 +131,178 @@ class Supervisor:
             self.slots.add(Slot(number, own, [number, *orphans]))
         self._hear_signals()
         self._spawn(bury_adopted())
-        self._spawn(_signs_of_life())
-        server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
         if self.mail is not None:
             self.mail.start()
-        self.failure = await self.slots.start()
+        if self._elder is None:
+            await self._serve()
+            self._spawn(_signs_of_life(self.watchdog))
+            self.failure = await self.slots.start()
+        else:
+            self.failure = await self._take_over(self._elder)
         if self.failure:
             self.stopping.set()
         elif not self.stopping.is_set():
             addresses = [listener.address for listener in config.listener]
             self.log.event("started", pid=os.getpid(), listeners=addresses)
             notify("READY=1")
-        self.machine.start()
-        self.http_api = HttpApi(config, admin, port, self._warn)
-        self.http_api.start()
         await self.stopping.wait()
-        await self._end(server, control, http)
+        await self._stop()
         return 75 if self.failure else 0
 
-    async def _end(self, server: asyncio.Server, control: socket.socket, http: Any) -> None:
-        """Stop the workers; then close all else. Until then the command line is answered."""
-        notify("STOPPING=1")
+    async def _stop(self) -> None:
+        """End all that runs: also where another program has it."""
+        pid = self.upgrade.pid
+        if pid:
+            notify_wait(f"MAINPID={pid}")
+        elif self._serves:
+            notify("STOPPING=1")
         for slot in self.slots:
             slot.close()
-        await self.slots.stop()
+        await asyncio.gather(self.slots.stop(), self.upgrade.abort())
         if self.http_api is not None:
-            await self.http_api.close()
-        await self.audit.end()
-        server.close()  # until then the command line is answered: mail may be under way for long
-        await self.machine.stop()
+            await self.http_api.close(leave=bool(pid))
+        if not pid:
+            await self.audit.end()
+        if self._server is not None:
+            self._server.close()  # until then the command line is answered: mail may be under way for long
+        if self._serves:
+            await (self.machine.leave() if pid else self.machine.stop())
         if self.mail is not None:
             self.mail.close()
-        if http is not None:
-            await http.cleanup()
-        remove_socket(control, self.config.control_path)
-        self.log.event("stopped", reason=self.failure or "signal")
+        if self._http is not None:
+            await self._http.cleanup()
+        if pid:
+            if self.configuration.hung_up:
+                os.kill(pid, signal.SIGHUP)
+            if self.conversations:
+                await asyncio.wait(self.conversations, timeout=ANSWER_SECONDS)
+            await self.audit.end()
+        elif self._serves:
+            remove_socket(self.control, self.config.control_path)
+        self.control.close()
+        reason = f"upgraded: pid {pid} has taken over" if pid else "signal"
+        self.log.event("stopped", reason=self.failure or reason)
         self.log.close()
+
+    @property
+    def _serves(self) -> bool:
+        """Whether the command line is answered here, and what is decided is stored: not in an upgrade before it is committed."""
+        return self._server is not None
+
+    def _open_machine(self, tickets: bytes = b"", in_use: bool = False) -> None:
+        """What all workers share, and what accounts send."""
+        spool = Path(self.config.spool)
+        secret = (spool / "secret").read_bytes()
+        self.machine = Machine(spool / "node", self.shared, len(self._sockets), self.log, self.slots, secret, tickets, in_use)
+        self.abuse = self._accounts(self.machine)
+
+    async def _serve(self) -> None:
+        """Answer the command line and /metrics, and store what is decided, from now on."""
+        if self.http_sockets:
+            self._http = await self._serve_metrics(self.http_sockets)
+        self._server = await asyncio.start_unix_server(self._converse, sock=self.control.dup())
+        self.machine.start()
+        self.http_api = HttpApi(self.config, self.admin, self.admin_port, self._warn)
+        self.http_api.start()
+        if self.mail is not None:
+            self.mail.upkeep.start()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.conversations.add(task)
+        try:
+            await serve_cli(self, reader, writer)
+        finally:
+            self.conversations.discard(task)
+
+    # Taking over from an older program
+
+    def _inherited(self, elder: Elder, workers: int) -> tuple[socket.socket, list[list[socket.socket]]]:
+        """The control socket and the listening sockets that an older program has; those of listeners that it has not are bound
+        here. ConfigError where this one cannot follow it."""
+        config, facts = self.config, elder.facts
+        check_same(config, facts, workers)
+        sockets = bound(config.listener, workers, elder.inherited_sockets())
+        if config.metrics.listen == facts.metrics:
+            self.http_sockets = elder.metrics
+        else:
+            self._open_http()
+        self.admin = elder.admin if absolute(config.admin_path or "") == facts.admin else None
+        self.admin_port = elder.admin_port if config.admin.listen == facts.admin_listen else admin_port(config)
+        check_program(config)
+        return elder.control, sockets
+
+    async def _take_over(self, elder: Elder) -> str:
+        """Start workers, each when the older program's has left its slot; then decide and store in its place. Why that has
+        failed; "": it has not, or the relay is to stop."""
+        self.slots.hold()
+        starting = asyncio.get_running_loop().create_task(self.slots.start())
+        elder.serve(
+            {"prepare": self._prepare, "begin": self._begin, "take": self._take, "settle": self._settle, "commit": self._commit,
+             "stop": self._give_up, "site_state": self._elders_state, "reload": self.reload},
+            self.stopping.set,
+        )  # fmt: skip
+        failure = await starting
+        if failure:
+            return failure
+        stopping = asyncio.get_running_loop().create_task(self.stopping.wait())
+        committed = asyncio.get_running_loop().create_task(elder.committed.wait())
+        await asyncio.wait({stopping, committed}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        committed.cancel()
+        return ""
+
+    async def _prepare(self) -> str:
+        why = await self.slots.held()
+        if why:
+            raise RelayError(why)
+        return __version__
+
+    async def _begin(self, states: list[Any], tickets: bytes) -> None:
+        assert self._elder is not None
+        self._elder.states = SiteStates(msgspec.convert(states, list[SiteState]))
+        self._elder.tickets = tickets
+
+    async def _take(self, slot: int, probed: list[tuple[int, bool]], culprit: int) -> None:
+        one = next(own for own in self.slots if own.number == slot)
+        assert one.first is not None
+        self.slots.open_gate(one, probed, culprit)
+        why = await asyncio.shield(one.first)
+        if why:
+            raise RelayError(why)
+        await self.slots.lend_held()
+
+    async def _settle(self) -> None:
+        assert self._elder is not None
+        self._elder.settled = True
+
+    async def _commit(self) -> None:
+        elder = self._elder
+        assert elder is not None
+        self._open_machine(elder.tickets, elder.shared is not None)
+        await self._serve()
+        elder.committed.set()
+        self._spawn(self._lead(elder))
+
+    async def _lead(self, elder: Elder) -> None:
+        """Behind the older program's end: systemd hears this one from then on; or the older process stands by, and its end is
+        noticed."""
+        await elder.left.wait()
+        if elder.facts.stays:
+            notice_end(elder.facts.pid, self.stopping.set)
+        await _signs_of_life(self.watchdog)
+
+    async def _give_up(self) -> None:
+        self.stopping.set()
+
+    async def _elders_state(self, state: dict[str, Any] | None, key: list[str]) -> None:
+        assert self._elder is not None
+        if state is None:
+            self._elder.states.forget(*key)
+        else:
+            self._elder.states.learn(msgspec.convert(state, SiteState))
+        self.slots.notify("site_state", state=state, key=key)
 
     @property
     def config(self) -> Config:
@@ -146,17 +311,28 @@ class Supervisor:
 
     def _start_arguments(self, slot: Slot) -> dict[str, Any]:
         """What every worker needs at its start."""
+        own = self._elder is None or self._elder.committed.is_set()
+        states = self.machine.known_by_workers() if own else self._elder.states  # type: ignore[union-attr]
         return {
             "config": self.configuration.given(slot),
-            "states": [msgspec.to_builtins(state) for state in self.machine.known_by_workers()],
-            "tickets": self.machine.tickets,
+            "states": [msgspec.to_builtins(state) for state in states],
+            "tickets": self.machine.tickets if own else self._elder.tickets,  # type: ignore[union-attr]
             "mail": self.mail.of(slot.number) if self.mail is not None else None,
         }
 
     def _started(self, slot: Slot) -> None:
         self.configuration.started(slot)
 
-    async def _from_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
+    async def _by_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
+        """As `from_worker`; in an upgrade that is not committed the older program answers; what comes while it stores waits."""
+        elder = self._elder
+        if elder is not None and not elder.committed.is_set():
+            if not elder.settled:
+                return await elder.channel.ask(op, **args)
+            await elder.committed.wait()
+        return await self.from_worker(op, args, descriptors)
+
+    async def from_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
         """Answer a worker's request."""
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "site_state": self.machine.site_state, "token": self.machine.token, "conduct": self.abuse.conduct,
@@ -185,16 +361,14 @@ class Supervisor:
 
     # Start
 
-    async def _opened_as_root(
-        self, workers: int
-    ) -> tuple[socket.socket | None, socket.socket | None, list[list[socket.socket]], socket.socket | None, Any]:
+    def _opened_as_root(self, workers: int) -> tuple[socket.socket | None, list[list[socket.socket]]]:
         """What only root may open (the control socket and that of the HTTP API, where they are in root's folders; the listening
-        sockets; the port of the HTTP API) and the server of /metrics; from then on root's rights are gone."""
+        sockets); from then on root's rights are gone."""
         config = self.config
         control, admin = prepare_as_root(config)
         try:
-            sockets, http = await self._open_ports(workers)
-            port = admin_port(config)
+            sockets = self._open_ports(workers)
+            self.admin_port = admin_port(config)
             drop_root(config)
             check_program(config)
         except BaseException:
@@ -202,12 +376,15 @@ class Supervisor:
                 remove_socket(control, config.control_path)
             discard(admin, config)
             raise
-        return control, admin, sockets, port, http
+        self.admin = admin
+        return control, sockets
 
-    async def _open_ports(self, workers: int) -> tuple[list[list[socket.socket]], Any]:
-        """The listening sockets, and the server of /metrics. SpoolBusy where they are those of a relay with this spool."""
+    def _open_ports(self, workers: int) -> list[list[socket.socket]]:
+        """The listening sockets, also those of /metrics. SpoolBusy where they are those of a relay with this spool."""
         try:
-            return bound(self.config.listener, workers), await self._serve_metrics()
+            found = bound(self.config.listener, workers)
+            self._open_http()
+            return found
         except ConfigError:
             shard = locked_shard(Path(self.config.spool))
             if shard is None:
@@ -226,31 +403,33 @@ class Supervisor:
             raise ConfigError([f"spool: {error.filename or spool}: {error.strerror}"]) from None
         remove_stale(spool)
 
-    async def _serve_metrics(self) -> Any:
+    def _open_http(self) -> None:
         if self.config.metrics.listen == "off":
-            return None
-        from relaymta.admin.http import serve_http
-
+            return
         host, port = parse_hostport(self.config.metrics.listen)
         try:
-            return await serve_http(
-                host,
-                port,
-                lambda: [self.shared.counters(slot.number) for slot in self.slots],
-                lambda: busiest(self.slots, self.activity),
-                lambda: usage(self),
-                self.slots.health,
-                lambda: reasons(self.slots, self.shared, self.stopping),
-                lambda: self.machine.outages.rows(_smart_sites(self.config)),
-                lambda: {one.name: FilterTotals(self._named.of(one.name), one.timeout) for one in self.config.filter},
-                lambda: {zone: self._named.of(list_name(zone)) for zone in _zones(self.config)},
-                lambda: {one.name: RuleTotals.of(self._named.of(rule_name(one.name))) for one in self.config.mail_rule},
-                lambda: self.abuse.counts(),
-                self.activity.totals,
-                self._own,
-            )
+            self.http_sockets = http_sockets(host, port)
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
+
+    async def _serve_metrics(self, sockets: list[socket.socket]) -> Any:
+        from relaymta.admin.http import serve_http
+
+        return await serve_http(
+            sockets,
+            lambda: [self.shared.counters(slot.number) for slot in self.slots],
+            lambda: busiest(self.slots, self.activity),
+            lambda: usage(self),
+            self.slots.health,
+            lambda: reasons(self.slots, self.shared, self.stopping),
+            lambda: self.machine.outages.rows(_smart_sites(self.config)),
+            lambda: {one.name: FilterTotals(self._named.of(one.name), one.timeout) for one in self.config.filter},
+            lambda: {zone: self._named.of(list_name(zone)) for zone in _zones(self.config)},
+            lambda: {one.name: RuleTotals.of(self._named.of(rule_name(one.name))) for one in self.config.mail_rule},
+            lambda: self.abuse.counts(),
+            self.activity.totals,
+            self._own,
+        )
 
     def _own(self) -> Own:
         """What /metrics shows of the supervisor."""
@@ -287,9 +466,8 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _signs_of_life() -> None:
-    """Tell systemd's watchdog, where there is one, that this event loop runs."""
-    period = watchdog_seconds()
+async def _signs_of_life(period: float) -> None:
+    """Tell systemd's watchdog, where there is one (`period`: as of `watchdog_seconds`), that this event loop runs."""
     while period > 0:
         notify("WATCHDOG=1")
         await asyncio.sleep(period / 3)
@@ -308,15 +486,19 @@ def _opened_log(config: Config) -> Log:
         raise ConfigError([f"log.file: {config.log.file}: {error.strerror or error}"]) from None
 
 
-async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
-    supervisor = Supervisor(config, reload)
+async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str, int]:
+    supervisor = Supervisor(config, reload, await met())
     status = await supervisor.run()
-    return status, supervisor.failure
+    return status, supervisor.failure, supervisor.upgrade.pid
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
-    """Run the relay until SIGTERM or SIGINT: (exit status, failure or ""). ConfigError or SpoolBusy before it is ready."""
-    return uvloop.run(_run(config, reload))
+    """Run the relay until SIGTERM or SIGINT: (exit status, failure or ""). ConfigError or SpoolBusy before it is ready. After an
+    upgrade this process ends at once where systemd knows the new one, and else when that one does."""
+    status, failure, pid = uvloop.run(_run(config, reload))
+    if pid and "NOTIFY_SOCKET" not in os.environ:
+        stand_by(pid)
+    return status, failure
 
 
 def _zones(config: Config) -> list[str]:

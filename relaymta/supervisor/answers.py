@@ -40,6 +40,7 @@ from relaymta.control.requests import (
     Request,
     SieveChange,
     Suspension,
+    Upgrading,
     Where,
 )
 from relaymta.errors import RelayError
@@ -101,6 +102,8 @@ class Answers:
         row = REQUESTS.get(op)
         if row is None:
             raise RelayError(f"no such request: {op}")
+        if row.changes and op not in ("upgrade", "reload") and self._supervisor.upgrade.settling:
+            raise RelayError("an upgrade is being completed: try again in a moment")
         arguments = row.read(args)
         if hasattr(arguments, "uid"):
             arguments = msgspec.structs.replace(arguments, uid=self._uid)
@@ -409,8 +412,16 @@ class Answers:
         changes = {key: value for key, value in msgspec.to_builtins(args.changes).items() if value is not None}
         return row_of(await self._mail().change(args.address, changes))
 
+    async def upgrade(self, args: Upgrading) -> dict[str, Any]:
+        """As `Upgrade.run`."""
+        return await self._supervisor.upgrade.run(args.program, args.seconds)
+
     async def reload(self, args: Nothing) -> str:
-        """As `Supervisor.reload`. RelayError while the relay stops."""
+        """As `Supervisor.reload`. RelayError while the relay stops. During an upgrade it waits for that, and the program that is
+        in charge then does it."""
+        await self._supervisor.upgrade.over()
+        if self._supervisor.upgrade.pid:
+            return str(await self._supervisor.upgrade.passed_on("reload"))
         if self._supervisor.stopping.is_set():
             raise RelayError("the relay is stopping")
         return await self._supervisor.reload()

@@ -11,7 +11,8 @@ with the old one; `started` has it catch up.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
 from relaymta.config import Change, Config, merge, notes
@@ -86,6 +87,17 @@ class Configuration:
         then the old configuration stays in use everywhere. It is carried through even if the caller is cancelled."""
         return await asyncio.shield(self._spawn(self._reload()))
 
+    @contextlib.asynccontextmanager
+    async def unchanged(self) -> AsyncIterator[None]:
+        """Within, reloads wait."""
+        async with self._lock:
+            yield
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether a SIGHUP is not answered yet."""
+        return self._hung_up or self._hangups is not None
+
     def hang_up(self) -> None:
         """SIGHUP: reload soon, with what the file says by then. Many in a row are one reload at once and one after it. While the
         relay stops it is ignored."""
@@ -112,6 +124,8 @@ class Configuration:
 
     async def _reload(self) -> str:
         async with self._lock:
+            if self._stopping.is_set():
+                return self._refused(["the relay is stopping"])
             try:
                 fresh, warnings = await asyncio.to_thread(self._checked)
                 change = merge(self.config, fresh)

@@ -169,8 +169,8 @@ class HttpApi:
         if self._process is not None:
             self._process.send_signal(signal.SIGUSR1)
 
-    async def close(self) -> None:
-        """End the process and close the sockets."""
+    async def close(self, leave: bool = False) -> None:
+        """End the process and close the sockets; `leave`: another program has them."""
         process = self._process
         self._leave()
         for task in self._tasks:
@@ -185,7 +185,9 @@ class HttpApi:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        if self._unix is not None:
+        if self._unix is not None and leave:
+            self._unix.close()
+        elif self._unix is not None:
             path = self._config.admin_path
             assert path is not None
             remove_socket(self._unix, path)

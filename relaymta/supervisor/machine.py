@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ __all__ = ["Machine"]
 
 TRIPLETS, LESSONS = "triplets", "lessons"  # tables of node/
 TICKETS_SECONDS = 12 * 3600.0  # lifetime of the keys of TLS session tickets
+SETTLE_SECONDS = 10.0  # for what was learned to be stored
 WRITE_AGAIN_SECONDS = 10.0  # after the disk has failed
 TOKEN_KEPT_MS = 400 * 86_400_000  # no provider accepts a refresh token that was unused for so long
 RATES_SECONDS = 60.0  # interval of storing rates and quotas: a crash loses at most that much of their use
@@ -59,9 +61,14 @@ class Table(Protocol):
 
 
 class Machine:
-    """`path`: the folder of what is kept across restarts; `secret`: the spool's. StoreError when it cannot be opened."""
+    """`path`: the folder of what is kept across restarts; `secret`: the spool's; `tickets`: the keys of TLS tickets, where
+    another program had them before. `in_use`: the shared memory has what was counted already. StoreError when the folder cannot
+    be opened."""
 
-    def __init__(self, path: Path, shared: Shared, workers: int, log: Log, slots: Slots, secret: bytes) -> None:
+    def __init__(
+        self, path: Path, shared: Shared, workers: int, log: Log, slots: Slots, secret: bytes, tickets: bytes = b"",
+        in_use: bool = False,
+    ) -> None:  # fmt: skip
         self._path = path
         self._slots = slots
         self._log = log
@@ -70,15 +77,17 @@ class Machine:
         self._stopping = asyncio.Event()
         self._exchanges = Exchanges(self._kept_token, self._keep_token)
         self._writing: asyncio.Task[None] | None = None
-        self.tickets = os.urandom(TICKET_OCTETS)
+        self.tickets = tickets or os.urandom(TICKET_OCTETS)
+        self.changed: Callable[[SiteState | None, tuple[str, str, str]], None] = lambda state, key: None
         self._store = Store(path)
         self.states = SiteStates(self._store.load())
         self.outages = Outages(self.states.of(DEAD))
         self._client_rates = shared.client_rates(workers)
         self._storing = threading.Lock()  # a thread of the last period may still store them while `stop` does
-        self._client_rates.restore(kept_rates(path))
         self._triplets = shared.triplets(secret, lambda *times: False)
-        self._triplets.restore(kept_table(path, TRIPLETS))
+        if not in_use:
+            self._client_rates.restore(kept_rates(path))
+            self._triplets.restore(kept_table(path, TRIPLETS))
         self._tables: dict[str, Table] = {}
         self.lessons = Lessons(kept_table(path, LESSONS))
         self.keep(LESSONS, self.lessons)
@@ -87,9 +96,31 @@ class Machine:
         self._periodic: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Store and renew periodically from now on."""
+        """Store and renew periodically from now on; nothing changes where that is done already."""
+        if any(not task.done() for task in self._periodic):
+            return
         loop = asyncio.get_running_loop()
         self._periodic = [loop.create_task(one) for one in (self._store_rates_periodically(), self._renew_tickets_periodically())]
+
+    async def settle(self) -> None:
+        """Store everything now, and nothing more until `start`: another program is to read it. StoreError."""
+        await self._pause()
+        self._store_counted(await self._changed())
+        if self._writing is not None:
+            done, _ = await asyncio.wait({self._writing}, timeout=SETTLE_SECONDS)
+            if not done:
+                raise StoreError(f"{self._path}: what was learned about sites cannot be stored")
+
+    async def leave(self) -> None:
+        """End, without storing anything: another program does that now."""
+        await self._pause()
+        await self._exchanges.close()
+        self._store.close()
+
+    async def _pause(self) -> None:
+        for task in self._periodic:
+            task.cancel()
+        await asyncio.gather(*self._periodic, return_exceptions=True)
 
     async def stop(self) -> None:
         for task in self._periodic:
@@ -215,6 +246,7 @@ class Machine:
             dropped = self.states.learn(state)
             self._unwritten |= {one.key: (one, False) for one in dropped} | {key: (state, True)}
         if key[0] != TOKEN:
+            self.changed(state, key)
             self._slots.notify("site_state", state=None if state is None else msgspec.to_builtins(state), key=list(key))
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write_site_states())

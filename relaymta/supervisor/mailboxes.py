@@ -45,9 +45,8 @@ class MachineMailboxes:
         self.upkeep = Upkeep(self.directory, self.owner, spool / MAIL, self.shards, warn)
 
     def start(self) -> None:
-        """Keep the owners joined from now on."""
+        """Keep the owners joined from now on. (What is to be done now and then: `upkeep.start`.)"""
         self._joining = asyncio.get_running_loop().create_task(self._keep_joined())
-        self.upkeep.start()
 
     def close(self) -> None:
         """End what runs in the background. The directory stays open, since a thread may be reading it: the process ends."""

@@ -6,9 +6,15 @@
     STARTING  a process that has not answered `start`        READY: its answer; LATE: after START_SECONDS; DEAD: the process ended
     READY     a worker that serves its sockets               LATE: no heartbeat for LATE_SECONDS; DEAD: the process ended
     LATE      a process that starts slowly or is silent      READY: it has started and answers; DEAD: the process ended
+    LEAVING   a worker that ends for a successor of another  DEAD: the process ended
+              program (upgrade.py)
 
-A slot's sockets stay open here whatever its state is. They are *lent* (`Slot.loan`) to a ready worker while the slot is DEAD or
-LATE, and on until it is READY, so that no new connection waits for a process that does not answer.
+Each of the first four becomes LEAVING when the slot is handed over (`Slots.hand_over`); then it stays DEAD, until it is taken
+back. In the other program the same slot is STARTING meanwhile: its process has been executed, and waits at the slot's `gate`.
+
+A slot's sockets stay open here whatever its state is. They are *lent* (`Slot.loan`) to a ready worker while the slot is DEAD,
+LATE or LEAVING, and on until it is READY (or the other program's is), so that no new connection waits for a process that does
+not answer.
 
 Only the slot's keeper, a task that lives as long as the slot, changes its state, process, channel and loan. It is the only one
 who executes, kills and buries its processes; so no slot is forgotten, and none has two of them. A process that cannot be executed
@@ -42,6 +48,7 @@ LATE_SECONDS = 5.0  # without a heartbeat: the sockets are lent
 KILL_SECONDS = 60.0  # without a heartbeat: the worker is killed
 START_SECONDS = 30.0  # from exec to ready: then the sockets are lent
 START_KILL_SECONDS = 600.0  # without a heartbeat while it starts
+EASE_SECONDS = 35.0  # for a worker that is to leave to finish deliveries, while it takes mail
 END_SECONDS = 10.0  # for a worker that could not start to end by itself
 LEND_SECONDS = 5.0  # for a worker to take over sockets
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 10.0
@@ -62,13 +69,15 @@ class State(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     LATE = "late"
+    LEAVING = "leaving"
 
 
 _NEXT = {
     State.DEAD: {State.STARTING},
-    State.STARTING: {State.READY, State.LATE, State.DEAD},
-    State.READY: {State.LATE, State.DEAD},
-    State.LATE: {State.READY, State.DEAD},
+    State.STARTING: {State.READY, State.LATE, State.LEAVING, State.DEAD},
+    State.READY: {State.LATE, State.LEAVING, State.DEAD},
+    State.LATE: {State.READY, State.LEAVING, State.DEAD},
+    State.LEAVING: {State.DEAD},
 }
 
 
@@ -89,6 +98,22 @@ class Slot:
         self.backoff = BACKOFF_FIRST
         self.probed: list[tuple[int, bool]] = []  # messages in flight at the last worker's death; whether to be probed alone
         self.culprit = 0
+        self.handed = False  # to another program: none is started here
+        self.taken = False  # its worker is ready
+        self.vacant = asyncio.Event()  # it is handed, and has no process
+        self.gate = asyncio.Event()  # the worker may open its shards
+        self.gate.set()
+        self.waits = asyncio.Event()  # the worker runs, and waits at the gate
+        self._called = asyncio.Event()
+
+    def call(self) -> None:
+        """Wake the keeper: something has changed."""
+        self._called.set()
+
+    async def called(self) -> None:
+        """Until `call`. For the keeper alone."""
+        await self._called.wait()
+        self._called.clear()
 
     @property
     def ready(self) -> bool:
@@ -133,6 +158,7 @@ class _Life:
     begun: asyncio.Task[Any]  # its answer to `start`
     started: float = field(default_factory=time.monotonic)
     checked: float = field(default_factory=time.monotonic)
+    left: float = 0.0  # when it was told to leave
     beat: asyncio.Task[Any] | None = None
     silent: float = 0.0
     served: bool = False
@@ -208,7 +234,7 @@ class Slots:
 
     def health(self) -> str:
         """ "" when all workers are ready; otherwise which are not, for operators."""
-        down = [str(slot) for slot in self if not slot.ready]
+        down = [str(slot) for slot in self if not slot.ready and not slot.handed]
         return f"workers not ready: {', '.join(down)}" if down else ""
 
     async def start(self) -> str:
@@ -234,6 +260,8 @@ class Slots:
     async def stop(self) -> None:
         """Stop all workers: those that have not ended after STOP_SECONDS are killed. `stopping` is set."""
         self.notify("stop")
+        for slot in self:
+            slot.call()
         if not self._keepers:
             return
         await asyncio.wait(self._keepers, timeout=STOP_SECONDS)
@@ -242,11 +270,73 @@ class Slots:
                 slot.process.kill()
         await asyncio.wait(self._keepers, timeout=END_SECONDS)
 
+    # Another program
+
+    async def hand_over(self, slot: Slot) -> None:
+        """Have a slot's worker end; returns when it has, and its shards can be opened by another program. None is started here
+        until `take_back`."""
+        slot.vacant.clear()
+        slot.handed = True
+        slot.call()
+        await slot.vacant.wait()
+
+    def taken(self, slot: Slot) -> None:
+        """Another program's worker serves the sockets of a slot that was handed over."""
+        slot.taken = True
+        slot.call()
+
+    def take_back(self) -> None:
+        """Start workers again in all slots that were handed over: the other program has ended."""
+        for slot in self:
+            slot.handed = slot.taken = False
+            slot.backoff = BACKOFF_FIRST
+            slot.call()
+
+    def hold(self) -> None:
+        """Before `start`: workers are executed, and open nothing until `open_gate`. Their sockets may be lent meanwhile."""
+        for slot in self:
+            slot.gate.clear()
+            slot.proven = True
+
+    async def held(self) -> str:
+        """Wait until the workers wait at their gates: ""; or why one does not."""
+        loop = asyncio.get_running_loop()
+        firsts = [slot.first for slot in self if slot.first is not None]
+        for slot in self:
+            waits = loop.create_task(slot.waits.wait())
+            waiting: set[asyncio.Future[Any]] = {waits, *firsts}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            waits.cancel()
+            if failure := next((first.result() for first in firsts if first.done()), ""):
+                return failure
+        return ""
+
+    def open_gate(self, slot: Slot, probed: list[tuple[int, bool]], culprit: int) -> None:
+        """The other program's worker has left the slot: this one may open its shards. `probed`, `culprit`: what that one had in
+        flight when it died (shm.InFlight)."""
+        slot.probed, slot.culprit = probed, culprit
+        slot.gate.set()
+        slot.call()
+
+    async def lend_held(self) -> None:
+        """Have the sockets of slots that wait lent to a worker that is ready; soon, where that takes long."""
+        held = [slot for slot in self if not slot.gate.is_set()]
+        for slot in held:
+            slot.call()
+        until = time.monotonic() + CHECK_SECONDS
+        while time.monotonic() < until and not all(slot.loan for slot in held):
+            await asyncio.sleep(0.01)
+
     # A slot's keeper
 
     async def _keep(self, slot: Slot) -> None:
         """Run one process after the other until the relay stops."""
         while not self._stopping.is_set():
+            if slot.handed:
+                slot.vacant.set()
+                await self._arrange_loan(slot)
+                await self._rest(slot, CHECK_SECONDS)
+                continue
             pause = BACKOFF_MOST
             try:
                 pause = await self._run(slot)
@@ -257,14 +347,23 @@ class Slots:
             except Exception as error:  # a mistake of ours costs a worker, not the slot
                 self._failed(slot, f"worker {slot.number}: internal error: {error!r}")
             until = time.monotonic() + pause
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and not slot.handed:
                 await self._arrange_loan(slot)
                 left = until - time.monotonic()
                 if left <= 0:
                     break
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, CHECK_SECONDS)):
-                        await self._stopping.wait()
+                await self._rest(slot, min(left, CHECK_SECONDS))
+        slot.vacant.set()
+
+    async def _rest(self, slot: Slot, seconds: float) -> None:
+        """Wait for so long, or until the relay stops or the keeper is called."""
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(self._stopping.wait()), loop.create_task(slot.called())]
+        try:
+            await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _failed(self, slot: Slot, why: str) -> None:
         """A worker could not start. For the first one that is the answer of `start`; a later one is tried again."""
@@ -282,14 +381,22 @@ class Slots:
         slot.process = life.process
         if self._stopping.is_set():
             life.channel.notify("stop")
+        called = asyncio.get_running_loop().create_task(slot.called())
         try:
             while not life.ended.done():
-                waiting: set[asyncio.Task[Any]] = {life.ended} if life.begun.done() else {life.ended, life.begun}
+                waiting: set[asyncio.Task[Any]] = {life.ended, called} if life.begun.done() else {life.ended, called, life.begun}
                 await asyncio.wait(waiting, timeout=CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if called.done():
+                    called = asyncio.get_running_loop().create_task(slot.called())
+                if self._stopping.is_set() and not slot.gate.is_set():
+                    life.channel.notify("stop")  # it is not the slot's channel yet
                 if not life.ended.done() and not self._stopping.is_set():
+                    if slot.handed and slot.state is not State.LEAVING:
+                        await self._leave(slot, life)
                     self._check(slot, life)
                     await self._arrange_loan(slot)
         finally:
+            called.cancel()
             if not life.ended.done():  # only after a mistake of ours
                 life.kill()
                 await life.ended
@@ -323,6 +430,10 @@ class Slots:
     async def _begin(self, slot: Slot, channel: Channel) -> None:
         """Send `start`, and wait for its answer. The slot has its channel from the moment on at which the arguments are collected
         and sent: no later change of what workers share misses the new one, or comes before `start`."""
+        if not slot.gate.is_set():
+            await channel.ask("alive")  # so that a program that cannot be run is known before anything is changed
+            slot.waits.set()
+            await slot.gate.wait()
         descriptors = [self._shared.descriptor, *(s.fileno() for s in slot.sockets)]
         arguments = self._arguments(slot)
         slot.channel = channel
@@ -334,6 +445,13 @@ class Slots:
     def _check(self, slot: Slot, life: _Life) -> None:
         """Judge a process that runs: once a heartbeat."""
         life.listen()
+        if slot.state is State.LEAVING:
+            if time.monotonic() - life.left > STOP_SECONDS and not life.killed:
+                self._warn(f"worker {slot.number} (pid {life.process.pid}) has not left: it is killed")
+                life.kill()
+            return
+        if not slot.gate.is_set():
+            life.started = time.monotonic()
         if life.begun.done() and not life.has_begun:
             self._refused(slot, life)
         elif life.has_begun and life.silent < LATE_SECONDS and life.channel.open:
@@ -346,6 +464,18 @@ class Slots:
         if life.silent > (KILL_SECONDS if life.has_begun else START_KILL_SECONDS) and not life.killed:
             self._warn(f"worker {slot.number} (pid {life.process.pid}) has not answered for {life.silent:.0f} s: it is killed")
             life.kill()
+
+    async def _leave(self, slot: Slot, life: _Life) -> None:
+        """Have a worker end for its successor in another program: one that is ready finishes its deliveries first, while it takes
+        mail; then another takes that, if one is ready, or it waits in the backlog."""
+        if slot.ready:
+            with contextlib.suppress(ConnectionError, Refused, TimeoutError):
+                async with asyncio.timeout(EASE_SECONDS):
+                    await life.channel.ask("ease")
+        slot.enter(State.LEAVING)
+        life.left = time.monotonic()
+        await self._arrange_loan(slot)
+        life.channel.notify("leave" if life.has_begun else "stop")
 
     def _is_ready(self, slot: Slot, life: _Life) -> None:
         if slot.state is State.LATE:
@@ -382,7 +512,7 @@ class Slots:
         clear_filter_gauges(self._shared.named(slot.number).own(), NAMED_CELLS, NAMED)
         probed, culprit = self._shared.in_flight(slot.number).take()
         slot.probed, slot.culprit = list(dict.fromkeys([*slot.probed, *probed])), culprit or slot.culprit
-        if self._stopping.is_set():
+        if self._stopping.is_set() or (slot.handed and life.left and status == 0):
             return
         if not life.served and not life.refused:
             error = life.begun.exception() if life.begun.done() and not life.begun.cancelled() else None
@@ -395,7 +525,7 @@ class Slots:
         """Lend a slot's sockets to a ready worker while its own does not serve them; take them back when it does. A lender that
         has died or is late itself is replaced, if another worker is ready."""
         loan = slot.loan
-        if slot.ready:
+        if slot.ready or slot.taken:
             slot.loan = None
             if loan is not None:
                 loan.channel.notify("give_back", slot=slot.number)

@@ -56,6 +56,7 @@ __all__ = ["Shard", "Worker", "main"]
 
 DRAIN_SECONDS = 10.0
 DATA_SECONDS = 30.0
+LEAVE_SECONDS = 1.0  # for clients that are in the middle of something, when another program is to have the sockets
 FILING_SECONDS = 3.0  # behind these, for messages of LMTP clients that have gone
 ORPHAN_SECONDS = DRAIN_SECONDS + DATA_SECONDS + 10.0  # after the supervisor's end, the worker's: whatever it is doing
 USERS_SHARE = 4  # the history of users has one in so many octets of that of messages, in addition
@@ -418,6 +419,24 @@ class Worker:
 
     # Stop
 
+    async def _ease(self, descriptors: list[int]) -> None:
+        """Finish deliveries, and begin none: another program is to have the shards soon. Mail is taken meanwhile."""
+        await self._finish_deliveries()
+
+    async def _leave(self, descriptors: list[int]) -> None:
+        """Accept no connections any more, leave clients that are in the middle of something a moment, and end."""
+        if self.acceptor is not None:
+            self.acceptor.stop_accepting()
+            await asyncio.sleep(0.02)  # so that a connection that was accepted before has begun
+            await self.acceptor.disengaged(LEAVE_SECONDS)
+        self.stopping.set()
+
+    async def _finish_deliveries(self) -> None:
+        await asyncio.gather(
+            *(shard.end_scans() for shard in self.shards.values()),
+            *(shard.dispatcher.drain(DRAIN_SECONDS, DATA_SECONDS) for shard in self.shards.values()),
+        )
+
     def _orphaned(self) -> None:
         """The supervisor has died: drain, and exit."""
         self.stopping.set()
@@ -428,11 +447,7 @@ class Worker:
         if self.acceptor is None:
             return
         self.acceptor.stop_listening()
-        await asyncio.gather(
-            *(shard.end_scans() for shard in self.shards.values()),
-            self.acceptor.drained(DRAIN_SECONDS),
-            *(shard.dispatcher.drain(DRAIN_SECONDS, DATA_SECONDS) for shard in self.shards.values()),
-        )
+        await asyncio.gather(self.acceptor.drained(DRAIN_SECONDS), self._finish_deliveries())
         if self.mail is not None:
             await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
@@ -452,6 +467,8 @@ _OWN_REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "alive": Worker._alive,
     "busy": Worker._busy,
     "stop": Worker._stop,
+    "ease": Worker._ease,
+    "leave": Worker._leave,
     "prepare": Worker._prepare,
     "commit": Worker._commit,
     "drop": Worker._drop,

@@ -1,0 +1,249 @@
+"""`relaymta upgrade`: under load to a program that is as good as the running one, and to programs that are not.
+
+Connections are made all the time, one for each message; what is counted is on the ledgers of both ends. The programs that fail
+are this one with a fault put in, so that what fails is real.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.e2e.conftest import SinkThread
+from tests.support.commands import run
+from tests.support.daemon import PATIENCE, Relay, wait_for
+from tests.support.imap_relay import ImapRelay
+from tests.support.source import Source
+
+# Faults, as Python that runs before the new program does. `BOOT`: what its workers execute instead.
+WORKER = """
+from relaymta.supervisor import slots
+def fault(module, *arguments):
+    return [sys.executable, "-c", {boot!r}, *arguments]
+slots.program = fault
+"""
+DIES = "import sys; from relaymta import worker\nasync def start(self, **k): import os; os._exit(3)\n"
+REFUSES = (
+    "import sys; from relaymta import worker; from relaymta.errors import StoreError\n"
+    "async def start(self, **k): raise StoreError('the shard is of clay')\n"
+)
+PATCHED = "worker.Worker.start = start; worker.main()"
+STEP = """
+from relaymta import supervisor
+async def fault(self, **given):
+    {fault}
+supervisor.Supervisor.{step} = fault
+"""
+SLEEPS, DIES_HERE = "import asyncio; await asyncio.sleep(1000)", "import os; os.kill(os.getpid(), 9)"
+
+
+class Load(Source):
+    """One connection for each message, on a thread of its own, until `end`."""
+
+    def __init__(self, relay: Relay, clients: int = 6) -> None:
+        super().__init__(lambda: relay.port, clients, size=500, reuse=False)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self.run(self._over.is_set)))
+        self._thread.start()
+
+    async def pause(self) -> None:
+        """About 200 connections a second, of all clients."""
+        await asyncio.sleep(0.025)
+
+    def more(self, count: int = 30) -> None:
+        """Wait until so many more are acknowledged."""
+        enough = len(self.acknowledged) + count
+        wait_for(lambda: len(self.acknowledged) >= enough, what="more mail to be accepted")
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@contextmanager
+def loaded(relay: Relay, ledger: SinkThread) -> Iterator[Load]:
+    """Within, clients send; then nothing is refused, lost, or doubled."""
+    load = Load(relay)
+    try:
+        load.more()
+        yield load
+        load.more()
+    finally:
+        load.end()
+    assert load.failed_connects == 0
+    assert load.refused == 0
+    wait_for(lambda: not load.acknowledged.keys() - ledger.counts().keys(), what=f"{len(load.acknowledged)} messages")
+    counts = ledger.counts()
+    in_doubt = load.offered - load.acknowledged.keys()
+    assert [ident for ident, times in counts.items() if times > 1 and ident not in in_doubt] == []
+    print(f"{len(load.acknowledged)} messages, {len(in_doubt)} in doubt; slowest banner {load.slowest_banner:.2f} s")
+    ledger.taken.clear()
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    made = folder / name
+    made.write_text(text)
+    made.chmod(made.stat().st_mode | stat.S_IXUSR)
+    return made
+
+
+def faulty(folder: Path, name: str, fault: str) -> Path:
+    """This program, with a fault."""
+    ours = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+    return program(folder, name, f"{ours}{fault}\nfrom relaymta.cli import main\nmain()\n")
+
+
+def upgraded(relay: Relay, *options: str, status: int = 0) -> dict[str, object]:
+    done = relay.cli("upgrade", "--json", *options, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def pid_of(relay: Relay) -> int:
+    found: int = relay._asked("status", "status")["pid"]
+    return found
+
+
+def test_upgrades_under_load_refuse_lose_and_double_nothing(tmp_path: Path, ledger: SinkThread) -> None:
+    """Two, one after the other; what an operator has decided stays, and the first process ends as the last one does."""
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+        relay.cli("site", "suspend", "slow.example", "--for", "1h")
+        first = pid_of(relay)
+        pids = [first]
+        with loaded(relay, ledger):
+            for _ in range(2):
+                found = upgraded(relay)
+                assert found["result"] == "upgraded"
+                pids.append(pid_of(relay))
+                assert pids[-1] == found["pid"]
+        assert len(set(pids)) == 3
+        assert "slow.example" in relay.cli("shaping", "active").stdout
+        assert sum(relay._asked("status", "status")["totals"][name] for name in ("accepted", "delivered")) >= 2 * 60
+        assert [row["ready"] for row in relay._asked("status", "status")["workers"]] == [True, True]
+        assert relay.cli("reload").stdout.startswith("reloaded")
+        assert relay.process is not None and relay.process.pid == first and relay.process.poll() is None
+        os.kill(first, signal.SIGHUP)  # what the first process is told is passed on
+        wait_for(lambda: len(relay.events("reloaded")) == 2, what="the reload of the last one")
+        states = [event["state"] for event in relay.events("upgrade")]
+        assert states == ["begun", "prepared", "slot", "slot", "committed"] * 2
+        assert not [event for event in relay.events("warning") if "worker" in event["text"]]
+        assert relay.stop() == 0
+        assert not (relay.spool / "control.sock").exists()
+
+
+def failing(folder: Path) -> dict[str, tuple[list[str], str, str]]:
+    """Programs: options of the upgrade, its result, and what is said of it."""
+    ours = f"exec {sys.executable} -m relaymta"
+    python = str(Path(__file__).parents[2])
+
+    def shell(name: str, text: str) -> list[str]:
+        return ["--program", str(program(folder, name, f"#!/bin/sh\ncd {python}\n{text}\n"))]
+
+    def of(name: str, fault: str) -> list[str]:
+        return ["--program", str(faulty(folder, name, fault))]
+
+    def steps(step: str, fault: str) -> str:
+        return STEP.format(step=step, fault=fault)
+
+    return {
+        "missing": (["--program", str(folder / "none")], "unchanged", "No such file or directory"),
+        "ends": (shell("ends", "echo it is broken >&2; exit 3"), "unchanged", "it ended with status 3:\nit is broken"),
+        "hangs": ([*shell("hangs", "exec sleep 1000"), "--timeout", "1s"], "unchanged", "within 1 s"),
+        "knows no upgrade": (shell("old", f'unset RELAYMTA_UPGRADE; {ours} "$@"'), "unchanged", "is in use by another relaymta"),
+        "wrong key": (shell("key", f'{ours} "$@" --set hostnaem=x'), "unchanged", "hostnaem"),
+        "other number": (shell("more", f'{ours} "$@" --workers 3'), "unchanged", "this needs a restart"),
+        "workers die": (of("workers", WORKER.format(boot="raise SystemExit(4)")), "unchanged", "worker 0 did not start"),
+        "prepared, then hangs": ([*of("late", steps("_prepare", SLEEPS)), "--timeout", "1s"], "unchanged", "within 1 s"),
+        "worker dies at its shard": (of("dies", WORKER.format(boot=DIES + PATCHED)), "gone back", "worker 0 did not start"),
+        "shard does not open": (of("clay", WORKER.format(boot=REFUSES + PATCHED)), "gone back", "the shard is of clay"),
+        "killed at a shard": (of("killed", steps("_take", DIES_HERE)), "gone back", "it ended with signal 9"),
+        "cannot commit": (of("commit", steps("_commit", "raise OSError('no')")), "gone back", "internal error"),
+    }
+
+
+def test_an_upgrade_to_a_program_that_fails_changes_nothing(tmp_path: Path, ledger: SinkThread) -> None:
+    """No connection is refused meanwhile, no mail lost; the old program serves on, and can be upgraded afterwards."""
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+        pid, workers = pid_of(relay), relay.worker_pids()
+        with loaded(relay, ledger) as load:
+            for name, (options, result, why) in failing(tmp_path).items():
+                found = upgraded(relay, *options, status=1)
+                assert (found["result"], why in str(found["why"])) == (result, True), (name, found)
+                load.more(10)
+                assert pid_of(relay) == pid
+                if result == "unchanged":
+                    assert relay.worker_pids() == workers, name
+                else:
+                    wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
+                    workers = relay.worker_pids()
+                print(name, round(load.slowest_banner, 2))
+                load.slowest_banner = 0.0
+            assert upgraded(relay)["pid"] != pid
+        assert relay.cli("upgrade", "--program", str(tmp_path / "ends"), check=False).stderr.startswith(
+            "not upgraded, nothing has changed: the new program is not ready:\nit ended with status 3"
+        )
+        assert relay.stop() == 0
+
+
+def test_what_comes_in_the_middle_of_an_upgrade(tmp_path: Path, ledger: SinkThread) -> None:
+    """Another upgrade, a change, the death of whoever asked, and SIGTERM."""
+    slow = faulty(tmp_path, "slow", STEP.format(step="_commit", fault=SLEEPS))
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+        asked = subprocess.Popen(
+            [sys.executable, "-m", "relaymta", "upgrade", "--program", str(slow), "--spool", str(relay.spool)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(lambda: [one["state"] for one in relay.events("upgrade")].count("slot") == 2, what="the hand-over")
+        assert "an upgrade is under way already" in relay.cli("upgrade", check=False).stderr
+        wait_for(lambda: "is being completed" in relay.cli("site", "suspend", "a.example", "--for", "1h", check=False).stderr)
+        asked.kill()
+        asked.wait()
+        relay.send()  # the new workers serve
+        wait_for(lambda: sum(ledger.counts().values()) == 1, what="its delivery")
+        assert relay.stop() == 0
+        assert [one["state"] for one in relay.events("upgrade")][-1] == "gone back"
+    with relay:
+        relay.send()
+        wait_for(lambda: sum(ledger.counts().values()) == 2, what="mail after a start")
+
+
+def test_the_death_of_the_old_program_in_the_middle_ends_the_new_one(tmp_path: Path, ledger: SinkThread) -> None:
+    slow = faulty(tmp_path, "slow", STEP.format(step="_settle", fault=SLEEPS))
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+        asked = threading.Thread(target=relay.cli, args=("upgrade", "--program", str(slow)), kwargs={"check": False})
+        asked.start()
+        wait_for(lambda: [one["state"] for one in relay.events("upgrade")].count("slot") == 2, what="the hand-over")
+        relay.send()
+        assert relay.process is not None
+        os.kill(relay.process.pid, signal.SIGKILL)
+        relay.process.wait()
+        asked.join()
+        wait_for(lambda: _is_free(relay), what="the new program to end")
+    with relay:
+        relay.send()
+        wait_for(lambda: sum(ledger.counts().values()) == 2, what="mail after a start")
+
+
+def _is_free(relay: Relay) -> bool:
+    done = run(["queue", "summary", "--spool", str(relay.spool)], PATIENCE)
+    return done.returncode == 0
+
+
+def test_idle_sessions_of_imap_end_and_begin_again(tmp_path: Path) -> None:
+    with ImapRelay(tmp_path) as relay:
+        relay.user("ann")
+        session = relay.session("ann", "SELECT INBOX")
+        session.idle()
+        assert upgraded(relay)["result"] == "upgraded"
+        assert session.until("BYE")[-1].name == "BYE"
+        both = [relay.session("ann", "SELECT INBOX") for _ in range(4)]
+        both[0].put("INBOX", "after")
+        wait_for(lambda: list(both[-1].subjects().values()) == ["after"], what="the message in another session")
