@@ -21,7 +21,7 @@ PROGRAM, FILE = "relaymta", "relaymta.toml"
 STATUSES = {
     0: "done; also when nothing matched a filter",
     1: "what was named does not exist, or exists already; or a check has found something wrong; or mail was lost (`bench`); or "
-    "an upgrade was not carried out",
+    "there was no upgrade",
     64: "wrong usage: an unknown verb or option, a malformed id, address or duration, an empty filter",
     65: "data that is wrong",
     69: "the relay is not running or does not answer, or it refuses; a program that `bench --peer` needs is not installed",

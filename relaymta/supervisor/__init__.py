@@ -9,6 +9,7 @@ shared memory and, until it is committed, all that is decided and stored.
 """
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -154,6 +155,7 @@ class Supervisor:
         pid = self.upgrade.pid
         if pid:
             notify_wait(f"MAINPID={pid}")
+            self.upgrade.leave()
         elif self._serves:
             notify("STOPPING=1")
         for slot in self.slots:
@@ -180,7 +182,7 @@ class Supervisor:
         elif self._serves:
             remove_socket(self.control, self.config.control_path)
         self.control.close()
-        reason = f"upgraded: pid {pid} has taken over" if pid else "signal"
+        reason = "upgraded" if pid else "signal"
         self.log.event("stopped", reason=self.failure or reason)
         self.log.close()
 
@@ -228,8 +230,17 @@ class Supervisor:
             self.http_sockets = elder.metrics
         else:
             self._open_http()
-        self.admin = elder.admin if absolute(config.admin_path or "") == facts.admin else None
-        self.admin_port = elder.admin_port if config.admin.listen == facts.admin_listen else admin_port(config)
+        path = config.admin_path
+        if path is not None and absolute(path) == facts.admin:
+            self.admin = elder.admin
+        elif elder.admin is not None:
+            elder.admin.close()
+        if config.admin.listen == facts.admin_listen:
+            self.admin_port = elder.admin_port
+        else:
+            if elder.admin_port is not None:
+                elder.admin_port.close()
+            self.admin_port = admin_port(config)
         check_program(config)
         return elder.control, sockets
 
@@ -244,7 +255,10 @@ class Supervisor:
             self.stopping.set,
         )  # fmt: skip
         failure = await starting
-        if failure:
+        if failure:  # the older program is told that, and then has this one end
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await self.stopping.wait()
             return failure
         stopping = asyncio.get_running_loop().create_task(self.stopping.wait())
         committed = asyncio.get_running_loop().create_task(elder.committed.wait())

@@ -75,9 +75,16 @@ async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writ
         supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
 
     uid = peer_of(writer.transport)
+    answers = Answers(supervisor, uid)
+
+    async def permitted(op: str, args: dict[str, Any]) -> Answer:
+        changes = op in REQUESTS and REQUESTS[op].changes and op not in ("upgrade", "reload")
+        if changes and supervisor.upgrade.settling:
+            raise RelayError("an upgrade is being completed: try again in a moment")
+        return await answers(op, args)
 
     async def answer(op: str, args: dict[str, Any], by: list[str]) -> Answer:
-        return await supervisor.audit(Answers(supervisor, uid), uid, op, args, by)
+        return await supervisor.audit(permitted, uid, op, args, by)
 
     await converse(reader, writer, answer, failed)
 
@@ -102,8 +109,6 @@ class Answers:
         row = REQUESTS.get(op)
         if row is None:
             raise RelayError(f"no such request: {op}")
-        if row.changes and op not in ("upgrade", "reload") and self._supervisor.upgrade.settling:
-            raise RelayError("an upgrade is being completed: try again in a moment")
         arguments = row.read(args)
         if hasattr(arguments, "uid"):
             arguments = msgspec.structs.replace(arguments, uid=self._uid)

@@ -125,7 +125,7 @@ class Configuration:
     async def _reload(self) -> str:
         async with self._lock:
             if self._stopping.is_set():
-                return self._refused(["the relay is stopping"])
+                return "refused, the old configuration stays: the relay is stopping"
             try:
                 fresh, warnings = await asyncio.to_thread(self._checked)
                 change = merge(self.config, fresh)

@@ -40,7 +40,6 @@ class Facts(msgspec.Struct):
     protocol: int
     version: str
     pid: int
-    uid: int
     spool: str
     workers: int
     control: str
@@ -87,7 +86,11 @@ class Elder:
         self._errors = errors
         self._met: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.Event()
-        self._handlers: dict[str, Callable[..., Awaitable[Any]]] = {"facts": self._facts, "sockets": self._sockets}
+        self._handlers: dict[str, Callable[..., Awaitable[Any]]] = {
+            "facts": self._facts,
+            "sockets": self._sockets,
+            "left": self._left,
+        }
         self._gone: Callable[[], None] = lambda: None
         self.channel = Channel(socket.socket(fileno=descriptor), self._asked, self._closed)
 
@@ -123,7 +126,7 @@ class Elder:
         return await self._handlers[op](**args)
 
     async def _facts(self, descriptors: list[int], facts: dict[str, Any]) -> None:
-        """The first descriptor is the control socket's; then come those of /metrics, those of the HTTP API, the shared memory's."""
+        """The first descriptor is the control socket's; then come those of /metrics, those of the HTTP API; the memory's."""
         sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors[:-1]]
         try:
             self.facts = msgspec.convert(facts, Facts)
@@ -145,6 +148,10 @@ class Elder:
         self.sockets[slot] = [socket.socket(fileno=descriptor) for descriptor in descriptors]
         if last:
             self._met.set_result(None)
+
+    async def _left(self) -> None:
+        """The old program has told systemd who is the main process now, and ends soon."""
+        self.left.set()
 
     def _closed(self) -> None:
         self.left.set()

@@ -242,7 +242,7 @@ class Slots:
         the relay is being stopped."""
         loop = asyncio.get_running_loop()
         for slot in self:
-            slot.first = loop.create_future()
+            slot.first = slot.first or loop.create_future()
         self._keepers = [loop.create_task(self._keep(slot)) for slot in self]
         stopping = loop.create_task(self._stopping.wait())
         waiting: set[asyncio.Future[Any]] = {slot.first for slot in self if slot.first is not None}
@@ -294,7 +294,9 @@ class Slots:
 
     def hold(self) -> None:
         """Before `start`: workers are executed, and open nothing until `open_gate`. Their sockets may be lent meanwhile."""
+        loop = asyncio.get_running_loop()
         for slot in self:
+            slot.first = loop.create_future()
             slot.gate.clear()
             slot.proven = True
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from relaymta import __version__
-from relaymta.control import Channel, Refused
+from relaymta.control import Channel, Late, Refused
 from relaymta.errors import RelayError
 from relaymta.supervisor.elder import LAYOUT, VARIABLE, VERSION, Facts, absolute
 from relaymta.supervisor.slots import STOP_SECONDS, Slot
@@ -72,7 +72,9 @@ class _Successor:
         """Its answer. _Failed says why there is none."""
         try:
             return await self.channel.ask(op, descriptors, seconds, **args)
-        except ConnectionError as error:  # it has ended, or is late
+        except Late:
+            raise _Failed(f"it was not ready within {seconds:g} s") from None
+        except ConnectionError as error:  # it has ended
             with contextlib.suppress(TimeoutError):
                 if not self.channel.open:
                     await asyncio.wait_for(asyncio.shield(self.ended), END_SECONDS)
@@ -145,6 +147,11 @@ class Upgrade:
             self._task.cancel()
             await asyncio.wait({self._task})
 
+    def leave(self) -> None:
+        """Tell the new program that systemd knows it, and this one ends soon."""
+        if self._successor is not None:
+            self._successor.channel.notify("left")
+
     async def passed_on(self, op: str, **args: Any) -> Any:
         """The new program's answer to a request, once it is committed. RelayError, ConnectionError."""
         assert self._successor is not None
@@ -207,7 +214,7 @@ class Upgrade:
         """Give the new program the sockets, and have it prepare. Its version."""
         supervisor = self._supervisor
         facts = Facts(
-            VERSION, __version__, os.getpid(), os.geteuid(), absolute(supervisor.config.spool), len(self._slots),
+            VERSION, __version__, os.getpid(), absolute(supervisor.config.spool), len(self._slots),
             absolute(supervisor.config.control_path), [listener.address for listener in supervisor.config.listener],
             supervisor.config.metrics.listen if supervisor.http_sockets else "", len(supervisor.http_sockets),
             absolute(supervisor.config.admin_path or "") if supervisor.admin is not None else "",
@@ -215,9 +222,8 @@ class Upgrade:
             supervisor.watchdog, "NOTIFY_SOCKET" not in os.environ,
         )  # fmt: skip
         admin = [sock for sock in (supervisor.admin, supervisor.admin_port) if sock is not None]
-        given = [sock.fileno() for sock in (supervisor.control, *supervisor.http_sockets, *admin)] + [
-            supervisor.shared.descriptor
-        ]
+        opened = [supervisor.control, *supervisor.http_sockets, *admin]
+        given = [*(sock.fileno() for sock in opened), supervisor.shared.descriptor]
         async with _within(seconds):
             await successor.ask(seconds, "facts", given, facts=msgspec.to_builtins(facts))
             slots = list(self._slots)

@@ -1,5 +1,6 @@
 """The wheels, the Debian package made from them, and the root of a fresh Debian."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -39,6 +40,17 @@ def next_deb(deb: Path) -> Path:
     text = control.read_text()
     assert "-1\n" in text
     control.write_text(text.replace("-1\n", "-2\n", 1))
+    (home,) = (root / "opt/relaymta").iterdir()  # each version has a folder of its own
+    fresh = home.rename(home.with_name(home.name.removesuffix("-1") + "-2"))
+    program = fresh / "bin/relaymta"
+    was = hashlib.md5(program.read_bytes()).hexdigest()
+    program.write_text(program.read_text().replace(f"/{home.name}/", f"/{fresh.name}/"))
+    (root / "usr/bin/relaymta").unlink()
+    (root / "usr/bin/relaymta").symlink_to(f"/opt/relaymta/{fresh.name}/bin/relaymta")
+    sums = root / "DEBIAN/md5sums"
+    now = hashlib.md5(program.read_bytes()).hexdigest()
+    text = sums.read_text().replace(f"{was}  opt/", f"{now}  opt/")
+    sums.write_text(text.replace(f"opt/relaymta/{home.name}/", f"opt/relaymta/{fresh.name}/"))
     made = deb.parent / "next.deb"
     subprocess.run(["dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "--build", root, made], check=True, capture_output=True)
     return made

@@ -230,37 +230,77 @@ def test_systemd_passes_the_ports(machine: Machine) -> None:
     wait_for(lambda: _is_up(machine), what="the relay to be ready")
 
 
-def test_an_upgrade_under_load_loses_nothing(machine: Machine, next_deb: Path) -> None:
-    """With relaymta.socket: no connection is refused either."""
+def test_an_upgrade_under_load_loses_nothing(machine: Machine, deb: Path, next_deb: Path) -> None:
+    """With the relay's own sockets, and with those of relaymta.socket: no connection is refused, and the new program is systemd's
+    main process. There and back: an older version is installed in the same way."""
     shutil.copy(next_deb, machine.path("/root/next.deb"))
-    taken: dict[str, list[str]] = {}
-    before = _main_pid(machine)
-
-    async def load() -> Source:
-        server = await sink.serve(SINK, lambda ident, digest, to: taken.setdefault(ident, []).append(digest))
-        source = Source(lambda: 25, 4, reuse=False)
-        upgrade = asyncio.create_task(asyncio.to_thread(machine.run, "dpkg", "-i", "/root/next.deb"))
-        running = asyncio.create_task(source.run(lambda: upgrade.done() and len(source.acknowledged) > enough[0]))
-        enough = [10**9]
-        await upgrade
-        enough[0] = len(source.acknowledged) + 100  # and some by the new one
-        await running
-        async with asyncio.timeout(120):
-            while source.acknowledged.keys() - taken.keys():
-                await asyncio.sleep(0.1)
-        server.close()
-        return source
-
-    with machine.network():
-        source = asyncio.run(load())
-    assert _main_pid(machine) not in (0, before)
-    assert machine.run("dpkg-query", "-W", "-f", "${Version}", "relaymta").stdout.endswith("-2")
-    assert source.failed_connects == 0
-    assert all(digest in taken[ident] for ident, digest in source.acknowledged.items())
-    doubled = sum(len(copies) > 1 for ident, copies in taken.items() if ident in source.acknowledged)
-    in_doubt = sum(int(str(found.get("in_doubt", 0))) for found in _events(machine, "stopped"))
-    assert doubled <= max(in_doubt, 4)
+    for package, revision in (("next.deb", "-2"), ("relaymta.deb", "-1")):
+        before = _main_pid(machine)
+        if revision == "-2":
+            machine.run("systemctl", "stop", "relaymta.socket", "relaymta.service")
+            machine.run("systemctl", "start", "relaymta.service")
+            before = _main_pid(machine)
+            assert machine.run("systemctl", "is-active", "relaymta.socket", check=False).stdout != "active\n"
+        with machine.network():
+            source, taken, said = asyncio.run(_installed_under_load(machine, package))
+        assert "upgraded from" in said
+        assert _main_pid(machine) not in (0, before)
+        assert _main_pid(machine) == _status(machine)["pid"]
+        assert machine.run("dpkg-query", "-W", "-f", "${Version}", "relaymta").stdout.endswith(revision)
+        assert source.failed_connects == 0
+        assert all(digest in taken[ident] for ident, digest in source.acknowledged.items())
+        assert not [ident for ident, copies in taken.items() if ident in source.acknowledged and len(copies) > 1]
+        print(f"{len(source.acknowledged)} messages; slowest banner {source.slowest_banner:.2f} s")
+        (left,) = machine.path("/opt/relaymta").iterdir()  # of the version before nothing is
+        assert left.name.endswith(revision)
+        assert machine.run("dpkg", "-V", "relaymta").stdout == ""
+        machine.run("systemctl", "reload", "relaymta")
+        if revision == "-2":
+            machine.run("systemctl", "stop", "relaymta.service")
+            machine.run("systemctl", "start", "relaymta.socket", "relaymta.service")
+    assert machine.run("systemctl", "show", "-p", "NRestarts", "--value", "relaymta").stdout == "0\n"
     assert "Traceback" not in machine.journal(lines=400)
+
+
+async def _installed_under_load(machine: Machine, package: str) -> tuple[Source, dict[str, list[str]], str]:
+    """Install a package while clients send, one connection a message, and until some is sent by the new program: the clients, the
+    digests of what has arrived by its id, and what was said."""
+    taken: dict[str, list[str]] = {}
+    server = await sink.serve(SINK, lambda ident, digest, to: taken.setdefault(ident, []).append(digest))
+    source = Source(lambda: 25, 4, reuse=False)
+    enough = [10**9]
+    upgrade = asyncio.create_task(asyncio.to_thread(machine.run, "dpkg", "-i", f"/root/{package}"))
+    running = asyncio.create_task(source.run(lambda: upgrade.done() and len(source.acknowledged) > enough[0]))
+    done = await upgrade
+    enough[0] = len(source.acknowledged) + 100
+    await running
+    async with asyncio.timeout(120):
+        while source.acknowledged.keys() - taken.keys():
+            await asyncio.sleep(0.1)
+    server.close()
+    return source, taken, done.stdout + done.stderr
+
+
+def test_a_new_program_that_does_not_start_leaves_the_old_one(machine: Machine) -> None:
+    """The package is installed, and the relay goes on with the version before, whose files stay, until the mistake is mended."""
+    file = machine.path("/etc/relaymta/relaymta.toml")
+    before, pid = file.read_text(), _main_pid(machine)
+    file.write_text(before.replace("hostname", "hostnaem"))
+    done = machine.run("dpkg", "-i", "/root/next.deb")
+    file.write_text(before)
+    assert "hostnaem" in done.stderr and "goes on with the version before" in done.stderr
+    assert _main_pid(machine) == pid and _is_up(machine)
+    assert len(list(machine.path("/opt/relaymta").iterdir())) == 2
+    assert machine.run("relaymta", "upgrade").stdout.startswith("upgraded from")
+    assert _main_pid(machine) not in (0, pid)
+    machine.run("systemctl", "restart", "relaymta")
+
+
+def test_the_watchdog_looks_at_the_new_program(machine: Machine) -> None:
+    machine.run("relaymta", "upgrade")
+    pid = _main_pid(machine)
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "relaymta")
+    wait_for(lambda: _main_pid(machine) not in (0, pid) and _is_up(machine), what="the watchdog")
 
 
 def test_the_units_are_accepted_and_closed(machine: Machine) -> None:
