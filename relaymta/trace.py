@@ -154,6 +154,8 @@ class Watch:
 
     def note(self, text: str) -> None:
         """A line about the trace itself."""
+        if self._dropped:
+            self._tell_dropped(time.time())
         self._lines.append((time.time(), "", "note", text))
         self._ready.set()
 
