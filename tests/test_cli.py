@@ -738,7 +738,9 @@ def test_nobody_uses_the_words_that_are_not_used_any_more():
 
 def test_the_licence_is_there_and_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+    assert project["license"] == "Apache-2.0 AND 0BSD", "ours, and that of htmx"
+    assert project["license-files"] == ["LICENSE", "relaymta/api/static/NOTICE"]
+    assert all((ROOT / name).is_file() for name in project["license-files"])
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
     assert f"[{'0.2.0'}]" in (ROOT / "CHANGELOG.md").read_text()
 
