@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tests.e2e.conftest import SinkThread
 from tests.support.commands import run
-from tests.support.daemon import PATIENCE, Relay, wait_for
+from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 from tests.support.imap_relay import ImapRelay
+from tests.support.programs import need
 from tests.support.source import Source
 
 # Faults, as Python that runs before the new program does. `BOOT`: what its workers execute instead.
@@ -112,11 +113,23 @@ def pid_of(relay: Relay) -> int:
     return found
 
 
+def answered(relay: Relay, port: int) -> tuple[int, str]:
+    """The process in charge, by the HTTP API's unix socket; and the status of a request without a token at its port."""
+    api = "/api/v1/status"
+    unix = ["--unix-socket", str(relay.spool / "admin.sock"), f"http://localhost{api}"]
+    tcp = ["-o", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:{port}{api}"]
+    curl = [need("curl"), "-sS", "--max-time", "20"]
+    said = [subprocess.run([*curl, *words], capture_output=True, check=True, text=True).stdout for words in (unix, tcp)]
+    return json.loads(said[0])["pid"], said[1]
+
+
 def test_upgrades_under_load_refuse_lose_and_double_nothing(tmp_path: Path, ledger: SinkThread) -> None:
     """Two, one after the other; what an operator has decided stays, and the first process ends as the last one does."""
-    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+    port = free_port()
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", f'admin={{listen="127.0.0.1:{port}"}}', workers=2) as relay:
         relay.cli("site", "suspend", "slow.example", "--for", "1h")
         first = pid_of(relay)
+        assert answered(relay, port) == (first, "401")
         pids = [first]
         with loaded(relay, ledger):
             for _ in range(2):
@@ -124,6 +137,7 @@ def test_upgrades_under_load_refuse_lose_and_double_nothing(tmp_path: Path, ledg
                 assert found["result"] == "upgraded"
                 pids.append(pid_of(relay))
                 assert pids[-1] == found["pid"]
+                assert answered(relay, port) == (pids[-1], "401")
         assert len(set(pids)) == 3
         assert "slow.example" in relay.cli("shaping", "active").stdout
         assert sum(relay._asked("status", "status")["totals"][name] for name in ("accepted", "delivered")) >= 2 * 60
@@ -136,7 +150,7 @@ def test_upgrades_under_load_refuse_lose_and_double_nothing(tmp_path: Path, ledg
         assert states == ["begun", "prepared", "slot", "slot", "committed"] * 2
         assert not [event for event in relay.events("warning") if "worker" in event["text"]]
         assert relay.stop() == 0
-        assert not (relay.spool / "control.sock").exists()
+        assert not list(relay.spool.glob("*.sock"))
 
 
 def failing(folder: Path) -> dict[str, tuple[list[str], str, str]]:
