@@ -13,6 +13,7 @@ from relaymta import metrics
 from relaymta.admin.http import serve_http
 from relaymta.metrics import LABEL_MOST, Counters, Own, shown
 from relaymta.shm import COUNTERS, Shared
+from relaymta.sockets import http_sockets
 from relaymta.supervisor.activity import Activity
 from tests.support.daemon import free_port
 from tests.support.programs import need
@@ -76,8 +77,9 @@ async def served(domains: int) -> tuple[bytes, list[float]]:
     port = free_port()
     own = Own(1, False, 0, {"exit": 1}, {"ready": 16}, {f"/etc/ssl/{n}.pem": 2_000_000_000 for n in range(50)})
     runner = await serve_http(
-        "127.0.0.1", port, lambda: [shared.counters(slot) for slot in range(16)], sites, used, lambda: "", list, lambda: (9,
-        down), rules=lambda: {f"rule {n}": metrics.RuleTotals(1, 2, 3, 4) for n in range(100)}, attempts=activity.totals,
+        http_sockets("127.0.0.1", port), lambda: [shared.counters(slot) for slot in range(16)],
+        sites, used, lambda: "", list, lambda: (9, down),
+        rules=lambda: {f"rule {n}": metrics.RuleTotals(1, 2, 3, 4) for n in range(100)}, attempts=activity.totals,
         own=lambda: own,
     )  # fmt: skip
     import aiohttp
@@ -122,7 +124,8 @@ async def test_other_paths_and_methods_are_told_what_there_is():
     async def none():
         return []
 
-    runner = await serve_http("127.0.0.1", port, list, none, none, lambda: "", lambda: [{"what": "disk", "text": "full"}])
+    sockets = http_sockets("127.0.0.1", port)
+    runner = await serve_http(sockets, list, none, none, lambda: "", lambda: [{"what": "disk", "text": "full"}])
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
             said = {}

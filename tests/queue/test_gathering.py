@@ -111,7 +111,11 @@ class Committing(GroupWriter):
         self.sizes.append(len(batch))
         time.sleep(0.001)
         self.written += [operation.number for operation in batch]
-        return batch
+        return Batch(batch)
+
+
+class Batch(list):
+    """A group that is committed."""
 
 
 class Numbered:
