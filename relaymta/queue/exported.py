@@ -98,9 +98,13 @@ class Wait(Strict):
     recipients: list[Index] | None = None
 
 
+# What a row can hold (a larger number would end the thread that writes it).
+_BOUNDED: dict[Any, Any] = {int: Count, str: Line, list[str]: list[Line]}
+
+
 def _strict(name: str, of: type[msgspec.Struct]) -> Any:
     """A struct with the fields of an array-like one; `since` is a time."""
-    fields = [(one.name, Seconds if one.name == "since" else one.type) for one in msgspec.structs.fields(of)]
+    fields = [(one.name, Seconds if one.name == "since" else _BOUNDED.get(one.type, one.type)) for one in msgspec.structs.fields(of)]
     return msgspec.defstruct(name, fields, forbid_unknown_fields=True)
 
 
@@ -247,7 +251,8 @@ def _checked(record: Record) -> Any:
         yield f"{at}.attempts", all(one.result in (SUCCESS, TRANSIENT, PERMANENT) for one in recipient.attempts)
     flags = record.flags
     yield "flags", all(word in FLAGS for word in flags) and not {"held", "unseen"} <= set(flags)
-    yield "unseen", "unseen" not in flags or record.unseen is not None
+    unseen = record.unseen
+    yield "unseen", "unseen" not in flags if unseen is None else unseen.above + unseen.front <= record.size
     yield "quarantine", record.quarantine is None or "held" in flags
     yield "priority", record.priority in CLASSES
     yield "waits", _covers(record)

@@ -136,6 +136,7 @@ def test_files_that_exist_are_not_replaced_and_damaged_mail_is_named(tmp_path):
     assert [row["id"] for row in listed(spool)] == [first] and not list((tmp_path / "more").iterdir())
 
 
+LOOKED = msgspec.structs.asdict(Unseen(["av"], 0, 0, True, False, True))
 HOSTILE = {
     "not json": lambda found: b"{",
     "a list": lambda found: b"[]",
@@ -156,11 +157,16 @@ HOSTILE = {
     "waits for nobody": lambda found: found | {"waits": [found["waits"][0] | {"recipients": [5]}]},
     "waits for nobody at all": lambda found: found | {"waits": [found["waits"][0] | {"recipients": []}]},
     "unknown flag": lambda found: found | {"flags": ["root"]},
+    "a number that no row can hold": lambda found: found | {"flags": ["unseen"], "unseen": {**LOOKED, "announced": 10**30}},
+    "fields behind the message": lambda found: found | {"flags": ["unseen"], "unseen": {**LOOKED, "above": 1000}},
+    "a command for filters": lambda found: found | {"flags": ["unseen"], "unseen": {**LOOKED, "parameters": ["X\r\nRSET"]}},
     "infinity": lambda found: found | {"arrived": 1e400},
 }
 SAID = {"a far future": "$.id: it is of the future", "newer": "$.version: a newer relaymta", "unknown key": "unknown field `to`",
         "an injection": "$.recipients[...].address", "a sender with options": "$.sender", "waits for nobody": "$.waits",
-        "unknown flag": "$.flags", "a nul": "$.client", "a wrong type": "$.size", "no recipients": "$.recipients"}  # fmt: skip
+        "unknown flag": "$.flags", "a nul": "$.client", "a wrong type": "$.size", "no recipients": "$.recipients",
+        "a number that no row can hold": "$.unseen.announced", "fields behind the message": "$.unseen",
+        "a command for filters": "$.unseen.parameters"}  # fmt: skip
 
 
 def test_hostile_and_broken_files_are_named_and_the_rest_goes_on(tmp_path):
