@@ -5,6 +5,7 @@ open its files, and gets their descriptors.
 """
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -13,19 +14,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from relaymta.disk.folders import make_folder
+
 __all__ = ["Folder", "RootsFolder", "open_folder"]
 
 REQUEST = 4096  # octets
 
 
 class Folder:
-    """A folder, made when it is missing and `make`. All methods: OSError."""
+    """A folder, made when it is missing and `make`; its name is durable then. All methods: OSError."""
 
     def __init__(self, path: Path, make: bool) -> None:
         if make:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(path)
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def reserve(self, alone: bool) -> bool:
+        """Have the folder, until it is closed, for this process alone, or with others that have it so; False when another one has
+        it. Where there are no such locks nobody has it."""
+        try:
+            fcntl.flock(self.descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def create(self, name: str) -> int:
         """A descriptor of a new file `.NAME.part`; one that an interrupted export has left is replaced."""

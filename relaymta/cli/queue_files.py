@@ -16,7 +16,7 @@ import msgspec
 
 from relaymta.cli.console import say, say_json
 from relaymta.cli.folder import Folder, open_folder
-from relaymta.cli.options import Configuration, fail, incomplete
+from relaymta.cli.options import Configuration, fail, incomplete, missing
 from relaymta.cli.peer import asked, connect, counted
 from relaymta.cli.queue import changeable, pages
 from relaymta.errors import NoSuch, RelayError
@@ -41,9 +41,17 @@ def _folder(path: Path, make: bool) -> Iterator[Folder]:
     except OSError as error:
         fail(77 if isinstance(error, PermissionError) else 73 if make else 74, f"{path}: {error.strerror}")
     try:
+        _reserve(folder, make)
         yield folder
     finally:
         folder.close()
+
+
+def _reserve(folder: Folder, alone: bool) -> None:
+    """An export takes back the files of what has not left the queue, or has left it otherwise: those of another export must not be
+    among them, and nobody may import them meanwhile."""
+    if not folder.reserve(alone):
+        fail(75, f"{folder.path} is in use by another export{' or import' if alone else ''}; nothing was changed")
 
 
 # Export
@@ -204,6 +212,8 @@ class _Import:
     def __init__(self, peer: "Peer", again: bool) -> None:
         self._peer, self._again = peer, again
         self._shards: list[int] = asked(peer, "shards")
+        if missing():  # what its shards have, or had, would be imported into others
+            sys.exit(75)  # `configured` names the workers
         self.found = {"imported": 0, "there": 0, "before": 0, "wrong": 0}
 
     def folder(self, folder: Folder) -> None:
@@ -327,6 +337,7 @@ def import_from(read: Configuration, paths: tuple[Path, ...], again: bool, as_js
             where = path if path.is_dir() else path.parent
             if where not in opened:
                 opened[where] = open_folder(where.absolute(), False)
+                _reserve(opened[where], False)
         with changeable(read) as peer:
             made = _Import(peer, again)
             for path in paths:

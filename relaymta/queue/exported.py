@@ -104,7 +104,9 @@ _BOUNDED: dict[Any, Any] = {int: Count, str: Line, list[str]: list[Line]}
 
 def _strict(name: str, of: type[msgspec.Struct]) -> Any:
     """A struct with the fields of an array-like one; `since` is a time."""
-    fields = [(one.name, Seconds if one.name == "since" else _BOUNDED.get(one.type, one.type)) for one in msgspec.structs.fields(of)]
+    fields = [
+        (one.name, Seconds if one.name == "since" else _BOUNDED.get(one.type, one.type)) for one in msgspec.structs.fields(of)
+    ]
     return msgspec.defstruct(name, fields, forbid_unknown_fields=True)
 
 

@@ -11,7 +11,9 @@ import time
 import pytest
 
 from relaymta import control
+from tests.e2e.test_stopped_queue import cli
 from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.filled import fill
 
 
 def test_fewer_workers_drain_the_shards_of_the_others(tmp_path, ledger):
@@ -89,12 +91,19 @@ def test_a_stopped_worker_that_continues_gets_its_sockets_back(tmp_path, ledger)
         pids = relay.worker_pids()
         os.kill(pids[1], signal.SIGSTOP)
         wait_for(lambda: health(relay) == "workers not ready: 1 (late, its sockets are lent to worker 0)")
+        files, elsewhere = tmp_path / "files", tmp_path / "elsewhere"
+        fill(elsewhere, [("a@b.example", ["c@d.example"], b"X-Ledger: imported\r\n\r\nx\r\n")], 1)
+        cli(elsewhere, "queue", "export", "--all", "--to", str(files), "--delete")
+        done = relay.cli("queue", "import", str(files), check=False)
+        assert (done.returncode, done.stdout) == (75, ""), "the missing shard may have had it: it is not put into another one"
         os.kill(pids[1], signal.SIGCONT)
         wait_for(lambda: health(relay) == "ok")
+        assert relay.cli("queue", "import", str(files)).stdout == "import: 1 message is in the queue\n"
         assert relay.worker_pids() == pids
         for number in range(20):
             relay.send(f"X-Ledger: n{number}\r\n\r\nx\r\n")
-        wait_for(lambda: len(ledger.counts()) == 20)
+        wait_for(lambda: len(ledger.counts()) == 21)
+        assert ledger.counts()["imported"] == 1
 
 
 def test_a_worker_that_cannot_be_executed_is_tried_again(tmp_path, ledger):

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from relaymta.cli.folder import RootsFolder
+from relaymta.cli.folder import Folder, RootsFolder
 from relaymta.ident import format_id, parse_id
 from relaymta.proto.envelope import HELD, PERMANENT, TRANSIENT, UNSEEN, Attempt, Envelope, Quarantine, Unseen
 from relaymta.queue import wall_ms
@@ -214,6 +214,35 @@ def test_another_message_with_the_same_id_is_not_taken_for_it(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sender": "other@b.example"}))
     _, err = cli(spool, "queue", "import", str(files), status=65)
     assert err == f"{path}: $.id: another message in the queue has it\n"
+
+
+def test_a_folder_is_used_by_one_export_at_a_time(tmp_path):
+    """The second one would take the files of the first for its own, and remove those of what has left the queue."""
+    spool, files = tmp_path / "spool", tmp_path / "files"
+    fill(spool, letters(2))
+    cli(spool, "queue", "export", "--all", "--to", str(files))
+    other = Folder(files, True)
+    assert other.reserve(True)
+    for words, who in (
+        (["export", "--all", "--to", str(files), "--force"], "export or import"),
+        (["import", str(files)], "export"),
+    ):
+        _, err = cli(spool, "queue", *words, status=75)
+        assert err == f"{files} is in use by another {who}; nothing was changed\n"
+    other.close()
+    reader = Folder(files, False)
+    assert reader.reserve(False)
+    cli(spool, "queue", "export", "--all", "--to", str(files), "--force", status=75)
+    cli(spool, "queue", "import", str(files))
+    reader.close()
+
+
+def test_the_name_of_a_new_folder_is_durable(tmp_path, monkeypatch):
+    """Or a power cut behind the deletes would leave no way to the files."""
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    Folder(tmp_path / "a" / "b", True).close()
+    assert {path.stat().st_ino for path in (tmp_path, tmp_path / "a")} <= synced
 
 
 @pytest.mark.parametrize("verb", ["export", "import"])
