@@ -6,7 +6,7 @@ synced, and only if it is still as they say. So wherever an export is interrupte
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -48,8 +48,8 @@ def _folder(path: Path, make: bool) -> Iterator[Folder]:
 
 
 def _reserve(folder: Folder, alone: bool) -> None:
-    """An export takes back the files of what has not left the queue, or has left it otherwise: those of another export must not be
-    among them, and nobody may import them meanwhile."""
+    """An export takes back the files of what has not left the queue, or has left it otherwise: those of another export must not
+    be among them, and nobody may import them meanwhile."""
     if not folder.reserve(alone):
         fail(75, f"{folder.path} is in use by another export{' or import' if alone else ''}; nothing was changed")
 
@@ -206,6 +206,10 @@ def _exported(found: dict[str, Any], path: Path, delete: bool) -> str:
 # Import
 
 
+class _Full(Exception):
+    """The relay has no room for more mail."""
+
+
 class _Import:
     """One import. `found`: its counts, for --json."""
 
@@ -215,6 +219,14 @@ class _Import:
         if missing():  # what its shards have, or had, would be imported into others
             sys.exit(75)  # `configured` names the workers
         self.found = {"imported": 0, "there": 0, "before": 0, "wrong": 0}
+
+    def all(self, paths: Iterable[Path], opened: dict[Path, Folder]) -> None:
+        """All messages of these folders and files. _Full."""
+        for path in paths:
+            if path.is_dir():
+                self.folder(opened[path])
+            else:
+                self.message(opened[path.parent], path.name.removesuffix(".json").removesuffix(".eml"))
 
     def folder(self, folder: Folder) -> None:
         """All messages of a folder."""
@@ -292,7 +304,7 @@ class _Import:
             return
         try:
             if data is None:
-                self._send(shard, number, descriptor)
+                self._send(shard, number, descriptor)  # _Full
             what = self._peer.ask("import_message", shard=shard, record=self._text, data=data, again=self._again)
         except RelayError as error:
             self._wrong(folder, f"{stem}.json", str(error))
@@ -302,7 +314,8 @@ class _Import:
     def _send(self, shard: int, number: int, descriptor: int) -> None:
         at = 0
         while piece := os.pread(descriptor, PIECE, at):
-            self._peer.ask("import_data", shard=shard, ident=number, at=at, data=piece)
+            if self._peer.ask("import_data", shard=shard, ident=number, at=at, data=piece):
+                raise _Full
             at += len(piece)
 
     def _became(self, folder: Folder, stem: str, what: str | None) -> None:
@@ -314,6 +327,8 @@ class _Import:
         elif what == "before":
             self.found["before"] += 1
             say(f"{stem} was imported before, and has left the queue: skipped (--again imports it)", err=True)
+        elif what == "full":
+            raise _Full
         elif what == "other":
             self._wrong(folder, f"{stem}.json", "$.id: another message in the queue has it")
 
@@ -331,6 +346,7 @@ def _bare(data: bytes) -> bool:
 def import_from(read: Configuration, paths: tuple[Path, ...], again: bool, as_json: bool) -> None:
     """Import messages: those in folders, and those of single files (ID.json or ID.eml)."""
     opened: dict[Path, Folder] = {}
+    full = False
     connect(read)
     try:
         for path in paths:
@@ -340,11 +356,10 @@ def import_from(read: Configuration, paths: tuple[Path, ...], again: bool, as_js
                 _reserve(opened[where], False)
         with changeable(read) as peer:
             made = _Import(peer, again)
-            for path in paths:
-                if path.is_dir():
-                    made.folder(opened[path])
-                else:
-                    made.message(opened[path.parent], path.name.removesuffix(".json").removesuffix(".eml"))
+            try:
+                made.all(paths, opened)
+            except _Full:
+                full = True
     except ConnectionError as error:
         fail(69, f"the daemon does not answer: {error}")
     except OSError as error:
@@ -360,5 +375,7 @@ def import_from(read: Configuration, paths: tuple[Path, ...], again: bool, as_js
         more += f"; {found['wrong']} left out, since something is wrong with them" if found["wrong"] else ""
         say(f"import: {counted(found['imported'], 'message is', 'messages are')} in the queue{more}")
     incomplete()
+    if full:
+        fail(74, "the relay has no room for more mail; the rest was not looked at: repeat the import when there is room")
     if found["wrong"]:
         sys.exit(65)

@@ -166,8 +166,8 @@ class Stopped:
         by = f"operator (uid {self._uid})"
         return list((await self._shard(args.shard).delete_unchanged(dict(args.messages), by)).items())
 
-    async def _import_data(self, args: ImportData) -> None:
-        await self._shard(args.shard).importing.data(args.ident, args.at, args.data)
+    async def _import_data(self, args: ImportData) -> str:
+        return await self._shard(args.shard).importing.data(args.ident, args.at, args.data)
 
     async def _import_message(self, args: ImportMessage) -> str:
         known = self.routes.__contains__

@@ -149,7 +149,7 @@ class Queue:
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
         self.park, self.delete_unchanged = self._changes.park, self._changes.delete_unchanged
         self.importing = Importing(
-            self.store, self.clock, self._ids, self.writer, self._readers, self._big, self.segments.big_limit, assign
+            self.store, self.clock, self._ids, self.writer, self._readers, self._big, self.segments.big_limit, assign, self.disk
         )
         self.quarantine = Keeper(self.store, self.clock, self._readers, self._changes.begin, settings.quarantine_ms)
         view = View(self.store, self.segments, self.clock, self._ids, self._readers, self.entries, self.quarantine)

@@ -13,7 +13,8 @@ import msgspec
 from relaymta.disk.big import BigBody
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.ident import IdSource
-from relaymta.errors import RelayError, StoreError
+from relaymta.disk.room import Disk
+from relaymta.errors import RelayError, StoreError, StoreFull
 from relaymta.ident import parse_id, stamp_of
 from relaymta.proto.envelope import Attempt, Body, Envelope, Placement, Quarantine, QueueName, RecipientState, Unseen
 from relaymta.queue.big import BigBodies
@@ -25,10 +26,10 @@ from relaymta.queue.readers import Readers
 from relaymta.queue.store import ID, Store
 from relaymta.queue.writer import Writer
 
-__all__ = ["BEFORE", "IMPORTED", "OTHER", "THERE", "Importing"]
+__all__ = ["BEFORE", "FULL", "IMPORTED", "OTHER", "THERE", "Importing"]
 
-# What has become of it.
-IMPORTED, THERE, OTHER, BEFORE = "imported", "there", "other", "before"
+# What has become of it; FULL: there is no room for it.
+IMPORTED, THERE, OTHER, BEFORE, FULL = "imported", "there", "other", "before", "full"
 
 KEPT_MS = 90 * 86_400_000
 FUTURE_MS = 86_400_000  # an id that was made later than in a day would make all later ids of the shard as late
@@ -40,8 +41,9 @@ class Importing:
 
     def __init__(
         self, store: Store, clock: ShardClock, ids: IdSource, writer: Writer, readers: Readers, big: BigBodies, big_limit: int,
-        assign: Assign,
+        assign: Assign, disk: Disk,
     ) -> None:  # fmt: skip
+        self._disk = disk
         self._store, self._clock, self._ids = store, clock, ids
         self._writer, self._readers, self._big, self._big_limit = writer, readers, big, big_limit
         self._assign = assign
@@ -49,16 +51,28 @@ class Importing:
         self._file: BigBody | None = None  # of a large message that comes in
         self._for = 0  # its id
 
-    async def data(self, ident: int, at: int, data: bytes) -> None:
-        """A piece of the data of a large message, the one behind `at` octets. The first discards what an import that was given
-        up has left. RelayError; StoreError when it cannot be written."""
+    def _is_full(self) -> bool:
+        """Reader thread: whether no mail is taken for lack of room, as from clients."""
+        self._disk.check()
+        return self._disk.full
+
+    async def data(self, ident: int, at: int, data: bytes) -> str:
+        """A piece of the data of a large message, the one behind `at` octets; FULL, or "". The first discards what an import that
+        was given up has left. RelayError; StoreError when it cannot be written."""
         async with self._turn:
             if at == 0:
                 await self._discard()
+                if await self._readers.run(self._is_full):
+                    return FULL
                 self._file, self._for = await self._readers.run(self._big.make, self._ids.next(), 0), ident
             if self._file is None or self._for != ident or self._file.length != at:
                 raise RelayError("another import is under way")
-            await self._readers.run(self._file.write, [data])
+            try:
+                await self._readers.run(self._file.write, [data])
+            except StoreFull:
+                await self._discard()
+                return FULL
+        return ""
 
     async def _discard(self) -> None:
         file, self._file = self._file, None
@@ -77,6 +91,9 @@ class Importing:
             if found:
                 await self._discard()
                 return found
+            if await self._readers.run(self._is_full):
+                await self._discard()
+                return FULL
             await self._writer.task(self._forget)
             envelope = self._envelope(record)
             names = self._names(record, envelope, known)
@@ -93,6 +110,8 @@ class Importing:
                 put.data = [body]
             self._writer.submit(put)
             error = await asyncio.shield(done)
+            if isinstance(error, StoreFull):
+                return FULL
             if error is not None:
                 raise error
             return IMPORTED

@@ -208,9 +208,9 @@ class Answers:
         found = await self._shard(args.shard).queue.delete_unchanged(dict(args.messages), operator(args))
         return list(found.items())
 
-    async def import_data(self, args: ImportData) -> None:
+    async def import_data(self, args: ImportData) -> str:
         """As `Importing.data`."""
-        await self._shard(args.shard).queue.importing.data(args.ident, args.at, args.data)
+        return await self._shard(args.shard).queue.importing.data(args.ident, args.at, args.data)
 
     async def import_message(self, args: ImportMessage) -> str:
         """As `Importing.message`."""

@@ -237,6 +237,27 @@ def test_a_folder_is_used_by_one_export_at_a_time(tmp_path):
     reader.close()
 
 
+@root_only
+@pytest.mark.parametrize("octets", [200_000, 3 << 20])
+def test_an_import_ends_where_mail_is_refused_for_lack_of_room(tmp_path, octets):
+    disk, files = tmp_path / "disk", tmp_path / "files"
+    body = b"Subject: x\r\n\r\n" + b"0123456789abcde\r\n" * (octets // 17)
+    count = (24 << 20) // octets
+    fill(tmp_path / "spool", [("a@b.example", ["c@d.example"], body)] * count)
+    cli(tmp_path / "spool", "queue", "export", "--all", "--to", str(files))
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], check=True)  # its floor is 2 MB
+    try:
+        fill(disk / "spool", [])
+        out, err = cli(disk / "spool", "queue", "import", str(files), status=74)
+        taken = len(listed(disk / "spool"))
+        assert out == f"import: {taken} messages are in the queue\n" and 0 < taken < count
+        assert err.startswith("the relay has no room for more mail; the rest was not looked at") and err.count("\n") == 1
+        cli(disk / "spool", "fsck")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_the_name_of_a_new_folder_is_durable(tmp_path, monkeypatch):
     """Or a power cut behind the deletes would leave no way to the files."""
     synced = set()
