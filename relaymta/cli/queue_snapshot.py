@@ -5,6 +5,7 @@ named, or are copied where that is on another file system.
 """
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -31,16 +32,18 @@ def take(read: Configuration, folder: Path, as_json: bool) -> None:
     folder = folder.absolute()
     check_empty(folder, "a snapshot needs a new one")
     check_writable(folder)
-    made = spool / f"snapshot-{time.time_ns()}"
+    with as_owner(spool):
+        remove_stale(spool)
+        made, descriptor = answered(lambda: snapshot.begin(spool))
     try:
         with as_owner(spool):
-            remove_stale(spool)
             numbers = answered(lambda: _copied(spool, made))
         began = time.time()
         answered(lambda: collect(spool, made, folder, "shard-0" if 0 in numbers else f"shard-{numbers[0]}"))
     finally:
         with as_owner(spool):
             shutil.rmtree(made, ignore_errors=True)
+        os.close(descriptor)
     counts = answered(lambda: {number: snapshot.check(folder / f"shard-{number}") for number in numbers})
     found: dict[str, Any] = {"version": __version__, "created": round(began), "shards": counts, "messages": sum(counts.values())}
     answered(lambda: _mark(folder, found))

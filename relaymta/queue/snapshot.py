@@ -1,6 +1,7 @@
 """A snapshot of a shard of the queue, while its owner goes on: as `hot_copy` makes it, then verified."""
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -17,9 +18,8 @@ from relaymta.proto.envelope import Body
 from relaymta.queue.store import Store
 from relaymta.queue.verify import is_sound
 
-__all__ = ["check", "copy_shard", "remove_stale"]
+__all__ = ["begin", "check", "copy_shard", "remove_stale"]
 
-STALE_SECONDS = 86_400.0
 _MADE = re.compile(r"snapshot-\d+")
 
 
@@ -33,12 +33,30 @@ def copy_shard(shard: Path, folder: Path) -> None:
         source.close()
 
 
+def begin(spool: Path) -> tuple[Path, int]:
+    """A folder for a snapshot, in the spool, and a descriptor: nobody takes it for stale before that is closed. OSError."""
+    made = spool / f"snapshot-{time.time_ns()}"
+    made.mkdir(mode=0o700)
+    descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return made, descriptor
+
+
 def remove_stale(spool: Path) -> None:
-    """Remove what a command that was killed has left in the spool: it keeps segments from being used again."""
+    """Remove what a command that was killed has left in the spool: it keeps the room of segments."""
     for made in spool.glob("snapshot-*"):
         with contextlib.suppress(OSError):
-            if _MADE.fullmatch(made.name) and time.time() - made.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(made)
+            if _MADE.fullmatch(made.name):
+                _remove_unlocked(made)
+
+
+def _remove_unlocked(made: Path) -> None:
+    descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: it is being made
+        shutil.rmtree(made)
+    finally:
+        os.close(descriptor)
 
 
 def _opened(path: Path, locked: bool) -> Store:

@@ -99,3 +99,18 @@ def test_damage_is_not_passed_on_as_a_snapshot(tmp_path):
     _, err = cli(spool, "queue", "snapshot", str(tmp_path / "made"), status=69)
     assert "the snapshot is not complete: message " in err and "does not match its checksum" in err
     assert not (tmp_path / "made" / "relaymta-snapshot.json").exists() and not list(spool.glob("snapshot-*"))
+
+
+def test_what_a_killed_snapshot_has_left_keeps_no_room(tmp_path):
+    spool = tmp_path / "spool"
+    fill(spool, letters(2))
+    left, killed = snapshot.begin(spool)
+    os.close(killed)
+    (segment,) = (spool / "shard-0" / "bodies").glob("*.seg")
+    (left / segment.name).hardlink_to(segment)
+    under_way, descriptor = snapshot.begin(spool)
+    try:
+        cli(spool, "queue", "snapshot", str(tmp_path / "made"))
+        assert not left.exists() and under_way.exists(), "another command makes that one"
+    finally:
+        os.close(descriptor)
