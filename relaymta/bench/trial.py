@@ -34,7 +34,8 @@ __all__ = ["Interrupted", "Progress", "Run", "Setup", "Unreachable", "run"]
 PROBE_SECONDS = 20.0  # for one message before the load
 LOOK_SECONDS = 0.25  # between two looks at what has arrived
 DRAIN_SECONDS = 600.0  # to the end of the wait, whatever arrives
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What ends a run: also that the terminal has gone, unless nohup has the program ignore that.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []))
 LIMIT = 0.9  # of a core: what uses more was the limit
 
 
@@ -54,7 +55,7 @@ class Interrupted:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM are noted, and raise nothing."""
+        """The signals are noted, and raise nothing."""
 
         def note(number: int, _: object) -> None:
             self.number = number
@@ -304,7 +305,7 @@ class _Trial:
 
     @contextlib.contextmanager
     def _signals(self, generator: Generator) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the load."""
+        """The signals end the load."""
         loop = asyncio.get_running_loop()
 
         def ended(number: int) -> None:

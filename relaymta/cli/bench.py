@@ -376,11 +376,14 @@ def _warn(setup: "Setup") -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, where KeyboardInterrupt is SIGINT."""
+    """Another signal than SIGINT: `number`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _terminated(*_: object) -> NoReturn:
-    raise _Terminated
+def _terminated(number: int, _: object) -> NoReturn:
+    raise _Terminated(number)
 
 
 def _measured(setups: "list[Setup]") -> "tuple[list[Run], int]":
@@ -391,7 +394,8 @@ def _measured(setups: "list[Setup]") -> "tuple[list[Run], int]":
 
     interrupted, runs = Interrupted(), []
     old = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in old:
+        signal.signal(number, _terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` makes it ignored
     try:
         with _progress() as watch:
@@ -402,7 +406,7 @@ def _measured(setups: "list[Setup]") -> "tuple[list[Run], int]":
                 if interrupted.is_set():
                     break
     except KeyboardInterrupt as error:
-        interrupted.number = interrupted.number or (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+        interrupted.number = interrupted.number or (error.number if isinstance(error, _Terminated) else signal.SIGINT)
     except Cannot as error:
         fail(error.status, str(error))
     except Unreachable as error:

@@ -22,13 +22,14 @@ REQUEST = 4096  # octets
 
 
 class Folder:
-    """A folder, made when it is missing and `make`; its name is durable then. All methods: OSError."""
+    """A folder, made when it is missing and `make`; its name is durable then. `descriptor`: it is open already. All methods:
+    OSError."""
 
-    def __init__(self, path: Path, make: bool) -> None:
+    def __init__(self, path: Path, make: bool, descriptor: int = -1) -> None:
         if make:
             make_folder(path)
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.descriptor = descriptor if descriptor >= 0 else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def reserve(self, alone: bool) -> bool:
         """Have the folder, until it is closed, for this process alone, or with others that have it so; False when another one has
@@ -108,7 +109,7 @@ class RootsFolder(Folder):
         if not self._child:
             self._asked.close()
             try:
-                _serve(Folder(path, False), answers)
+                _serve(Folder(path, False, self.descriptor), answers)  # not by its name, which may be another one's now
             finally:
                 os._exit(0)
         answers.close()

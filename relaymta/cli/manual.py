@@ -31,6 +31,7 @@ STATUSES = {
     75: "try again: a worker did not answer, or another process has the spool",
     77: "no permission to open the control socket or the spool; `bench --peer` needs root",
     78: "the configuration is invalid or its file is missing, or a reload was refused",
+    129: "`bench` has ended with its terminal",
     130: "Ctrl-C has ended `bench`",
     141: "who reads the output has gone",
     143: "SIGTERM has ended `bench`, or the first process of a container (`serve`: before it had started)",

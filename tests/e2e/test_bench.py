@@ -162,7 +162,7 @@ def running(folder: Path, *words: str):
         process.communicate()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_load_and_leaves_nothing(tmp_path, number, status):
     folder = tmp_path / "spools"
     folder.mkdir()

@@ -361,7 +361,10 @@ def test_root_writes_where_only_root_may_and_leaves_nothing_in_the_spool(open_fo
 
 
 def test_the_folder_that_a_child_uses_says_what_is_wrong(tmp_path):
-    folder = RootsFolder(tmp_path, False)
+    here = tmp_path / "here"
+    folder = RootsFolder(here, True)
+    here.rename(tmp_path / "moved")  # whoever may, while root works in it
+    here.mkdir()
     try:
         os.close(folder.create("x"))
         folder.place("x", False)
@@ -373,6 +376,7 @@ def test_the_folder_that_a_child_uses_says_what_is_wrong(tmp_path):
             folder.open("y")
         os.close(folder.open("x"))
         assert folder.has("x") and not folder.has("y") and list(folder.names()) == ["x"]
+        assert not list(here.iterdir())
     finally:
         folder.close()
 
