@@ -103,7 +103,7 @@ class Operations:
         if route.lines is not None and "application/x-ndjson" in request.headers.get("Accept", ""):
             lines = route.lines
             return await self._pour(request, caller, lambda peer: lines(peer, arguments), "application/x-ndjson")
-        value, missing = await self._ask((caller.who, caller.where), lambda peer: route.run(peer, arguments))
+        value, missing = await self._ask((caller.who, caller.where), lambda peer: route.within(caller.scopes)(peer, arguments))
         return as_json(_joined(value) | {"missing": missing})
 
     async def _arguments(self, route: Route, request: web.Request) -> Any:

@@ -187,7 +187,7 @@ class Page:
             arguments: Any = msgspec.convert(given, route.arguments, strict=False)
         except (msgspec.ValidationError, ValueError) as error:
             raise of_arguments(error) from None
-        value, missing = await self._ask((caller.who, caller.where), lambda peer: route.run(peer, arguments))
+        value, missing = await self._ask((caller.who, caller.where), lambda peer: route.within(caller.scopes)(peer, arguments))
         return value | {"missing": missing}
 
     async def _if_allowed(self, request: web.Request, session: Session, operation: str, **given: Any) -> Any:

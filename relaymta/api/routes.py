@@ -1,7 +1,8 @@
 """The table of the API: a row for each operation. The handlers, the description (openapi.py), the page's rights and the tests go
 by it. A new operation is a row here, and its models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 from relaymta.admin.tokens import SCOPES
@@ -15,7 +16,8 @@ PREFIX = "/api/v1"
 
 class Route(NamedTuple):
     """An operation. `path`: below PREFIX, `{name}` in it is an argument; `run(peer, arguments)`: the answer; `lines`: the answer
-    as lines of JSON, for a client that accepts them; `octets`: the answer is message data."""
+    as lines of JSON, for a client that accepts them; `octets`: the answer is message data; `outside`: as `run`, which leaves the
+    quarantine as it is."""
 
     name: str
     method: str
@@ -26,15 +28,22 @@ class Route(NamedTuple):
     run: Callable[[Any, Any], Any]
     lines: Callable[[Any, Any], Any] | None = None
     octets: bool = False
+    outside: Callable[[Any, Any], Any] | None = None
 
     @property
     def changes(self) -> bool:
         """Whether it may change something."""
         return self.method != "GET"
 
+    def within(self, scopes: Collection[str]) -> Callable[[Any, Any], Any]:
+        """What to run for who has these scopes, `scope` among them."""
+        return self.run if self.outside is None or "quarantine:write" in scopes else self.outside
+
 
 def _queue(name: str, model: type = m.Change) -> Route:
-    return Route(f"queue_{name}", "POST", f"/queue/{name}", "queue:write", model, m.Changed, v.verb(name))
+    return Route(
+        f"queue_{name}", "POST", f"/queue/{name}", "queue:write", model, m.Changed, v.verb(name), outside=v.verb(name, True)
+    )  # fmt: skip
 
 
 ROUTES: dict[str, Route] = {
@@ -60,7 +69,10 @@ ROUTES: dict[str, Route] = {
         _queue("release"),
         _queue("delete"),
         _queue("bounce", m.Bounce),
-        Route("queue_reroute", "POST", "/queue/reroute", "queue:write", m.Reroute, m.Changed, v.reroute),
+        Route(
+            "queue_reroute", "POST", "/queue/reroute", "queue:write", m.Reroute, m.Changed, v.reroute,
+            outside=partial(v.reroute, outside=True),
+        ),
         Route("quarantine", "GET", "/quarantine", "quarantine:read", m.Quarantine, m.Messages, v.quarantine, lines=v.lines),
         Route(
             "quarantine_release", "POST", "/quarantine/release", "quarantine:write", m.QuarantineRelease, m.Changed,
@@ -77,7 +89,10 @@ ROUTES: dict[str, Route] = {
         Route("decisions", "GET", "/decisions", "site:read", m.Nothing, m.Decisions, v.decisions),
         Route("decision_clear", "POST", "/decisions/clear", "site:write", m.Clear, m.Cleared, v.clear),
         Route("policies", "GET", "/policies", "policy:read", m.Nothing, m.Policies, v.policies),
-        Route("policy_set", "POST", "/policies", "policy:write", m.PolicySet, m.Changed, v.policy_set),
+        Route(
+            "policy_set", "POST", "/policies", "policy:write", m.PolicySet, m.Changed, v.policy_set,
+            outside=partial(v.policy_set, outside=True),
+        ),
         Route("policy_end", "POST", "/policies/remove", "policy:write", m.PolicyEnd, m.Cleared, v.policy_end),
         Route("abuse", "GET", "/abuse", "abuse:read", m.Nothing, m.Abuses, v.abuse),
         Route("abuse_why", "GET", "/abuse/why", "abuse:read", m.Account, m.Rows, v.abuse_why),

@@ -199,21 +199,24 @@ def _changed(peer: Peer, verb: str, filters: list[Answer], args: m.Change, word:
     return found
 
 
-def verb(name: str) -> Callable[[Peer, m.Change], Answer]:
-    """A verb of `relaymta queue` that changes messages."""
+OUTSIDE = {"outside": True}  # the filter's field, for those who may not change what is in the quarantine
+
+
+def verb(name: str, outside: bool = False) -> Callable[[Peer, m.Change], Answer]:
+    """A verb of `relaymta queue` that changes messages; `outside`: those in the quarantine are left out."""
 
     def run(peer: Peer, args: m.Change) -> Answer:
-        return _changed(peer, name, _filters(args), args, getattr(args, "reason", ""))
+        return _changed(peer, name, _filters(args, OUTSIDE if outside else None), args, getattr(args, "reason", ""))
 
     run.__doc__ = f"As `queue {name}`."
     return run
 
 
-def reroute(peer: Peer, args: m.Reroute) -> Answer:
-    """As `queue reroute`."""
+def reroute(peer: Peer, args: m.Reroute, outside: bool = False) -> Answer:
+    """As `queue reroute`; `outside`: as of `verb`."""
     if args.route_to not in (known := asked(peer, "routes")):
         raise Problem(400, f"no such route: {args.route_to} (there are {', '.join(known)})", argument="route_to")
-    return _changed(peer, "reroute", _filters(args), args, args.route_to)
+    return _changed(peer, "reroute", _filters(args, OUTSIDE if outside else None), args, args.route_to)
 
 
 def quarantine_verb(name: str) -> Callable[[Peer, m.QuarantineChange], Answer]:
@@ -367,15 +370,15 @@ def policies(peer: Peer, args: m.Nothing) -> Answer:
     return {"policies": [shown_policy(state) for state in asked(peer, "site_states") if state["kind"] in POLICIES]}
 
 
-def policy_set(peer: Peer, args: m.PolicySet) -> Answer:
-    """As `policy hold|bounce`."""
+def policy_set(peer: Peer, args: m.PolicySet, outside: bool = False) -> Answer:
+    """As `policy hold|bounce`; `outside`: as of `verb`."""
     given = {field: value for field, value in _chosen(args).items() if isinstance(value, str)}
     if not given:
         raise Problem(400, "which mail? Give one condition at least", argument="app")
     about_mail(given)
     if given.get("route") and given["route"] not in asked(peer, "routes"):
         raise Problem(400, f"no such route: {given['route']}", argument="route")
-    found = enact(peer, args.kind, given, args.seconds, args.reason)
+    found = enact(peer, args.kind, given, args.seconds, args.reason, outside)
     if missing():
         raise away(matched=found["matched"], changed=found["changed"])
     return found

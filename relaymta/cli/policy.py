@@ -96,11 +96,11 @@ def about_mail(given: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(given.items()))
 
 
-def enact(peer: Daemon, kind: str, given: dict[str, str], seconds: float, reason: str) -> dict[str, Any]:
-    """Set a policy, and apply it to queued mail: as of `queue.change`."""
+def enact(peer: Daemon, kind: str, given: dict[str, str], seconds: float, reason: str, outside: bool = False) -> dict[str, Any]:
+    """Set a policy, and apply it to queued mail, or only what is `outside` the quarantine: as of `queue.change`."""
     about = about_mail(given)
     asked(peer, "policy", kind=kind, about=about, seconds=seconds, reason=reason)
-    return change(peer, POLICIES[kind][1], [given], False, about)
+    return change(peer, POLICIES[kind][1], [given | ({"outside": True} if outside else {})], False, about)
 
 
 _add("hold", "Hold mail: no attempts, no expiry, until the policy ends.", "held by the operator")

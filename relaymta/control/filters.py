@@ -20,7 +20,7 @@ class Filter:
     """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
     accepts; `sender`: an address, or "<>" for the null sender; `recipient_domain`: without @; `until`: the highest id (0:
     any); `recipient`: an address; `older`, `newer`: it arrived before or after this (ms since 1970 UTC; 0: any); `held_by`: the
-    filter or rule that has put it into the quarantine, or "DMARC"."""
+    filter or rule that has put it into the quarantine, or "DMARC"; `outside`: it is not in the quarantine."""
 
     ident: Number = 0
     queue: Text = ""
@@ -38,6 +38,7 @@ class Filter:
     newer: Number = 0
     quarantined: bool = False
     held_by: Text = ""
+    outside: bool = False
 
     @classmethod
     def of(cls, chosen: Any) -> Self:
@@ -49,7 +50,7 @@ class Filter:
         """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
         return not (
             self.ident or self.sender or self.user or self.recipient_domain or self.held or self.unseen or self.recipient
-            or self.older or self.newer or self.quarantined or self.held_by
+            or self.older or self.newer or self.quarantined or self.held_by or self.outside
         )  # fmt: skip
 
     @property
@@ -76,6 +77,8 @@ class Filter:
         if (self.older and envelope.arrived >= self.older) or (self.newer and envelope.arrived < self.newer):
             return False
         if (self.quarantined or self.held_by) and not self._is_quarantined(envelope):
+            return False
+        if self.outside and envelope.quarantine is not None:
             return False
         return self.is_to(envelope.recipients)
 

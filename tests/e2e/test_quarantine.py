@@ -13,6 +13,7 @@ import pytest
 from relaymta import control
 from relaymta.control import Refused
 from relaymta.ident import parse_id, shard_of
+from tests.support.api import Api
 from tests.support.clamd import EICAR, clamd
 from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
@@ -58,6 +59,7 @@ def test_a_filter_holds_and_an_operator_decides(tmp_path):
             header = json.loads(relay.cli("quarantine", "show", found[3]["id"], "--json").stdout)["header"]
             assert ["Subject", "Your invoice €"] in header
 
+            _may_not_change(relay, found[0]["id"])
             octets = relay.cli("message", "raw", found[0]["id"]).stdout.encode()
             asked = [one for one in relay.events("filtered") if one["id"] == found[0]["id"]]
             assert "1 message matches" in relay.cli("quarantine", "release", found[0]["id"], "--dry-run").stdout
@@ -87,6 +89,20 @@ def test_a_filter_holds_and_an_operator_decides(tmp_path):
             assert len(peer.messages) == 3
             assert relay.metric('relaymta_quarantine_total{result="released"}') == 2
             assert relay.metric('relaymta_quarantine_total{result="deleted"}') == 1
+
+
+def _may_not_change(relay: Relay, ident: str) -> None:
+    """A token for the queue, and for policies, does not reach the quarantine."""
+    scopes = ("--scope", "queue:write", "--scope", "policy:write")
+    api = Api(relay.spool / "admin.sock", relay.cli("token", "create", "--name", "queue", *scopes).stdout.strip())
+    for verb, more in (("release", {}), ("delete", {}), ("bounce", {}), ("reroute", {"route_to": "smarthost"})):
+        for which in ({"all": True}, {"ids": [ident]}, {"queue": rows(relay)[0]["queues"][0]}):
+            status, said = api.post(f"/queue/{verb}", **which, **more)
+            assert (status, said.get("matched")) == (200, 0), (verb, which, said)
+    status, said = api.post("/policies", kind="bounce", from_="a@b.example", seconds=1)
+    assert (status, said["matched"]) == (200, 0), said
+    assert api.post("/policies/remove", kind="bounce", about="sender=a@b.example")[0] == 200
+    assert len(rows(relay)) == 4
 
 
 def test_bulk_verbs_reach_every_page_of_both_workers_and_nothing_else(tmp_path):

@@ -352,7 +352,11 @@ async def test_what_is_shown(tmp_path):
             page = await bench.queue.page(Filter(quarantined=True, **chosen), 0, lambda name, site: False)
             return page["ids"]
 
-        assert await found() == [first, second, third]
+        assert await found() == [first, second, third] and await found(outside=True) == []
+        every = (await bench.queue.page(Filter(), 0, lambda name, site: False))["ids"]
+        others = (await bench.queue.page(Filter(outside=True), 0, lambda name, site: False))["ids"]
+        assert others and others == [ident for ident in every if ident not in (first, second, third)]
+        assert not Filter(outside=True).whole_queues
         for name, ids in (
             ("filter", []),
             ("programs", []),
