@@ -30,9 +30,14 @@ def token() -> None:
 
 
 class _File:
-    """The file of tokens of a configuration, and whose it is."""
+    """The file of tokens of a configuration, and whose it is. Root touches it with the rights of its folder's owner: what the
+    relay's user can write, such as links, must not lead root elsewhere."""
 
     def __init__(self, read: Configuration) -> None:
+        # All of it before root is dropped: that user may not be able to read our files.
+        import difflib  # noqa: F401
+
+        import relaymta.admin.tokens  # noqa: F401
         from relaymta.privileges import owner_of
 
         config = loaded(read, ANY_LISTENER)
@@ -48,7 +53,8 @@ class _File:
         from relaymta.admin.tokens import read_tokens
 
         try:
-            return read_tokens(self.path)
+            with self._as_owner():
+                return read_tokens(self.path)
         except ConfigError as error:
             fail(74, str(error))
 
@@ -63,8 +69,14 @@ class _File:
         """While they are changed."""
         if not self.path.parent.is_dir():
             fail(73, f"{self.path.parent}: there is no such folder: start the relay once, or set admin.tokens")
-        with locked(self.path, self.user):
+        with self._as_owner(), locked(self.path, self.user):
             yield
+
+    def _as_owner(self) -> contextlib.AbstractContextManager[None]:
+        from relaymta.privileges import acting_as_owner
+
+        there = self.path.parent.is_dir()
+        return acting_as_owner(self.path.parent) if there else contextlib.nullcontext()
 
 
 @token.command()

@@ -148,6 +148,34 @@ def test_links_in_the_spool_do_not_give_files_of_roots_away(tmp_path, ledger):
 
 
 @root_only
+def test_a_link_in_place_of_the_file_of_tokens_does_not_lead_root_elsewhere(tmp_path):
+    spool, secret = tmp_path / "spool", tmp_path / "secret"
+    spool.mkdir(mode=0o700)
+    os.chown(spool, NOBODY, NOBODY)
+    secret.mkdir(mode=0o700)
+    config = tmp_path / "relaymta.toml"
+    config.write_text(f'hostname = "a.example"\nspool = "{spool}"\n[[listener]]\naddress = "127.0.0.1:2525"\n')
+
+    def token(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "relaymta", "-c", str(config), "token", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    create = ("create", "--name", "a", "--scope", "all")
+    for target in (secret / "new", secret / "kept"):
+        (secret / "kept").write_text('{"tokens": []}')
+        (spool / "admin-tokens.json").symlink_to(target)
+        for words in (create, ("revoke", "a")):
+            assert token(*words).returncode in (1, 74), words
+        (spool / "admin-tokens.json").unlink()
+    assert [path.name for path in secret.iterdir()] == ["kept"] and (secret / "kept").read_text() == '{"tokens": []}'
+    assert token(*create).returncode == 0
+    made = (spool / "admin-tokens.json").stat()
+    assert (made.st_uid, stat.S_IMODE(made.st_mode)) == (NOBODY, 0o600)
+    assert token("list").stdout.startswith("a  ") and token("revoke", "b").returncode == 1
+    assert token("revoke", "a").returncode == 0 and token("list").stdout == ""
+
+
+@root_only
 def test_a_hard_link_in_a_spool_of_roots_is_named(tmp_path):
     relay = relay_of_nobody(tmp_path, free_port())
     victim = secret_of_root(tmp_path)
