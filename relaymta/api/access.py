@@ -24,7 +24,7 @@ __all__ = ["Access", "Caller", "Session"]
 
 COOKIE = "relaymta-session"
 SESSIONS = 1000
-FAILURES = 10  # wrong tokens of one address in FAILURE_SECONDS; further ones are not looked at, and not logged
+FAILURES = 10  # denied requests of one address in FAILURE_SECONDS: wrong tokens and the like; further ones are not logged
 FAILURE_SECONDS = 60.0
 ADDRESSES = 10_000  # whose wrong tokens are counted
 # What a request has that comes through a proxy, or from a browser: on the unix socket it is nobody's own.
@@ -99,7 +99,7 @@ class Access:
             return Caller(f"token {token.name}", where, frozenset(token.scopes))
         if local and not _foreign(request):
             return Caller(await _user(request), where, frozenset(SCOPES))
-        if kind:
+        if kind and self._failed(where)[0] < FAILURES:
             self._note("unknown", where, f"{request.method} {request.path}", "denied: no bearer token")
         what = "a request that a proxy or browser has sent needs a token here, too" if local else "a token is needed"
         raise Problem(401, f"{what}: `Authorization: Bearer ...` (`relaymta token create`)", _CHALLENGE)
@@ -109,6 +109,18 @@ class Access:
         found = await asyncio.to_thread(self._tokens.find, presented)
         if found is not None:
             return found
+        count, since = self._failed(where)
+        if count >= FAILURES:
+            wait = str(max(1, int(since + FAILURE_SECONDS - time.monotonic())))
+            raise Problem(429, "too many wrong tokens from this address", {"Retry-After": wait})
+        problem = self._tokens.problem  # for the log alone: it names a path
+        self._note(
+            "unknown", where, f"{request.method} {request.path}", "denied: wrong token" + (f" ({problem})" if problem else "")
+        )
+        raise Problem(401, "no valid token", _CHALLENGE)
+
+    def _failed(self, where: str) -> tuple[int, float]:
+        """Count what an address was denied: how many times before, in the minute since when. FAILURES are logged."""
         count, since = self._failures.pop(where, (0, 0.0))
         now = time.monotonic()
         if now - since > FAILURE_SECONDS:
@@ -116,14 +128,7 @@ class Access:
         self._failures[where] = count + 1, since
         if len(self._failures) > ADDRESSES:
             self._failures.popitem(last=False)
-        if count >= FAILURES:
-            wait = str(max(1, int(since + FAILURE_SECONDS - now)))
-            raise Problem(429, "too many wrong tokens from this address", {"Retry-After": wait})
-        problem = self._tokens.problem  # for the log alone: it names a path
-        self._note(
-            "unknown", where, f"{request.method} {request.path}", "denied: wrong token" + (f" ({problem})" if problem else "")
-        )
-        raise Problem(401, "no valid token", _CHALLENGE)
+        return count, since
 
     def require(self, request: web.Request, caller: Caller, scope: str) -> None:
         """Problem (403) unless the caller has a scope."""
@@ -175,9 +180,9 @@ class Access:
         origin = request.headers.get("Origin")
         here = origin is None or origin.partition("://")[2] == request.headers.get("Host", "")
         if not here or request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
-            self._note(
-                "unknown", request.remote or "unknown", f"{request.method} {request.path}", "denied: a form of another site"
-            )
+            where = request.remote or "unknown"
+            if self._failed(where)[0] < FAILURES:
+                self._note("unknown", where, f"{request.method} {request.path}", "denied: a form of another site")
             raise Problem(403, "this form was sent by another site")
 
     def check_form(self, request: web.Request, session: Session, given: Any) -> None:

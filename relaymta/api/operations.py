@@ -111,6 +111,8 @@ class Operations:
         if not route.changes:
             lists = _lists(route.arguments)
             for name in request.query:
+                if name in request.match_info:
+                    raise Problem(400, f"{name} is given in the path", argument=name)
                 values = request.query.getall(name)
                 if name not in lists and len(values) > 1:
                     raise Problem(400, f"{name} is given {len(values)} times", argument=name)
@@ -133,6 +135,8 @@ class Operations:
             first = await anext(pieces, b"")
             answer = web.StreamResponse(headers={"Content-Type": kind, "Content-Disposition": "attachment", **SECURE})
             await answer.prepare(request)
+            if request.method == "HEAD":  # what aiohttp would write is the beginning of the next answer for the client
+                return answer
             try:
                 await _write(answer, first, kind)
                 await self._rest(answer, pieces, kind)

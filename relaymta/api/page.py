@@ -178,7 +178,7 @@ class Page:
         """The actions among `names` that these scopes allow."""
         return [name for name in names if ACTIONS[name].route.scope in scopes]
 
-    async def _run(self, request: web.Request, session: Session, operation: str, **given: Any) -> Any:
+    async def _run(self, request: web.Request, session: Session, operation: str, /, **given: Any) -> Any:
         """The answer of an operation, for who has logged in. Problem, also where they may not."""
         route = ROUTES[operation]
         caller = self._access.of_session(request, session)
@@ -332,7 +332,7 @@ class Page:
             self._access.require(request, caller, action.route.scope)
             site = str(given.get("site", ""))
             return (await self._ask((caller.who, caller.where), lambda peer: _waiting_there(peer, site)))[0]
-        found = await self._run(request, session, action.operation, **given, dry_run=True)
+        found = await self._run(request, session, action.operation, **given | {"dry_run": True})
         return int(found["matched"])
 
     async def _do(self, request: web.Request, session: Session) -> web.Response:

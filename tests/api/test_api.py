@@ -230,6 +230,30 @@ async def test_connections_are_limited_and_one_that_says_nothing_is_closed(tmp_p
         assert (await call(client, ROUTES["queues"], token))[0] == 200
 
 
+async def test_what_anybody_can_have_denied_is_logged_ten_times_a_minute(tmp_path):
+    async with serving(tmp_path) as (found, client):
+        for _ in range(8):
+            async with client.get(f"{PREFIX}/queues", headers={"Authorization": "Basic x"}) as answer:
+                assert answer.status == 401
+        for _ in range(8):
+            async with client.post("/login", headers={"Origin": "http://evil.example"}, data={"token": "x"}) as answer:
+                assert answer.status == 403
+        noted = [one["result"] for one in found.noted() if one["event"] == "audit"]
+        assert noted == ["denied: no bearer token"] * 8 + ["denied: a form of another site"] * 2
+
+
+async def test_head_has_no_body_and_an_argument_of_the_path_is_given_once(tmp_path):
+    async with serving(tmp_path) as (found, _):
+        token = found.token("good", "all").encode()
+        for line, status, ends in (
+            (b"HEAD /api/v1/messages/A/raw", b"200", True), (b"GET /api/v1/messages/A/raw", b"200", False),
+            (b"GET /api/v1/messages/A?id=B", b"400", False),
+        ):  # fmt: skip
+            head = b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + token + b"\r\n\r\n"
+            answer = await spoken(found.number, line + head)
+            assert answer.split()[1] == status and (answer.partition(b"\r\n\r\n")[2] == b"") == ends, answer
+
+
 async def test_what_is_no_http_is_no_defect(tmp_path):
     async with serving(tmp_path) as (found, _):
         for said in (b"EHLO x\r\n\r\n", b"\x16\x03\x01\x02\0", b"GET / HTTP/9\r\n\r\n",

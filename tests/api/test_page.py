@@ -221,3 +221,16 @@ def test_pictures():
     assert (
         quantile([1, 2], [5, 4, 1], 0.5) == 1 and quantile([1, 2], [5, 4, 1], 0.95) is None and quantile([1], [0, 0], 0.5) is None
     )
+
+
+async def test_a_form_with_fields_of_another_meaning_is_no_defect(tmp_path):
+    async with serving(tmp_path) as (found, client):
+        user = User(client)
+        await user.login(found.token("all", "all"))
+        found.asked.answer = answer
+        csrf = re.search(r'name="csrf" value="([^"]+)"', (await user.get("/"))[2])[1]
+        for field in ("request", "session", "operation", "dry_run"):
+            for path in ("/confirm", "/do"):
+                status, _, _ = await user.post(path, csrf=csrf, action="hold", ids=IDENT, **{field: "1"})
+                assert status in (200, 400), (field, path)
+        assert [one for one in found.noted() if one["event"] == "warning"] == []
