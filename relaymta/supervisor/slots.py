@@ -509,11 +509,8 @@ class Slots:
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())
         slot.enter(State.DEAD)
         slot.process = slot.channel = None
-        self._shared.clear_limits(slot.number)
-        Counters(self._shared.counters(slot.number)).clear_gauges()
-        clear_filter_gauges(self._shared.named(slot.number).own(), NAMED_CELLS, NAMED)
-        probed, culprit = self._shared.in_flight(slot.number).take()
-        slot.probed, slot.culprit = list(dict.fromkeys([*slot.probed, *probed])), culprit or slot.culprit
+        if slot.gate.is_set():  # else what is in the slot's cells is the other program's worker's, which serves
+            self._clear(slot)
         if self._stopping.is_set() or (slot.handed and life.left and status == 0):
             return
         if not life.served and not life.refused:
@@ -522,6 +519,14 @@ class Slots:
         self.restarts["silent" if life.killed else "start" if not life.served else "signal" if status < 0 else "exit"] += 1
         how = f"signal {-status}" if status < 0 else f"status {status}"
         self._warn(f"worker {slot.number} (pid {life.process.pid}) ended with {how}; starting another")
+
+    def _clear(self, slot: Slot) -> None:
+        """What the slot's worker had in shared memory when it ended."""
+        self._shared.clear_limits(slot.number)
+        Counters(self._shared.counters(slot.number)).clear_gauges()
+        clear_filter_gauges(self._shared.named(slot.number).own(), NAMED_CELLS, NAMED)
+        probed, culprit = self._shared.in_flight(slot.number).take()
+        slot.probed, slot.culprit = list(dict.fromkeys([*slot.probed, *probed])), culprit or slot.culprit
 
     async def _arrange_loan(self, slot: Slot) -> None:
         """Lend a slot's sockets to a ready worker while its own does not serve them; take them back when it does. A lender that

@@ -236,3 +236,23 @@ def test_no_other_transition_is_possible():
     for wrong in (State.READY, State.LATE, State.DEAD):
         with pytest.raises(AssertionError):
             slot.enter(wrong)
+
+
+async def test_the_end_of_a_worker_that_waits_at_its_gate_clears_nothing_of_the_one_that_serves():
+    """Until the gate is open, what the slot has in shared memory is the other program's worker's."""
+    async with kept(1) as one:
+        limits, flying = one.shared.limits(0, 1), one.shared.in_flight(0)
+        assert limits.take("connections", 1)
+        flying.add(7)
+        Counters(one.shared.counters(0)).gauge("relaymta_sessions", 3)
+        one.slots.hold()
+        begun = asyncio.create_task(one.slots.start())
+        assert await one.slots.held() == ""
+        one.stopping.set()
+        await one.slots.stop()
+        assert await begun == ""
+        assert not limits.take("connections", 1), "it is still in use"
+        limits.give("connections")
+        assert limits.take("connections", 1) and not limits.take("connections", 1)
+        assert flying.take() == ([(7, False)], 0)
+        assert Counters(one.shared.counters(0)).reading("relaymta_sessions") == 3
