@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from relaymta.control.filters import Filter
 from relaymta.control.requests import Trace
-from relaymta.errors import RelayError
+from relaymta.errors import RelayError, redacted, without
 from relaymta.proto.address import mail_argument, rcpt_argument, same_host
 from relaymta.proto.trace import Ear, commands, replies, reply_lines, shown
 
@@ -306,7 +306,8 @@ class Incoming(Tap):
         self._ear = Ear()
         self._again: Any = None  # a command that will be taken once more
         self._user = ""
-        self.who: Callable[[], tuple[str, str, str]] | None = None  # the client's address, application and user now
+        # The client's address, application and user now; None: it was not admitted.
+        self.who: Callable[[], tuple[str, str, str] | None] = lambda: None
 
     def facts(self) -> Facts:
         return self._facts
@@ -339,10 +340,10 @@ class Incoming(Tap):
 
     def _ask_who(self) -> None:
         """The client may be another one, or have logged in, since something was last said to it."""
-        facts = self._facts
-        if self.who is None:
+        facts, found = self._facts, self.who()
+        if found is None:
             return
-        client, application, user = self.who()
+        client, application, user = found
         if client != facts.client:
             self.event(f"the client is {client}")
         if user != self._user:
@@ -404,6 +405,9 @@ class Outgoing(Tap):
         """Message data that is written, and its final dot."""
         if not self.drops():
             self.line("said", f"<{octets} octets of message data>")
+
+    def closed(self, why: str) -> None:
+        super().closed(redacted(without(why, self._secrets)))  # it may have what the host has said
 
     def heard(self, found: Iterable[tuple[int, bytes]]) -> None:
         """Replies."""

@@ -212,3 +212,13 @@ async def test_a_command_that_waits_for_filters_is_shown_once():
     assert await texts(watch) == [
         "EHLO x", *envelope, "DATA", "<3 octets of message data>", *envelope, "BDAT 3 LAST", "<3 octets of message data>",
     ]  # fmt: skip
+
+
+async def test_what_ends_a_connection_quotes_no_secret():
+    """As when a host says the password in what is no reply."""
+    tracer = Tracer(0)
+    watch = tracer.open(wants(side="out"))
+    tap = Holder(tracer, out=True).tap
+    tap.hide(("tea for two",))
+    tap.closed("closed by us: what about tea for two")
+    assert await texts(watch) == ["closed by us: what about ***"]

@@ -72,9 +72,10 @@ class Connection(ClientConnection[ServerSession]):
                 tap.hold(self.session)
             tap.event(f"{'connected' if begins else 'already connected'}: {client.address} to {listener.address}")
 
-    def _who(self) -> tuple[str, str, str]:
+    def _who(self) -> tuple[str, str, str] | None:
         rights = self.rights
-        assert rights is not None
+        if rights is None:  # the client is refused
+            return None
         return rights.client.address, rights.origin.application, rights.user
 
     def flow(self) -> Flow:

@@ -15,10 +15,13 @@ from relaymta.accept.line import LINGER, OUTPUT_SECONDS, UNSENT
 from relaymta.accept.origin import Origin
 from relaymta.auth.identity import Identity
 from relaymta.config import Listener
+from relaymta.control.requests import Trace
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.session import Host, Session
 from relaymta.proto.transaction import Limits, Transaction
+from relaymta.trace import Tracer
+from relaymta.trace import Watch as TraceWatch
 from relaymta.watch import Watched
 from tests.accept.test_transactions import connected, idle
 from tests.support.connection import BIG, COMMIT_FAILS, Machine, Transport
@@ -554,3 +557,14 @@ def test_a_closed_connection_is_no_work_for_the_garbage_collector():
             assert not left, after
     finally:
         gc.enable()
+
+
+def test_a_client_that_is_refused_while_it_is_traced_gets_its_reply():
+    of = machine(limits={"connections": 1})
+    tracer = of.tracer = Tracer(0)
+    tracer._incoming.append(watch := TraceWatch(tracer, Trace(side="in")))
+    assert connected(of).tap is not None
+    refused = Connection(of, of.config.listener[0])
+    assert refused.enter(of.intake.client("127.0.0.1")) == reply.TOO_MANY_CONNECTIONS
+    assert [text for *_, text in watch._lines][-2:] == [reply.TOO_MANY_CONNECTIONS.decode().strip(), "refused"]
+    assert refused.tap is None and len(tracer.taps) == 1
