@@ -274,7 +274,9 @@ for _name, _one in HISTOGRAMS.items():
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
 # What is in which cell: two programs with the same layout can share the memory (of shm.LAYOUT, too).
-LAYOUT = repr((list(_index), list(HISTOGRAMS.items()), list(GAUGES), FILTER_VERDICTS, FILTER_FAILURES, FILTER_BOUNDS))
+LAYOUT = repr(
+    (list(_index), list(HISTOGRAMS.items()), list(GAUGES), FILTER_VERDICTS, FILTER_FAILURES, FILTER_BOUNDS, DNSBL_RESULTS)
+)
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
 _ROWS = (
     QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE, RESTARTS, WORKERS, CERTIFICATES,

@@ -410,7 +410,9 @@ class Limits:
                 del self._fallback[key]
             return
         row = self._table.find(key)  # it has one: a row in which a unit is held is not freed
-        if row >= 0:
+        if (
+            row >= 0 and self._cells.get(row + 1 + self._slot) > 0
+        ):  # else it was cleared: this process has outlived its supervisor
             self._cells.add(row + 1 + self._slot, -1)
 
     def apart(self, key: str) -> bool:

@@ -147,3 +147,8 @@ async def test_other_paths_and_methods_are_told_what_there_is():
     assert said["POST", "/metrics"] == (405, "this path is for GET, HEAD\n")
     assert said["HEAD", "/metrics"] == (200, "")
     assert said["GET", "/readyz"] == (503, '{"ready": false, "reasons": [{"what": "disk", "text": "full"}]}\n')
+
+
+def test_the_layout_says_what_every_cell_means():
+    for words in (metrics.FILTER_VERDICTS, metrics.FILTER_FAILURES, metrics.DNSBL_RESULTS, metrics.FILTER_BOUNDS):
+        assert repr(words) in metrics.LAYOUT

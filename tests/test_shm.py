@@ -123,3 +123,15 @@ def test_counters_by_name_are_those_of_all_workers_and_stay_with_the_name():
     assert -1 in rows and one.row("virus") == other.row("virus") >= 0  # the table is full, and nobody loses a row
     shared.clear_limits(0)
     assert sum(row[5] for row in shared.named().of("virus")) == 5  # counters outlive their worker
+
+
+def test_what_was_cleared_is_not_given_back_once_more():
+    """A worker that has outlived its supervisor gives back what another program's supervisor has cleared."""
+    shared = Shared.create()
+    orphan = shared.limits(0, 1)
+    assert orphan.take("site", 2) and orphan.take("site", 2)
+    shared.clear_limits(0)
+    orphan.give("site")
+    orphan.give("site")
+    limits = shared.limits(0, 1)
+    assert [limits.take("site", 2) for _ in range(3)] == [True, True, False]
