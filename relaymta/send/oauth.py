@@ -108,6 +108,11 @@ class Exchanges:
         if not done.cancelled():
             done.exception()  # those who waited may be gone
 
+    async def over(self, seconds: float) -> None:
+        """Wait for the exchanges under way, for so long at most."""
+        if self._asking:
+            await asyncio.wait(self._asking.values(), timeout=seconds)
+
     async def close(self) -> None:
         """Wait for the exchanges under way: a refresh token that was rotated is stored."""
         await asyncio.gather(*self._asking.values(), return_exceptions=True)

@@ -105,6 +105,7 @@ class Machine:
     async def settle(self) -> None:
         """Store everything now, and nothing more until `start`: another program is to read it. StoreError."""
         await self._pause()
+        await self._exchanges.over(SETTLE_SECONDS)  # a refresh token that was rotated has to be read, too
         self._store_counted(await self._changed())
         if self._writing is not None:
             done, _ = await asyncio.wait({self._writing}, timeout=SETTLE_SECONDS)

@@ -198,3 +198,13 @@ async def test_a_disk_that_stays_bad_does_not_hold_up_the_stop(made, monkeypatch
     made.set_site_state(state, state.key)
     async with asyncio.timeout(60):
         await made.stop()
+
+
+async def test_another_program_reads_the_refresh_token_that_was_rotated_meanwhile(made, tmp_path, family):
+    asked = asyncio.create_task(made.token(settings(family, tmp_path).model_dump(), ""))
+    while not family.asked:
+        await asyncio.sleep(0.01)
+    await made.settle()
+    ((token,),) = [[state for state in made._store.load() if state.kind == TOKEN]]
+    assert token.reply == "r2" and (await asked)[0] == "t2"
+    await made.leave()
