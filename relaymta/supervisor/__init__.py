@@ -73,6 +73,7 @@ class Supervisor:
 
     def __init__(self, config: Config, reload: Callable[[], Config], elder: Elder | None = None) -> None:
         self._elder = elder
+        self._refused = False  # the older program goes on, with the sockets at their paths
         self.shared = elder.shared if elder is not None and elder.shared is not None else Shared.create()
         self.watchdog = elder.facts.watchdog if elder is not None else watchdog_seconds()
         self.control: socket.socket
@@ -162,7 +163,7 @@ class Supervisor:
             slot.close()
         await asyncio.gather(self.slots.stop(), self.upgrade.abort())
         if self.http_api is not None:
-            await self.http_api.close(leave=bool(pid))
+            await self.http_api.close(leave=bool(pid) or self._refused)
         if not pid:
             await self.audit.end()
         if self._server is not None:
@@ -175,11 +176,11 @@ class Supervisor:
             await self._http.cleanup()
         if pid:
             if self.configuration.hung_up:
-                os.kill(pid, signal.SIGHUP)
+                self.upgrade.pass_on(signal.SIGHUP)
             if self.conversations:
                 await asyncio.wait(self.conversations, timeout=ANSWER_SECONDS)
             await self.audit.end()
-        elif self._serves:
+        elif self._serves and not self._refused:
             remove_socket(self.control, self.config.control_path)
         self.control.close()
         reason = "upgraded" if pid else "signal"
@@ -229,6 +230,8 @@ class Supervisor:
         if config.metrics.listen == facts.metrics:
             self.http_sockets = elder.metrics
         else:
+            for sock in elder.metrics:
+                sock.close()
             self._open_http()
         path = config.admin_path
         if path is not None and absolute(path) == facts.admin:
@@ -251,7 +254,7 @@ class Supervisor:
         starting = asyncio.get_running_loop().create_task(self.slots.start())
         elder.serve(
             {"prepare": self._prepare, "begin": self._begin, "take": self._take, "settle": self._settle, "commit": self._commit,
-             "stop": self._give_up, "site_state": self._elders_state, "reload": self.reload},
+             "stop": self._give_up, "site_state": self._elders_state, "reload": self.reload, "reopen_log": self._rotated},
             self.stopping.set,
         )  # fmt: skip
         failure = await starting
@@ -308,7 +311,12 @@ class Supervisor:
         await _signs_of_life(self.watchdog)
 
     async def _give_up(self) -> None:
+        """The older program goes back, perhaps since the answer to `commit` was late."""
+        self._refused = True
         self.stopping.set()
+
+    async def _rotated(self) -> None:
+        self._reopen_logs()
 
     async def _elders_state(self, state: dict[str, Any] | None, key: list[str]) -> None:
         assert self._elder is not None
@@ -458,13 +466,25 @@ class Supervisor:
     def _hear_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
+            loop.add_signal_handler(number, self._told_to_stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
+
+    def _told_to_stop(self, number: int) -> None:
+        """SIGTERM or SIGINT; after an upgrade it is meant for the program that has taken over."""
+        self.stopping.set()
+        self.upgrade.pass_on(number)
+
+    def _hang_up(self) -> None:
+        if self.upgrade.pid:
+            self.upgrade.pass_on(signal.SIGHUP)
+        else:
+            self.configuration.hang_up()
 
     def _reopen_logs(self) -> None:
         """SIGUSR1: open the log file again, in all processes, after it was rotated."""
         self.log.reopen()
+        self.upgrade.reopen_logs()
         if self.http_api is not None:
             self.http_api.reopen_log()
         for _, channel in self.slots.ready():
@@ -503,7 +523,10 @@ def _opened_log(config: Config) -> Log:
 async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str, int]:
     supervisor = Supervisor(config, reload, await met())
     status = await supervisor.run()
-    return status, supervisor.failure, supervisor.upgrade.pid
+    upgrade = supervisor.upgrade
+    if upgrade.pid and (ended := upgrade.status()) is not None:
+        return ended, "", 0
+    return status, supervisor.failure, upgrade.pid
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:

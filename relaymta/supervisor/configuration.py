@@ -112,6 +112,9 @@ class Configuration:
             while self._hung_up:
                 self._hung_up = False
                 await self.reload()
+                if self._stopping.is_set():
+                    self._hung_up = True  # perhaps for a program that has taken over
+                    return
                 await asyncio.sleep(HANGUP_SECONDS)
         finally:
             self._hangups = None

@@ -122,6 +122,7 @@ class Upgrade:
         self._task: asyncio.Task[dict[str, Any]] | None = None
         self._successor: _Successor | None = None
         self._began = 0.0
+        self._returning = False  # to our own workers: the new program is being ended
         self.pid = 0
         self.settling = False
 
@@ -144,13 +145,32 @@ class Upgrade:
     async def abort(self) -> None:
         """The relay is to stop: end an upgrade that is under way, and the new program."""
         if self._task is not None and not self.pid:
-            self._task.cancel()
+            if not self._returning:
+                self._task.cancel()
             await asyncio.wait({self._task})
 
     def leave(self) -> None:
         """Tell the new program that systemd knows it, and this one ends soon."""
         if self._successor is not None:
             self._successor.channel.notify("left")
+
+    def status(self) -> int | None:
+        """The exit status of the new program, as a shell has it; None: it runs."""
+        ended = self._successor.ended if self._successor is not None else None
+        if ended is None or not ended.done():
+            return None
+        return ended.result() if ended.result() >= 0 else 128 - ended.result()
+
+    def pass_on(self, number: int) -> None:
+        """A signal has come: it is for the new program, once that is committed."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def reopen_logs(self) -> None:
+        """The log was rotated: the new program's workers may write to it already."""
+        if self._successor is not None:
+            self._successor.channel.notify("reopen_log")
 
     async def passed_on(self, op: str, **args: Any) -> Any:
         """The new program's answer to a request, once it is committed. RelayError, ConnectionError."""
@@ -277,7 +297,7 @@ class Upgrade:
     async def _go_back(self, why: str, handed: bool) -> dict[str, Any]:
         """The new program does not take over: end it, and start workers again in slots that were handed over."""
         supervisor = self._supervisor
-        self.settling = False
+        self._returning, self.settling = True, False
         supervisor.machine.changed = lambda state, key: None
         if self._successor is not None:
             await self._successor.end(STOP_SECONDS if handed else END_SECONDS)  # before, its workers have nothing
@@ -290,7 +310,7 @@ class Upgrade:
         self._slots.take_back()
         result = "gone back" if handed else "unchanged"
         self._log(result, reason=why)
-        self._task = None
+        self._task, self._returning = None, False
         return {"result": result, "why": why, "from": __version__, "to": "", "pid": 0}
 
 

@@ -5,9 +5,12 @@ are this one with a fault put in, so that what fails is real.
 """
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -41,6 +44,14 @@ from relaymta import supervisor
 async def fault(self, **given):
     {fault}
 supervisor.Supervisor.{step} = fault
+"""
+OVER = """
+from relaymta import supervisor
+commit = supervisor.Supervisor._commit
+async def fault(self, **given):
+    await commit(self, **given)
+    raise OSError('no')
+supervisor.Supervisor._commit = fault
 """
 SLEEPS, DIES_HERE = "import asyncio; await asyncio.sleep(1000)", "import os; os.kill(os.getpid(), 9)"
 
@@ -179,6 +190,7 @@ def failing(folder: Path) -> dict[str, tuple[list[str], str, str]]:
         "worker dies at its shard": (of("dies", WORKER.format(boot=DIES + PATCHED)), "gone back", "worker 0 did not start"),
         "shard does not open": (of("clay", WORKER.format(boot=REFUSES + PATCHED)), "gone back", "the shard is of clay"),
         "killed at a shard": (of("killed", steps("_take", DIES_HERE)), "gone back", "it ended with signal 9"),
+        "takes over, and does not say so": (of("silent", OVER), "gone back", "internal error"),
         "cannot commit": (of("commit", steps("_commit", "raise OSError('no')")), "gone back", "internal error"),
     }
 
@@ -193,6 +205,7 @@ def test_an_upgrade_to_a_program_that_fails_changes_nothing(tmp_path: Path, ledg
                 assert (found["result"], why in str(found["why"])) == (result, True), (name, found)
                 load.more(10)
                 assert pid_of(relay) == pid
+                assert {path.name for path in relay.spool.glob("*.sock")} == {"admin.sock", "control.sock"}, name
                 if result == "unchanged":
                     assert relay.worker_pids() == workers, name
                 else:
@@ -220,6 +233,11 @@ def test_what_comes_in_the_middle_of_an_upgrade(tmp_path: Path, ledger: SinkThre
         wait_for(lambda: "is being completed" in relay.cli("site", "suspend", "a.example", "--for", "1h", check=False).stderr)
         asked.kill()
         asked.wait()
+        rotated = relay.log.rename(tmp_path / "relay.log.1")
+        assert relay.process is not None
+        os.kill(relay.process.pid, signal.SIGUSR1)
+        wait_for(lambda: _have_open(relay, relay.log) == 4, what="both programs and the workers to open the log again")
+        assert not _have_open(relay, rotated)
         relay.send()  # the new workers serve
         wait_for(lambda: sum(ledger.counts().values()) == 1, what="its delivery")
         assert relay.stop() == 0
@@ -227,6 +245,40 @@ def test_what_comes_in_the_middle_of_an_upgrade(tmp_path: Path, ledger: SinkThre
     with relay:
         relay.send()
         wait_for(lambda: sum(ledger.counts().values()) == 2, what="mail after a start")
+        _signals_behind_an_upgrade(relay, tmp_path)
+
+
+def _have_open(relay: Relay, file: Path) -> int:
+    """How many processes of the relay have a file open."""
+    assert relay.process is not None
+    found: list[Path] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == relay.process.pid:
+                found += [one.readlink() for one in (process / "fd").iterdir()]
+    return found.count(file)
+
+
+def _signals_behind_an_upgrade(relay: Relay, folder: Path) -> None:
+    """To the first process, which answers somebody who says no more and so has not become the one that passes them on: they are
+    for the new program. That has another address of /metrics; the one before is closed."""
+    before, relay.metrics_port = relay.metrics_port, free_port()
+    ours = f"cd {Path(__file__).parents[2]}; exec {sys.executable} -m relaymta"
+    moved = program(folder, "moved", f'#!/bin/sh\n{ours} "$@" --set metrics.listen=127.0.0.1:{relay.metrics_port}\n')
+    with socket.socket(socket.AF_UNIX) as idle:
+        idle.connect(str(relay.spool / "control.sock"))
+        assert upgraded(relay, "--program", str(moved))["result"] == "upgraded"
+        assert relay.process is not None
+        os.kill(relay.process.pid, signal.SIGHUP)
+        wait_for(lambda: relay.events("reloaded"), what="the reload")
+        assert relay.unready() == []
+        wait_for(lambda: _refused(before), what="the address of before to be closed")
+        assert relay.stop() == 0
+
+
+def _refused(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def test_the_death_of_the_old_program_in_the_middle_ends_the_new_one(tmp_path: Path, ledger: SinkThread) -> None:
