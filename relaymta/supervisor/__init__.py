@@ -155,6 +155,8 @@ class Supervisor:
         """End all that runs: also where another program has it."""
         pid = self.upgrade.pid
         if pid:
+            if self._server is not None:
+                self._server.close()  # who asks from now on is answered by the new program
             notify_wait(f"MAINPID={pid}")
             self.upgrade.leave()
         elif self._serves:
