@@ -34,6 +34,7 @@ WAITING_OCTETS = 4 << 20  # and their octets
 TOGETHER = 500  # lines that are taken at once
 UNDECIDED = 100  # lines of a connection that are kept while it is undecided,
 UNDECIDED_OCTETS = 4 << 20  # and octets of all of them
+LINE_OCTETS = 200  # that a line takes beside its text
 CLIENTS = 10_000  # of which is known whether they are meant
 ASLEEP = 30.0  # seconds
 LATEST = 0.05  # seconds for which lines are collected
@@ -254,10 +255,10 @@ class Tap:
                 view.watch.put(self, line)
                 continue
             view.kept.append(line)
-            view.octets += len(text)
-            self.tracer.undecided += len(text)
+            view.octets += LINE_OCTETS + len(text)
+            self.tracer.undecided += LINE_OCTETS + len(text)
             while view.kept and (len(view.kept) > UNDECIDED or self.tracer.undecided > UNDECIDED_OCTETS):
-                octets = len(view.kept.popleft()[3])
+                octets = LINE_OCTETS + len(view.kept.popleft()[3])
                 view.octets -= octets
                 self.tracer.undecided -= octets
                 view.lost += 1

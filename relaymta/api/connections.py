@@ -2,15 +2,48 @@
 limits for the parts of a request, and for connections between two requests.)"""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Connections", "Limited"]
+__all__ = ["Connections", "Door", "Limited"]
 
 HEAD_SECONDS = 15.0  # for the head of a request, from the connection or its first octet
 STUCK_SECONDS = 60.0  # in which a client must take something of its answer
 LOOK_SECONDS = 10.0
 CLOSE_SECONDS = 0.02  # in which the handling of a request begins, and its answer is written
+
+
+class Door(socket.socket):
+    """A listening socket, in place of `sock`, that gives away at most `most` connections at a time; others are closed as they
+    come. So those that are in the handshake of TLS are counted, too, of which nothing else knows. For asyncio's loop."""
+
+    def __init__(self, sock: socket.socket, most: int) -> None:
+        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        self.most = most
+        self.out: set[_Counted] = set()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """As of socket."""
+        while True:
+            accepted, address = super().accept()  # BlockingIOError ends this
+            if len(self.out) < self.most:
+                return _Counted(accepted, self.out), address
+            accepted.close()
+
+
+class _Counted(socket.socket):
+    """A connection, which is in `out` until it is closed."""
+
+    def __init__(self, sock: socket.socket, out: "set[_Counted]") -> None:
+        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        self._out = out
+        out.add(self)
+
+    def close(self) -> None:
+        """As of socket."""
+        self._out.discard(self)
+        super().close()
 
 
 class Connections:

@@ -18,7 +18,7 @@ from relaymta.accept.tls import Certificates
 from relaymta.admin.tokens import Tokens
 from relaymta.api.access import Access
 from relaymta.api.asking import Asker
-from relaymta.api.connections import LOOK_SECONDS, Connections
+from relaymta.api.connections import LOOK_SECONDS, Connections, Door
 from relaymta.api.operations import BODY_MOST, Operations, problem
 from relaymta.api.page import Page
 from relaymta.api.problems import Problem
@@ -87,7 +87,7 @@ class Server:
         self.log.close()
 
     async def _listen(self, kind: str, sock: socket.socket, make: Connections) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
+        loop, sock = asyncio.get_running_loop(), Door(sock, CONNECTIONS[kind])
         if kind == "unix":
             return await loop.create_unix_server(make, sock=sock, backlog=BACKLOG)
         if not self._config.admin.tls:
