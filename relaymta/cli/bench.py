@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import click
 
 from relaymta.bench.load import AUTHS, TLS, Load
-from relaymta.cli.console import say, say_json, table
+from relaymta.cli.console import is_screen, say, say_json, table
 from relaymta.cli.options import Configuration, absolute, configured, fail, files, folders
 from relaymta.duration import parse_duration
 from relaymta.errors import ConfigError, NoSuch, RelayError
@@ -422,7 +422,7 @@ def _measured(setups: "list[Setup]") -> "tuple[list[Run], int]":
 @contextlib.contextmanager
 def _progress() -> "Iterator[Callable[[Progress], None]]":
     """What shows the progress on standard error: a bar on a terminal, else a line every few seconds."""
-    if not sys.stderr.isatty():
+    if not is_screen(err=True):
         yield _Lines()
         return
     from rich.console import Console

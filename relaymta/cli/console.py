@@ -225,9 +225,9 @@ def record(*parts: str) -> None:
     _write(sys.stdout, "".join(line + "\n" for line in lines))
 
 
-def is_screen() -> bool:
-    """Whether standard output is a terminal on which a screen can be shown."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+def is_screen(err: bool = False) -> bool:
+    """Whether standard output (`err`: error) is a terminal on which a screen can be shown."""
+    return (sys.stderr if err else sys.stdout).isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def width() -> int:

@@ -154,7 +154,8 @@ def test_an_outage_counts_as_one_failure_and_the_queue_sleeps(tmp_path):
         assert relay.stop() == 0
         offline = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
         assert {r["id"] for r in offline} == {r["id"] for r in listed}
-        assert relay.cli("queue", "delete", "--all", check=False).returncode == 69
+        assert relay.cli("queue", "delete", "--all").stdout.startswith("delete: ")
+        assert not relay.cli("queue", "list", "--json").stdout
 
 
 def test_flush_delivers_at_once_when_the_site_is_back(tmp_path, ledger):
