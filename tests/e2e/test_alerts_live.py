@@ -1,22 +1,35 @@
 """Alert rules with a real relay and a real Prometheus, as trouble is made and mended. All durations of the rules are divided by
-FASTER; what takes too long, or cannot be made, is in tests/test_alerts.py alone."""
+FASTER, and LOWER has the thresholds that would take hours. Most of them in RELAYMTA_PROVE=1 only.
 
+SYNTHETIC names the rules that are in tests/test_alerts.py alone, and why."""
+
+import contextlib
 import datetime
 import os
 import signal
+import smtplib
 import subprocess
+import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
-from tests.support.daemon import Relay, free_port, wait_for
+from tests.conftest import PROVE
+from tests.e2e.test_mailbox_gauges import READER
+from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.mailboxes import create
+from tests.support.programs import need
 from tests.support.prometheus import asked, firing, hastened, prometheus
+from tests.support.resolver import nameserver_with
 
 RULES = (Path(__file__).resolve().parents[2] / "grafana" / "alerts.yml").read_text()
 FASTER = 120
@@ -154,3 +167,328 @@ def test_a_worker_that_does_not_answer_is_missed(watched):
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: not missing())
+
+
+SYNTHETIC = {
+    "RelaymtaOverdue": "a defect, which the relay has not",
+    "RelaymtaStoreStalled": "deletes fail only once the ballast is used up, too",
+    "RelaymtaMailboxesStalled": "a commit has to fail",
+    "RelaymtaMailboxesFail": "the disk has to fail in the middle of a delivery",
+    "RelaymtaMapFull": "a map of 64 GB",
+    "RelaymtaListenersPaused": "the gauge, with real descriptors, is in test_limits.py",
+}
+LOWER = {
+    "oldest_message_seconds) > 4 * 3600": "oldest_message_seconds) > 10",
+    "queue_messages) > 10000": "queue_messages) > 20",
+    "unseen_oldest_seconds) > 600": "unseen_oldest_seconds) > 5",
+    "oldest_reader_seconds) > 600": "oldest_reader_seconds) > 5",
+}
+SITES = 25
+TEXT = "Subject: x\r\n\r\nx\r\n"
+BESIEGED = """
+[relay]
+networks = ["127.0.0.1/32"]
+domains = ["d.example"]
+[limits]
+message_size = 100000
+[quarantine]
+octets = 100000
+[delivery]
+nameservers = ["{nameserver}"]
+[accounts]
+file = "{folder}/accounts.toml"
+url = "http://127.0.0.1:1/login"
+[[listener]]
+address = "127.0.0.1:{port}"
+auth = "may"
+auth_in_clear = true
+[[listener]]
+address = "127.0.0.1:{shop}"
+application = "shop"
+[[certificate]]
+chain = "{folder}/relay.pem"
+[[filter]]
+name = "lists"
+type = "dnsbl"
+lists = [{{ zone = "refusing.test", codes = ["127.0.0.2"], domain = true }}]
+[[filter]]
+name = "slow"
+type = "http"
+address = ["http://127.0.0.1:{hook}/slow"]
+recipient_domain = ["judged.example"]
+timeout = 1
+on_failure = "accept"
+on_failure_trusted = "accept"
+[[filter]]
+name = "odd"
+type = "http"
+address = ["http://127.0.0.1:{hook}/odd"]
+recipient_domain = ["judged.example"]
+on_failure = "accept"
+on_failure_trusted = "accept"
+[[filter]]
+name = "later"
+type = "clamd"
+stage = "queued"
+address = ["127.0.0.1:{scanner}"]
+recipient_domain = ["unseen.example"]
+[[mail_rule]]
+name = "held"
+header = ["Subject: held"]
+verdict = "hold"
+enforce = true
+[[mail_rule]]
+name = "counted"
+header = ["Subject: counted"]
+verdict = "tag"
+[[abuse]]
+name = "leaked"
+watch = "rule"
+rule = "counted"
+enforce = true
+[[route]]
+name = "local"
+protocol = "mailbox"
+recipient_domain = ["local.example"]
+[[route]]
+name = "bounce"
+recipient_domain = ["bounce.example"]
+hosts = ["127.0.0.1:{peer}"]
+"""
+ROUTE = """
+[[route]]
+name = "{name}"
+recipient_domain = ["{name}.example"]
+hosts = ["127.0.0.1:{port}"]
+"""
+OUT = """
+[[route]]
+name = "out"
+hosts = ["127.0.0.1:{port}"]
+"""
+WAVES = (
+    {
+        "RelaymtaManySitesDown", "RelaymtaOldMessage", "RelaymtaQueueGrows", "RelaymtaNothingDelivered", "RelaymtaBounces",
+        "RelaymtaFilterFails", "RelaymtaFilterSlow", "RelaymtaUnseen", "RelaymtaQuarantineFull", "RelaymtaListRefuses",
+        "RelaymtaAbuse", "RelaymtaCorruptBody", "RelaymtaCertificate", "RelaymtaLoginsUnavailable", "RelaymtaBruteForce",
+        "RelaymtaMailboxReader",
+    },
+    {"RelaymtaStoreFull", "RelaymtaMailboxesFull", "RelaymtaLogDropped", "RelaymtaLoopLag", "RelaymtaCommitsSlow"},
+)  # fmt: skip
+HERE = {
+    "RelaymtaSiteDown", "RelaymtaFilterDown", "RelaymtaCertificateEnds", "RelaymtaKeysOrAccounts", "RelaymtaReloadRefused",
+    "RelaymtaWorkersRestart", "RelaymtaWorkersMissing",
+}  # fmt: skip
+
+
+class Hook(BaseHTTPRequestHandler):
+    """What is no answer of a hook, or one that is late."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/slow":
+            time.sleep(0.7)
+        answer = b'{"verdict": "accept"}' if self.path == "/slow" else b"what?"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def hook() -> Iterator[int]:
+    """Its port."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def again_and_again(*actions: Callable[[], object], pause: float = 0.25) -> Iterator[None]:
+    """Do each in a thread of its own; that it is refused is no failure."""
+    over = threading.Event()
+
+    def run(action: Callable[[], object]) -> None:
+        while not over.wait(pause):
+            with contextlib.suppress(smtplib.SMTPException, OSError):
+                action()
+
+    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+class Besieged(Troubled):
+    """On a small disk; `peer`: the port of the host that mail goes to once all is well."""
+
+    def __init__(self, folder: Path, nameserver: str, hook: int, peer: int) -> None:
+        super().__init__(folder)
+        self.shop, self.scanner = free_port(), free_port()
+        base = BESIEGED.format(
+            nameserver=nameserver, folder=folder, port=self.port, shop=self.shop, hook=hook, scanner=self.scanner, peer=peer
+        )
+        dead = [ROUTE.format(name=f"down{n}", port=free_port()) for n in range(SITES)]
+        self.config.write_text(base + "".join(dead) + OUT.format(port=free_port()))
+        self.good = (base + OUT.format(port=peer)).replace("octets = 100000", "octets = 1000000")
+        self.good = (
+            self.good.partition('[[filter]]\nname = "later"')[0] + "[[mail_rule]]" + self.good.partition("[[mail_rule]]")[2]
+        )
+        self.filler = folder / "filler"
+
+    def post(self, to: str, text: str = TEXT, sender: str = "", port: int = 0, source: str = "127.0.0.1") -> None:
+        with smtplib.SMTP("127.0.0.1", port or self.port, timeout=PATIENCE, source_address=(source, 0)) as client:
+            client.sendmail(sender, [to], text)
+
+    def login(self, name: str, source: str) -> None:
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE, source_address=(source, 0)) as client:
+            client.login(name, "wrong")
+
+    def spoil(self, peer: FakeMx) -> None:
+        """A message in the queue whose data is not what it was, and that is sent now."""
+        later = {"s@bounce.example": b"450 4.2.0 later\r\n"}
+        peer.rules["RCPT"].update(later)
+        self.post("s@bounce.example", "Subject: x\r\n\r\nspoil me\r\n")
+        wait_for(lambda: self.events("deferred"))
+        self.kill()
+        for path in self.spool.glob("shard-*/bodies/*.seg"):  # of what is deferred there may be two copies
+            path.write_bytes(path.read_bytes().replace(b"spoil me", b"spoilt!!"))
+        del peer.rules["RCPT"]["s@bounce.example"]
+        self.start()
+        wait_for(self.ready)
+        self.cli("queue", "flush", "--all")
+
+    def leave(self, free: int) -> None:
+        """Fill the disk up to so many octets."""
+        self.filler.unlink(missing_ok=True)
+        stats = os.statvfs(self.folder)
+        with self.filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, stats.f_bavail * stats.f_frsize - free)
+
+
+@pytest.fixture
+def besieged(tmp_path: Path) -> Iterator[tuple[Besieged, str, FakeMx]]:
+    folder, other = tmp_path / "small", tmp_path / "other"
+    for one in (folder, other):
+        one.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], check=True)  # its floor is 10 MB
+    rules = RULES
+    for threshold, low in LOWER.items():
+        assert threshold in rules
+        rules = rules.replace(threshold, low)
+    try:
+        with (
+            nameserver_with(other, ["listed.example.refusing.test. A 127.255.255.254"]) as nameserver,
+            hook() as port,
+            FakeMx({"RCPT": {"c@bounce.example": b"550 5.1.1 no\r\n"}}) as peer,
+            Besieged(folder, nameserver, port, peer.port) as relay,
+            prometheus(other, relay, hastened(rules, FASTER)) as url,
+        ):
+            yield relay, url, peer
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def shown(url: str, trouble: set[str]) -> None:
+    """Wait until each has fired."""
+    seen: set[str] = set()
+
+    def all_seen() -> bool:
+        seen.update(firing(url))
+        return trouble <= seen
+
+    try:
+        wait_for(all_seen)
+    except AssertionError:
+        raise AssertionError(f"silent: {trouble - seen}") from None
+
+
+def silent(url: str, trouble: set[str]) -> None:
+    try:
+        wait_for(lambda: not trouble & firing(url))
+    except AssertionError:
+        raise AssertionError(f"still firing: {trouble & firing(url)}") from None
+
+
+def test_every_rule_is_here_or_is_said_not_to_be():
+    named = [*SYNTHETIC, *HERE, *(name for wave in WAVES for name in wave)]
+    assert sorted(named) == sorted(line.split()[-1] for line in RULES.splitlines() if "- alert:" in line)
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(not PROVE, reason="minutes: make prove")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+@pytest.mark.timeout(900)
+def test_the_other_alerts_fire_and_fall_silent(besieged):
+    relay, url, peer = besieged
+    wait_for(lambda: asked(url, "relaymta_worker_restarts_total"))
+    mail_is_in_trouble(relay, url, peer)
+    the_machine_is_in_trouble(relay, url)
+
+
+def mail_is_in_trouble(relay: Besieged, url: str, peer: FakeMx) -> None:
+    relay.spoil(peer)
+    relay.post("c@unseen.example")
+    relay.post("c@x.example", "Subject: held\r\n\r\n" + ("x" * 68 + "\r\n") * 1250)
+    relay.post("c@x.example", "Subject: counted\r\n\r\nx\r\n", port=relay.shop)
+    with contextlib.suppress(smtplib.SMTPException):
+        relay.post("c@d.example", sender="a@listed.example", source="127.0.0.2")
+    for number in range(SITES):
+        relay.post(f"c@down{number}.example")
+    create(relay, "ann", password="geheim")
+    with contextlib.ExitStack() as readers:
+        for path in relay.spool.glob("mail/shard-*/lmdb"):
+            command = [sys.executable, "-c", READER, str(path)]
+            reader = readers.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            readers.callback(reader.kill)
+            assert reader.stdout is not None and reader.stdout.readline() == b"reading\n"
+        relay.post("ann@local.example")  # what they read is old now
+        (relay.folder / "relay.pem").write_text("this is no certificate")
+        feeders = [lambda: relay.post("c@bounce.example"), lambda: relay.post("c@down1.example")]
+        feeders += [lambda: relay.post("c@judged.example"), lambda: relay.login("bob", "127.0.0.5")]
+        feeders += 6 * [lambda: relay.login("ann@local.example", "127.0.0.4")]
+        with again_and_again(*feeders):
+            shown(url, WAVES[0])
+    peer.rules.clear()
+    relay.certify(60)
+    relay.reload(relay.good)
+    relay.cli("queue", "flush", "--all")
+    lasting = {"RelaymtaOldMessage", "RelaymtaNothingDelivered"}
+    silent(url, WAVES[0] - lasting)
+    relay.cli("queue", "delete", "--domain", "bounce.example")  # what is spoilt, which waits
+    silent(url, lasting)
+
+
+def the_machine_is_in_trouble(relay: Besieged, url: str) -> None:
+    first, second = sorted(relay.worker_pids())
+
+    def stop() -> None:
+        os.kill(first, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(first, signal.SIGCONT)
+
+    slow = [need("strace"), "-qq", "-f", "-p", str(second), "-o", "/dev/null", "-e", "trace=fdatasync,pwrite64"]
+    strace = subprocess.Popen([*slow, "-e", "inject=fdatasync:delay_enter=1500000"])
+    try:
+        with again_and_again(stop, lambda: relay.post("c@x.example"), lambda: relay.post("c@y.example")):
+            shown(url, {"RelaymtaLoopLag", "RelaymtaCommitsSlow"})
+    finally:
+        strace.terminate()
+        strace.wait()
+    with again_and_again(lambda: relay.post("c@x.example")):
+        relay.leave(2 << 20)
+        shown(url, WAVES[1] - {"RelaymtaLoopLag", "RelaymtaCommitsSlow"})
+        relay.filler.unlink()
+        silent(url, WAVES[1])
