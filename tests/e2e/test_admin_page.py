@@ -111,10 +111,10 @@ async def test_by_keyboard_alone_and_on_a_phone_without_scripts(relay, tmp_path)
         await page.follows("Enter")
         await page.tab_to("button[value=hold]")
         await page.follows("Enter")
-        assert await page.run("document.activeElement.innerText") == "Hold 1", "the button has the focus"
+        await page.until("document.activeElement.innerText == 'Hold 1'")  # the button gets the focus when it is drawn
         await page.follows("Enter")
         assert "1 of 1 message was changed" in await page.text() and held(relay) == 1
-        assert await page.run("getComputedStyle(document.activeElement).outlineStyle") != "none", "the focus is seen"
+        await page.until("getComputedStyle(document.activeElement).outlineStyle != 'none'")  # the focus is seen
         assert page.problems == []
         ident = re.search(r"\w{13}", await page.run("document.querySelector('main a').href"))[0]  # type: ignore[index]
         # A phone, dark and light, without scripts.
@@ -129,6 +129,7 @@ async def test_by_keyboard_alone_and_on_a_phone_without_scripts(relay, tmp_path)
         await page.go(f"{relay.address}/messages/{ident}")
         await page.tab_to("button[value=release]")
         await page.follows("Enter")
+        await page.until("document.activeElement.innerText == 'Release 1'")
         await page.follows("Enter")
         wait_for(lambda: held(relay) == 0)
 
