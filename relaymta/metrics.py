@@ -295,7 +295,7 @@ RESULTS = {"accepted": index("relaymta_messages_received_total")} | {
     result: index("relaymta_recipients_total", result) for result in COUNTERS["relaymta_recipients_total"][2]
 }
 
-# What `relaymta top` shows as rates -> its cells; and of what it shows the mean time.
+# What `relaymta top` shows as rates -> its cells; and of what that and `readings` show the times.
 _RATES = {name: (cell,) for name, cell in RESULTS.items()} | {
     "rejected": (
         *(index("relaymta_messages_refused_total", why) for why in COUNTERS["relaymta_messages_refused_total"][2]),
@@ -308,21 +308,30 @@ _RATES = {name: (cell,) for name, cell in RESULTS.items()} | {
 _TIMES = {"accept": "relaymta_accept_seconds", "delivery": "relaymta_delivery_delay_seconds"}
 
 
+def _total(workers: Sequence[Cells], cell: int) -> int:
+    return sum(worker.get(cell) for worker in workers)
+
+
+def _gauged(workers: Sequence[Cells], name: str) -> int:
+    """A gauge of all workers together."""
+    values = [worker.get(_gauge[name]) for worker in workers]
+    return max(values, default=0) if GAUGES[name][1] else sum(values)
+
+
+def _buckets(workers: Sequence[Cells], name: str) -> list[int]:
+    """The counts of a histogram without a label, by bound; then what is above the last, and the sum in millionths."""
+    base = _histogram[name, ""]
+    return [_total(workers, base + cell) for cell in range(len(HISTOGRAMS[name].bounds) + 2)]
+
+
 def activity(workers: Sequence[Cells]) -> dict[str, Any]:
     """Of all workers: `counts` since the start by name, `times` as (how many, their sum in ms), `gauges` by their names."""
-
-    def total(cell: int) -> int:
-        return sum(worker.get(cell) for worker in workers)
-
     times = {}
     for name, histogram in _TIMES.items():
-        base, buckets = _histogram[histogram, ""], len(HISTOGRAMS[histogram].bounds) + 1
-        times[name] = sum(total(base + bucket) for bucket in range(buckets)), total(base + buckets) // 1000
-    gauges = {}
-    for name, (_, greatest) in GAUGES.items():
-        values = [worker.get(_gauge[name]) for worker in workers]
-        gauges[name] = max(values, default=0) if greatest else sum(values)
-    return {"counts": {name: sum(map(total, cells)) for name, cells in _RATES.items()}, "times": times, "gauges": gauges}
+        *counts, millionths = _buckets(workers, histogram)
+        times[name] = sum(counts), millionths // 1000
+    counted = {name: sum(_total(workers, cell) for cell in cells) for name, cells in _RATES.items()}
+    return {"counts": counted, "times": times, "gauges": {name: _gauged(workers, name) for name in GAUGES}}
 
 
 def shown(text: str) -> str:
@@ -371,28 +380,22 @@ class Counters:
             self.cells.set(cell, 0)
 
 
-# What `readings` shows -> the gauge, or the histogram, behind it.
+# What `readings` shows -> the gauge behind it.
 _SHOWN_GAUGES = {
     "messages": "relaymta_queue_messages", "octets": "relaymta_queue_octets", "deferred": "relaymta_queue_deferred",
     "held": "relaymta_queue_held", "quarantined": "relaymta_quarantine_messages", "connections": "relaymta_connections",
     "sessions": "relaymta_sessions", "oldest": "relaymta_oldest_message_seconds",
 }  # fmt: skip
-_SHOWN_HISTOGRAMS = {"accept": "relaymta_accept_seconds", "delivery": "relaymta_delivery_delay_seconds"}
 
 
 def readings(blocks: Sequence[Cells]) -> dict[str, Any]:
     """Of all workers together, for operators: `totals` (as of RESULTS, since the start), `gauges` (now), and `histograms`: by
     name `bounds` (seconds) and `counts`, one more, of what is above the last one."""
-    histograms = {}
-    for shown, name in _SHOWN_HISTOGRAMS.items():
-        bounds, base = HISTOGRAMS[name].bounds, _histogram[name, ""]
-        counts = [sum(block.get(base + number) for block in blocks) for number in range(len(bounds) + 1)]
-        histograms[shown] = {"bounds": list(bounds), "counts": counts}
-    gauges = {}
-    for shown, name in _SHOWN_GAUGES.items():
-        values = [block.get(_gauge[name]) for block in blocks]
-        gauges[shown] = max(values, default=0) if GAUGES[name][1] else sum(values)
-    totals = {name: sum(block.get(cell) for block in blocks) for name, cell in RESULTS.items()}
+    histograms = {
+        shown: {"bounds": list(HISTOGRAMS[name].bounds), "counts": _buckets(blocks, name)[:-1]} for shown, name in _TIMES.items()
+    }
+    gauges = {shown: _gauged(blocks, name) for shown, name in _SHOWN_GAUGES.items()}
+    totals = {name: _total(blocks, cell) for name, cell in RESULTS.items()}
     return {"totals": totals, "gauges": gauges, "histograms": histograms}
 
 
