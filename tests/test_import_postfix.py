@@ -58,7 +58,7 @@ class Imported(NamedTuple):
 
 
 def imported(folder: Path, config: Path, *options: object) -> Imported:
-    root = ["--root", config / "root"] if (config / "root").exists() else []
+    root = ["--root", config / "copy"] if (config / "copy").exists() else []
     out, beside = folder / "relaymta.toml", ("--files", folder / "files", "--secrets", folder / "secrets")
     return Imported(out, call("import", "postfix", config, "-o", out, *beside, *root, *options), folder)
 

@@ -65,7 +65,7 @@ group = "adm"
 @pytest.fixture(scope="module")
 def machine(debian: Path, deb: Path) -> Iterator[Machine]:
     """A fresh Debian with the package. A call of the system that the unit forbids kills the process."""
-    shutil.copy(deb, debian / "root/relaymta.deb")
+    shutil.copy(deb, debian / "srv/relaymta.deb")
     strict = debian / "etc/systemd/system/relaymta.service.d/strict.conf"
     strict.parent.mkdir(parents=True)
     strict.write_text("[Service]\nSystemCallErrorNumber=\nSupplementaryGroups=adm\nWatchdogSec=5\n")
@@ -95,7 +95,7 @@ def _events(machine: Machine, name: str) -> list[dict[str, object]]:
 
 
 def test_it_installs_without_a_network_and_runs(machine: Machine) -> None:
-    done = machine.run("dpkg", "-i", "/root/relaymta.deb")
+    done = machine.run("dpkg", "-i", "/srv/relaymta.deb")
     assert "did not start" not in done.stdout + done.stderr
     assert machine.run("systemctl", "is-active", "relaymta").stdout == "active\n"
     assert machine.run("systemctl", "is-enabled", "relaymta").stdout == "enabled\n"
@@ -233,7 +233,7 @@ def test_systemd_passes_the_ports(machine: Machine) -> None:
 def test_an_upgrade_under_load_loses_nothing(machine: Machine, deb: Path, next_deb: Path) -> None:
     """With the relay's own sockets, and with those of relaymta.socket: no connection is refused, and the new program is systemd's
     main process. There and back: an older version is installed in the same way."""
-    shutil.copy(next_deb, machine.path("/root/next.deb"))
+    shutil.copy(next_deb, machine.path("/srv/next.deb"))
     for package, revision in (("next.deb", "-2"), ("relaymta.deb", "-1")):
         before = _main_pid(machine)
         if revision == "-2":
@@ -269,7 +269,7 @@ async def _installed_under_load(machine: Machine, package: str) -> tuple[Source,
     server = await sink.serve(SINK, lambda ident, digest, to: taken.setdefault(ident, []).append(digest))
     source = Source(lambda: 25, 4, reuse=False)
     enough = [10**9]
-    upgrade = asyncio.create_task(asyncio.to_thread(machine.run, "dpkg", "-i", f"/root/{package}"))
+    upgrade = asyncio.create_task(asyncio.to_thread(machine.run, "dpkg", "-i", f"/srv/{package}"))
     running = asyncio.create_task(source.run(lambda: upgrade.done() and len(source.acknowledged) > enough[0]))
     done = await upgrade
     enough[0] = len(source.acknowledged) + 100
@@ -286,7 +286,7 @@ def test_a_new_program_that_does_not_start_leaves_the_old_one(machine: Machine) 
     file = machine.path("/etc/relaymta/relaymta.toml")
     before, pid = file.read_text(), _main_pid(machine)
     file.write_text(before.replace("hostname", "hostnaem"))
-    done = machine.run("dpkg", "-i", "/root/next.deb")
+    done = machine.run("dpkg", "-i", "/srv/next.deb")
     file.write_text(before)
     assert "hostnaem" in done.stderr and "goes on with the version before" in done.stderr
     assert _main_pid(machine) == pid and _is_up(machine)
@@ -320,7 +320,7 @@ def test_a_removal_leaves_the_configuration_and_the_queue(machine: Machine) -> N
     assert machine.run("systemctl", "is-active", "relaymta", check=False).stdout != "active\n"
     assert machine.path("/etc/relaymta/relaymta.toml").exists()
     assert machine.path("/var/lib/relaymta/secret").exists()
-    machine.run("dpkg", "-i", "/root/next.deb")  # and again: with its configuration and its queue
+    machine.run("dpkg", "-i", "/srv/next.deb")  # and again: with its configuration and its queue
     assert _is_up(machine)
     assert _status(machine)["listeners"] == ["127.0.0.1:25", "127.0.0.1:587"]
     assert machine.run("systemctl", "is-enabled", "relaymta.service", "relaymta.socket").stdout.split() == ["enabled"] * 2
@@ -332,7 +332,7 @@ def test_a_purge_asks_before_it_removes_the_queue(machine: Machine) -> None:
     assert machine.path("/var/lib/relaymta/secret").exists()
     assert not machine.path("/etc/relaymta").exists()
     with machine.network(), socket.create_server(("127.0.0.1", 25)):
-        done = machine.run("dpkg", "-i", "/root/relaymta.deb")  # another MTA has the port
+        done = machine.run("dpkg", "-i", "/srv/relaymta.deb")  # another MTA has the port
     assert "relaymta.service did not start" in done.stdout + done.stderr
     assert "another program listens on this port" in machine.journal()
     wait_for(lambda: _is_up(machine), what="another try")

@@ -184,7 +184,7 @@ def _adapt(config: Path, folder: Path, listeners: Mapping[str, Mapping[str, str]
     text = (config / "main.cf").read_text()
     for there, here in TYPES.items():
         text = re.sub(rf"\b{there}:", f"{here}:", text)
-    text = text.replace("/etc/postfix/", f"{config}/").replace("/etc/mailname", f"{config}/root/etc/mailname")
+    text = text.replace("/etc/postfix/", f"{config}/").replace("/etc/mailname", f"{config}/copy/etc/mailname")
     own = {
         "config_directory": config, "queue_directory": folder / "spool", "data_directory": folder / "spool/data",
         "inet_interfaces": "127.0.0.1", "maillog_file": folder / "log", "maillog_file_prefixes": folder,
