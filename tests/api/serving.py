@@ -1,5 +1,6 @@
 """A server of the HTTP API in the process of the test, without a relay: what it would ask is noted."""
 
+import asyncio
 import json
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -90,3 +91,19 @@ async def serving(folder: Path, **admin: Any) -> AsyncIterator[tuple[Serving, ai
         finally:
             closed.feed_eof()
             await task
+
+
+async def spoken(number: int, *pieces: bytes) -> bytes:
+    """What the server at a port answers to octets that come in pieces; b"" where it has closed the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", number)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0)
+        writer.write_eof()
+        async with asyncio.timeout(60):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()

@@ -21,7 +21,7 @@ from relaymta.api.routes import PREFIX, ROUTES
 from relaymta.config import Config
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import ConfigError
-from tests.api.serving import LISTENER, serving
+from tests.api.serving import LISTENER, serving, spoken
 
 BODIES = {"queue_reroute": {"route_to": "r"}, "decision_clear": {"kind": "dead", "site": "s"},
           "policy_set": {"kind": "hold"},
@@ -356,19 +356,6 @@ def server(loop_of_module, tmp_path_factory):
     found.good = found.token("good", "all").encode()
     yield found
     loop_of_module.run(context.__aexit__(None, None, None))
-
-
-async def spoken(number: int, data: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", number)
-    try:
-        writer.write(data)
-        writer.write_eof()
-        async with asyncio.timeout(60):
-            return await reader.read()
-    except ConnectionError:
-        return b""
-    finally:
-        writer.close()
 
 
 @given(st.lists(WORDS | st.text(max_size=5), max_size=25).map("".join))

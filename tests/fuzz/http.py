@@ -7,7 +7,7 @@ from typing import Any
 
 from relaymta.api import operations
 from relaymta.api.access import _digest
-from tests.api.serving import Serving, serving
+from tests.api.serving import Serving, serving, spoken
 from tests.api.test_page import answer
 
 STATUSES = {100, 200, 303, 400, 401, 403, 404, 405, 408, 409, 413, 415, 417, 421, 429, 431, 501, 505}
@@ -44,18 +44,7 @@ class _Server:
         self.access._failures.clear()
         self.access._sessions[_digest(self.cookie)] = self.session
         self.found.asked.asked.clear()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.found.number)
-        try:
-            for piece in pieces:
-                writer.write(piece)
-                await asyncio.sleep(0)
-            writer.write_eof()
-            async with asyncio.timeout(60):
-                return await reader.read()
-        except ConnectionError:
-            return b""
-        finally:
-            writer.close()
+        return await spoken(self.found.number, *pieces)
 
 
 _server: list[_Server] = []
