@@ -62,7 +62,7 @@ prove: build
 	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -n 4 --dist worksteal -m "prove or not prove" --timeout 3600
 	$(MAKE) fuzz
 	mkdir -p build/bench
-	for which in idle large backlog stragglers sites crowd endpoint mailboxes imap imap_large; do $(BIN)/python -m benchmarks.$$which > build/bench/$$which.json || exit 1; done
+	for which in idle large backlog stragglers sites crowd endpoint mailboxes imap imap_large watched; do $(BIN)/python -m benchmarks.$$which > build/bench/$$which.json || exit 1; done
 	$(BIN)/python -m benchmarks.hostile
 	$(BIN)/python -m benchmarks.run --json build/bench/run.json
 	$(BIN)/python -m benchmarks.report build/bench docs/benchmarks.md

@@ -1,7 +1,7 @@
 """Writes the measured part of docs/benchmarks.md: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
 FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json, endpoint.json,
-mailboxes.json, imap.json and imap_large.json, as the benchmarks print them. What is missing is reported as not measured.
+mailboxes.json, imap.json, imap_large.json and watched.json, as the benchmarks print them. What is missing is reported as not measured.
 """
 
 import json
@@ -172,6 +172,8 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
     ("SMTP, queue, mailbox, one worker: CPU", filed("queue", 0, "cpu_us"), "-", 260, "{:.0f} us"),
     ("... messages a second, until they are in the mailbox", filed("queue", 0, "end to end"), "+", 2500, "{:,.0f}"),
     ("... Postfix's and Dovecot's CPU vs. it", filed("queue", 0, "fewer", ""), "+", 15, "{:.1f} x"),
+    ("A scrape a second, the page and a trace: messages a second with them", lambda f: f["watched"]["rate"]["median"],
+     "+", 0.98, "{:.3f} x"),
     ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
     ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),
 ]  # fmt: skip

@@ -185,7 +185,7 @@ def failing(folder: Path) -> dict[str, tuple[list[str], str, str]]:
         "knows no upgrade": (shell("old", f'unset RELAYMTA_UPGRADE; {ours} "$@"'), "unchanged", "is in use by another relaymta"),
         "wrong key": (shell("key", f'{ours} "$@" --set hostnaem=x'), "unchanged", "hostnaem"),
         "other number": (shell("more", f'{ours} "$@" --workers 3'), "unchanged", "this needs a restart"),
-        "workers die": (of("workers", WORKER.format(boot="raise SystemExit(4)")), "unchanged", "worker 0 did not start"),
+        "workers die": (of("workers", WORKER.format(boot="raise SystemExit(4)")), "unchanged", "did not start"),
         "prepared, then hangs": ([*of("late", steps("_prepare", SLEEPS)), "--timeout", "1s"], "unchanged", "within 1 s"),
         "worker dies at its shard": (of("dies", WORKER.format(boot=DIES + PATCHED)), "gone back", "worker 0 did not start"),
         "shard does not open": (of("clay", WORKER.format(boot=REFUSES + PATCHED)), "gone back", "the shard is of clay"),

@@ -144,11 +144,11 @@ sslcacertfile = {account.ca}
     return run(home, need("offlineimap"), "-c", str(home / "offlineimaprc"), "-o", "-u", "basic")
 
 
-def _stored(home: Path) -> Path:
-    """A script that stores a message from its standard input as a file of its own in home/out."""
+def _stored(home: Path, seconds: float = 0) -> Path:
+    """A script that stores a message from its standard input as a file of its own in home/out, and ends after so long."""
     (home / "out").mkdir(exist_ok=True)
     script = home / "store"
-    script.write_text(f'#!/bin/sh\ncat > "{home}/$$" && mv "{home}/$$" "{home}/out"\n')
+    script.write_text(f'#!/bin/sh\ncat > "{home}/$$" && mv "{home}/$$" "{home}/out" && sleep {seconds:g}\n')
     script.chmod(0o755)
     return script
 
@@ -197,7 +197,8 @@ def getmail(account: Account, home: Path, mailbox: str, *options: str) -> list[b
         "[retriever]", f"type = {kind}", f"server = {account.host}", f"port = {account.port}", f"username = {account.user}",
         f"password = {account.password}", f"mailboxes = ('{mailbox}',)",
         *([f"ca_certs = {account.ca}"] if account.security == "implicit" else []),
-        "[destination]", "type = MDA_external", f"path = {_stored(home)}", "allow_root_commands = true",
+        # Of a program that ends before it waits for it getmail never hears.
+        "[destination]", "type = MDA_external", f"path = {_stored(home, 0.2)}", "allow_root_commands = true",
         "[options]", "delivered_to = false", "received = false", *options,
     ]  # fmt: skip
     (home / "rc").write_text("\n".join(lines) + "\n")

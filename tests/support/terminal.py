@@ -59,7 +59,9 @@ class Terminal:
 
     def _more(self, until: float) -> bool:
         """Read what the program writes; False: it has left the terminal, or the time is over."""
-        if not select.select([self._leader], [], [], max(0.0, until - time.monotonic()))[0]:
+        poll = select.poll()  # select() knows no descriptor above 1,023
+        poll.register(self._leader, select.POLLIN)
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
             return False
         try:
             octets = os.read(self._leader, 65536)
