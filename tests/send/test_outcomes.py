@@ -3,6 +3,7 @@ comes of it is the table "What comes of a reply" in docs/delivery.md, which is r
 
 import asyncio
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -182,7 +183,7 @@ async def hosted(
     async def resolve(host: str, families: str) -> list[str]:
         return addresses[host]
 
-    shared = Shared.create()
+    shared, log = Shared.create(), Log(str(folder / "log"), 0)
 
     async def numeric(host: str, families: str) -> list[str]:
         return [host]
@@ -190,7 +191,7 @@ async def hosted(
     resolver = SimpleNamespace(now=lambda: 0.0, addresses=resolve, host=numeric, aliases=lambda host: set())
     dispatcher = Dispatcher(
         config, RouteTable(config), shared.limits(0, 1), shared.rates(1), shared.in_flight(0), Counters(shared.counters(0)),
-        Log(str(folder / "log"), 0), resolver, {}, SiteStates(), lambda state, key: None, Tokens(None),  # type: ignore[arg-type]
+        log, resolver, {}, SiteStates(), lambda state, key: None, Tokens(None),  # type: ignore[arg-type]
     )  # fmt: skip
     dispatcher.queue = FakeQueue()  # type: ignore[assignment]
     site = Site("r", config.route[0], None if smart else Hosts(pairs, 0.0))
@@ -203,6 +204,9 @@ async def hosted(
         await dispatcher.drain(0, 0)
         for server in servers:
             server.close()
+        log.close()
+        for descriptor in (shared.descriptor, log._descriptor):
+            os.close(descriptor)
 
 
 def message(number: int = 1, *recipients: str) -> Entry:
