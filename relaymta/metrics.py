@@ -179,7 +179,10 @@ GAUGES: dict[str, tuple[str, bool | str]] = {
     "relaymta_quarantine_messages": ("Messages in the quarantine", False),
     "relaymta_quarantine_octets": ("Octets of the messages in the quarantine that are deleted by themselves", False),
     "relaymta_quarantine_limit_octets": ("What these may have (quarantine.octets)", True),
-    "relaymta_oldest_overdue_seconds": ("How long the longest expired message in the queue has been expired", True),
+    "relaymta_oldest_overdue_seconds": (
+        "How long the longest expired message in the queue has been expired; 0 for a day after a long stop",
+        True,
+    ),
     "relaymta_oldest_message_seconds": ("Age of the oldest message in the queue that is not held", True),
     "relaymta_oldest_held_seconds": ("Age of the oldest held message, those in the quarantine included", True),
     "relaymta_connections": ("Open incoming connections", False),

@@ -30,6 +30,7 @@ from relaymta.proto.envelope import (
 )
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
+from relaymta.queue.expiry import RESUMED_GRACE_MS
 from relaymta.queue.exported import print_of
 from relaymta.queue.group import Assign
 from relaymta.queue.quarantine import Left, not_judged
@@ -184,9 +185,9 @@ def policy_held(
 
 
 class Totals(NamedTuple):
-    """A shard's counts. `overdue`: seconds since the earliest deadline (0: none has passed); `oldest`: age of the oldest message
-    that is not held, seconds; `unseen`: messages that filters have not looked at, and the age of the oldest of them;
-    `oldest_held`: of those held. Ages are by the shard's clock."""
+    """A shard's counts. `overdue`: seconds since a message was to expire that is still there (0: none is); `oldest`: age of the
+    oldest message that is not held, seconds; `unseen`: messages that filters have not looked at, and the age of the oldest of
+    them; `oldest_held`: of those held. Ages are by the shard's clock."""
 
     messages: int
     octets: int
@@ -222,7 +223,8 @@ def totals(store: Store, segments: Segments, clock: ShardClock) -> Totals:
         unseen, oldest_unseen = _unseen(store, txn)
     now = clock.now()
     ages = [max(0, now - stamp_of(ident)) / 1000 if ident else 0.0 for ident in (oldest, oldest_unseen, oldest_held)]
-    overdue = 0.0 if first is None else max(0.0, (now - first[0]) / 1000)
+    lenient = clock.resumed + RESUMED_GRACE_MS if clock.resumed else 0
+    overdue = 0.0 if first is None else max(0.0, (now - max(first[0], lenient)) / 1000)
     files, live, _ = segments.usage()
     return Totals(messages, octets, deferred, held, overdue, files, live, ages[0], unseen, ages[1], ages[2])
 

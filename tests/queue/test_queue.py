@@ -492,6 +492,24 @@ async def test_ten_days_forward_expire_nothing_untried(tmp_path):
         assert bench.events.outcomes[0].expired
 
 
+async def test_what_may_not_expire_yet_after_a_long_stop_is_not_counted_as_overdue(tmp_path):
+    async with Bench(tmp_path, max_age_ms=86_400_000) as bench:
+        queue = bench.queue
+        ident = await bench.put()
+        await queue.task(lambda change: change.materialize(ident))
+
+        def overdue() -> float:
+            return inspect.totals(queue.store, queue.segments, queue.clock).overdue
+
+        assert overdue() == 0
+        queue.clock._offset += 10 * 86_400_000  # no await from here on, with which it would expire
+        assert 9 * 86_400 - 60 < overdue() < 9 * 86_400 + 3600
+        queue.clock.resumed = queue.clock.now()
+        assert overdue() == 0, "it is to be tried once before it expires"
+        queue.clock._offset += 86_400_000 + 7_200_000
+        assert 7_200 <= overdue() < 10_800, "since the end of the day of grace"
+
+
 def test_ids_are_never_reused_and_print_well():
     source = IdSource(3, 0, lambda: 1_800_000_000_000)
     idents = [source.next() for _ in range(10_000)]
