@@ -1,29 +1,31 @@
 """Alert rules with a real relay and a real Prometheus, as trouble is made and mended. All durations of the rules are divided by
-FASTER, and LOWER has the thresholds that would take hours. Most of them in RELAYMTA_PROVE=1 only.
-
-SYNTHETIC names the rules that are in tests/test_alerts.py alone, and why."""
+FASTER, and LOWER has the thresholds that would take hours. Most of them in RELAYMTA_PROVE=1 only."""
 
 import contextlib
 import datetime
 import os
 import signal
 import smtplib
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import venv
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 import trustme
 
 from tests.conftest import PROVE
 from tests.e2e.test_mailbox_gauges import READER
+from tests.e2e.test_safety import traced
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.mailboxes import create
@@ -160,19 +162,12 @@ def test_a_worker_that_does_not_answer_is_missed(watched):
     wait_for(lambda: not missing())
 
 
-SYNTHETIC = {
-    "RelaymtaOverdue": "a defect, which the relay has not",
-    "RelaymtaStoreStalled": "deletes fail only once the ballast is used up, too",
-    "RelaymtaMailboxesStalled": "a commit has to fail",
-    "RelaymtaMailboxesFail": "the disk has to fail in the middle of a delivery",
-    "RelaymtaMapFull": "a map of 64 GB",
-    "RelaymtaListenersPaused": "the gauge, with real descriptors, is in test_limits.py",
-}
 LOWER = {
     "oldest_message_seconds) > 4 * 3600": "oldest_message_seconds) > 10",
     "queue_messages) > 10000": "queue_messages) > 20",
     "unseen_oldest_seconds) > 600": "unseen_oldest_seconds) > 5",
     "oldest_reader_seconds) > 600": "oldest_reader_seconds) > 5",
+    "oldest_overdue_seconds) > 3600": "oldest_overdue_seconds) > 5",
 }
 SITES = 25
 TEXT = "Subject: x\r\n\r\nx\r\n"
@@ -265,6 +260,10 @@ WAVES = (
         "RelaymtaMailboxReader",
     },
     {"RelaymtaStoreFull", "RelaymtaMailboxesFull", "RelaymtaLogDropped", "RelaymtaLoopLag", "RelaymtaCommitsSlow"},
+    {"RelaymtaListenersPaused", "RelaymtaMapFull"},
+    {"RelaymtaStoreStalled", "RelaymtaOverdue"},
+    {"RelaymtaMailboxesFail"},
+    {"RelaymtaMailboxesStalled"},
 )  # fmt: skip
 HERE = {
     "RelaymtaSiteDown", "RelaymtaFilterDown", "RelaymtaCertificateEnds", "RelaymtaKeysOrAccounts", "RelaymtaReloadRefused",
@@ -375,21 +374,26 @@ def besieged(tmp_path: Path) -> Iterator[tuple[Besieged, str, FakeMx]]:
     for one in (folder, other):
         one.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], check=True)  # its floor is 10 MB
-    rules = RULES
-    for threshold, low in LOWER.items():
-        assert threshold in rules
-        rules = rules.replace(threshold, low)
     try:
         with (
             nameserver_with(other, ["listed.example.refusing.test. A 127.255.255.254"]) as nameserver,
             hook() as port,
             FakeMx({"RCPT": {"c@bounce.example": b"550 5.1.1 no\r\n"}}) as peer,
             Besieged(folder, nameserver, port, peer.port) as relay,
-            prometheus(other, relay, hastened(rules, FASTER)) as url,
+            prometheus(other, relay, lowered()) as url,
         ):
             yield relay, url, peer
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def lowered() -> str:
+    """The rules, hastened, with the thresholds of LOWER."""
+    rules = RULES
+    for threshold, low in LOWER.items():
+        assert threshold in rules
+        rules = rules.replace(threshold, low)
+    return hastened(rules, FASTER)
 
 
 def shown(url: str, trouble: set[str]) -> None:
@@ -413,8 +417,8 @@ def silent(url: str, trouble: set[str]) -> None:
         raise AssertionError(f"still firing: {trouble & firing(url)}") from None
 
 
-def test_every_rule_is_here_or_is_said_not_to_be():
-    named = [*SYNTHETIC, *HERE, *(name for wave in WAVES for name in wave)]
+def test_every_rule_is_here():
+    named = [*HERE, *(name for wave in WAVES for name in wave)]
     assert sorted(named) == sorted(line.split()[-1] for line in RULES.splitlines() if "- alert:" in line)
 
 
@@ -483,3 +487,105 @@ def the_machine_is_in_trouble(relay: Besieged, url: str) -> None:
         shown(url, WAVES[1] - {"RelaymtaLoopLag", "RelaymtaCommitsSlow"})
         relay.filler.unlink()
         silent(url, WAVES[1])
+
+
+SMALL_MAP = 4 << 20
+SMALLER = """import lmdb
+opened = lmdb.open
+lmdb.open = lambda *names, map_size, **options: opened(*names, map_size=min(map_size, {most}), **options)
+"""
+FAILING = """
+[delivery]
+first_retry = 1
+[[listener]]
+address = "127.0.0.1:{port}"
+[[route]]
+name = "local"
+protocol = "mailbox"
+recipient_domain = ["local.example"]
+[[route]]
+name = "out"
+hosts = ["127.0.0.1:{down}"]
+"""
+
+
+def interpreter(folder: Path, first: str) -> str:
+    """One with the modules of this one, that runs `first` before anything else, in the relay's isolated processes, too."""
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "first.py").write_text(first)
+    ours = Path(lmdb.__file__).parents[1]
+    (packages / "first.pth").write_text(f"import site; site.addsitedir({str(ours)!r}); import first\n")
+    return str(folder / "bin" / "python")
+
+
+class Failing(Troubled):
+    """One worker, with few descriptors, and with small maps: filling those of 64 GB takes hours."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.workers = 1
+        self.wrap = (need("prlimit"), "--nofile=300:300")
+        self.good = FAILING.format(port=self.port, down=self.down)
+        self.config.write_text(self.good)
+        self.python = interpreter(folder / "python", SMALLER.format(most=SMALL_MAP))
+
+    @contextlib.contextmanager
+    def disk_failing(self, calls: str, *paths: Path) -> Iterator[None]:
+        """The disk fails the worker: these system calls end with EIO; with `paths`, only those about these files."""
+        pid = self.worker()
+        command = [need("strace"), "-qq", "-f", "-p", str(pid), "-o", "/dev/null", "-e", f"trace={calls}"]
+        only = [option for path in paths for option in ("-P", str(path))]
+        strace = subprocess.Popen([*command, "-e", f"inject={calls}:error=EIO", *only])
+        try:
+            wait_for(lambda: traced(pid), what="strace to be attached to every thread")
+            yield
+        finally:
+            strace.terminate()
+            strace.wait()
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(not PROVE, reason="minutes: make prove")
+@pytest.mark.timeout(900)
+def test_alerts_about_limits_and_failing_disks_fire_and_fall_silent(tmp_path):
+    with Failing(tmp_path) as relay, prometheus(tmp_path, relay, lowered()) as url:
+        wait_for(lambda: asked(url, "relaymta_worker_restarts_total"))
+        limits_are_reached(relay, url)
+        the_disk_of_the_queue_fails(relay, url)
+        the_disk_of_the_mailboxes_fails(relay, url)
+
+
+def limits_are_reached(relay: Failing, url: str) -> None:
+    with contextlib.ExitStack() as clients:
+        for _ in range(200):
+            clients.enter_context(socket.create_connection(("127.0.0.1", relay.port), PATIENCE))
+        shown(url, {"RelaymtaListenersPaused"})
+    silent(url, {"RelaymtaListenersPaused"})
+    many = [f"{'x' * 60}{number}@d.example" for number in range(500)]
+    with again_and_again(lambda: relay.send(TEXT, "", *many)):
+        shown(url, {"RelaymtaMapFull"})
+    relay.cli("queue", "delete", "--all")
+    silent(url, {"RelaymtaMapFull"})
+
+
+def the_disk_of_the_queue_fails(relay: Failing, url: str) -> None:
+    """As a message expires, which cannot be written then."""
+    relay.reload(relay.good + "[queue]\nmax_age = 10\n")
+    relay.send(TEXT, "")
+    with relay.disk_failing("fdatasync"):
+        shown(url, WAVES[3])
+    silent(url, WAVES[3])
+
+
+def the_disk_of_the_mailboxes_fails(relay: Failing, url: str) -> None:
+    """Commits fail; then, after such a failure, LMDB cannot be opened again, either."""
+    create(relay, "ann")
+    file = relay.spool / "mail" / "shard-0" / "lmdb" / "data.mdb"
+    with again_and_again(lambda: relay.send(TEXT, "", "ann@local.example")):
+        with relay.disk_failing("fdatasync", file):
+            shown(url, WAVES[4])
+        silent(url, WAVES[4])
+        with relay.disk_failing("fdatasync,openat", file):
+            shown(url, WAVES[5])
+        silent(url, WAVES[5])
