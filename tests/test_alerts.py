@@ -87,6 +87,11 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_commit_seconds_bucket", {"le": "+Inf"}, (1.0,), (1.0,)),
     ],
 }
+# Where an alert is about either of two things: the other one.
+OTHERWISE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
+    "RelaymtaKeysOrAccounts": [("relaymta_dkim_key_errors", {}, 1, 0), ("relaymta_accounts_file_errors", {}, 0, 0)],
+    "RelaymtaMapFull": [("relaymta_lmdb_map_used_ratio", {}, 0.5, 0.5), ("relaymta_mailbox_lmdb_map_used_ratio", {}, 0.85, 0.5)],
+}
 # What looks similar and is no trouble.
 HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
     "RelaymtaSiteDown": [("relaymta_site_down", {"site": "mx/old.example", "hosts": "mx", "cause": "timeout"}, 1, 1)],
@@ -184,7 +189,8 @@ def firing(tmp_path: Path, alert: str, rows: list[tuple[str, dict[str, str], obj
 
 def test_every_alert_is_tested():
     assert {rule["alert"] for rule in ALL} == TROUBLE.keys()
-    named = {name for rows in [*TROUBLE.values(), *HARMLESS.values()] for name, *_ in rows}
+    assert {rule["alert"] for rule in ALL if " or " in rule["expr"]} == OTHERWISE.keys()
+    named = {name for rows in [*TROUBLE.values(), *OTHERWISE.values(), *HARMLESS.values()] for name, *_ in rows}
     named -= {f"{name}_{part}" for name in metrics.HISTOGRAM_NAMES for part in ("bucket", "count", "sum")}
     assert named <= metrics.NAMES
 
@@ -192,6 +198,11 @@ def test_every_alert_is_tested():
 @pytest.mark.parametrize("alert", TROUBLE)
 def test_an_alert_fires_and_falls_silent(tmp_path, alert):
     assert firing(tmp_path, alert, TROUBLE[alert]) == [True, False]
+
+
+@pytest.mark.parametrize("alert", OTHERWISE)
+def test_an_alert_about_two_things_fires_for_the_other_one_too(tmp_path, alert):
+    assert firing(tmp_path, alert, OTHERWISE[alert]) == [True, False]
 
 
 @pytest.mark.parametrize("alert", HARMLESS)
