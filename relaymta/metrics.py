@@ -33,7 +33,7 @@ class Cells(Protocol):
         """What adds observations to the histogram in the cells from `at` on (`_speedups.cells.Observer`)."""
 
 
-# name: (help, label name or "", label values)
+# name: (help, names of labels or "", their values: of several labels with blanks between them, in both)
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_connections_total": ("Incoming connections", "result", ("accepted", "refused")),
     "relaymta_tls_handshakes_total": ("TLS handshakes with clients", "result", ("full", "resumed", "failed")),
@@ -90,6 +90,15 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_mailbox_read_octets_total": ("Octets of messages that users have read", "", ("",)),
     "relaymta_mailbox_expunged_total": ("Messages that users have removed", "", ("",)),
     "relaymta_sessions_total": ("Outgoing connections", "result", ("opened", "failed")),
+    "relaymta_tls_sessions_total": (
+        "Outgoing connections over TCP that are ready for mail, by the route's `tls`: verified, encrypted with a certificate that"
+        " was not verified, or in the clear; and those that have failed in TLS, or since a host does not offer it",
+        "policy result",
+        (
+            "off clear", "may encrypted", "may clear", "may failed", "encrypt encrypted", "encrypt failed", "verify verified",
+            "verify failed",
+        ),
+    ),
     "relaymta_transactions_total": ("Outgoing mail transactions", "", ("",)),
     "relaymta_dns_lookups_total": ("DNS look-ups: queries sent, or answers from the cache", "result", ("query", "hit")),
     "relaymta_in_doubt_total": ("Attempts that ended between the last octet and its reply: possible duplicates", "", ("",)),
@@ -289,7 +298,8 @@ NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTE
 
 
 def index(name: str, label: str = "") -> int:
-    """The cell of a counter; called at import time, so that counting needs no look-up."""
+    """The cell of a counter, of values of its labels as COUNTERS has them; called at import time, so that counting needs no
+    look-up."""
     return _index[name, label]
 
 
@@ -674,9 +684,9 @@ def families(blocks: Iterable[Cells]) -> list[object]:
 
     found: list[object] = []
     for name, (text, label, values) in COUNTERS.items():
-        counter = CounterMetricFamily(name, text, labels=[label] if label else [])
+        counter = CounterMetricFamily(name, text, labels=label.split())
         for value in values:
-            counter.add_metric([value] if label else [], total(_index[name, value]))
+            counter.add_metric(value.split(), total(_index[name, value]))
         found.append(counter)
     for old, name in RENAMED.items():
         found.append(CounterMetricFamily(old, f"Deprecated: {name}", value=total(_index[name, ""])))

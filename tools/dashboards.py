@@ -72,6 +72,8 @@ DELIVERY: list[Panel] = [
      quantiles("relaymta_first_attempt_seconds", "class")),
     ("Outgoing connections opened, and failed", "ops", "If many fail, look at the network, and at the sites that are down.",
      [(rate("relaymta_sessions_total", "result"), "{{result}}")]),
+    ("Outgoing connections by TLS: what the route wants, and what has come of it", "ops", "failed: the log's `deferred` events say why; with `may` a connection in the clear follows. Much `may clear`: hosts that offer no TLS.",
+     [(rate("relaymta_tls_sessions_total", "policy, result"), "{{policy}} {{result}}")]),
     ("Messages per outgoing connection", "short", "Near 1 with much mail: peers close after each message, or `messages_per_connection` is low.",
      [(f'{rate("relaymta_messages_per_session_sum")} / {rate("relaymta_messages_per_session_count")}', "messages")]),
     ("Transactions, and deliveries without progress", "ops", "Deliveries without progress were cancelled by the watchdog: report the stack that the log has.",

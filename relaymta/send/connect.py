@@ -38,7 +38,10 @@ _FAULTS = {"connect": NETWORK, "auth": US}  # of a failure without a reply, by p
 
 class ConnectFailed(Failure):
     """No usable session. `phase`: the one that failed (connect, ehlo, starttls, auth); `said`: the peer's reply in it, if any. A
-    reply may be quoted in DSNs, but for one to AUTH, which is for the log and operators only."""
+    reply may be quoted in DSNs, but for one to AUTH, which is for the log and operators only. `in_tls`: TLS failed, or the peer
+    does not offer it and has to."""
+
+    in_tls = False
 
     def __init__(
         self, phase: str, public: str, cause: str = "", said: Said | None = None, fault: str = "", category: str = ""
@@ -109,6 +112,7 @@ class _Client(LenientSMTP):
     TLS) is there, before the greeting."""
 
     greeting = b"EHLO"
+    shaking = False  # implicit TLS is being started
     opened: Callable[[asyncio.BaseTransport], None] | None = None
     _opened_transport: asyncio.BaseTransport | None = None
 
@@ -191,6 +195,7 @@ async def _connect(
         if phase == WITHIN_TLS:  # a peer that closes without a word may have refused our certificate (RFC 8446 4.4.2.4)
             phase = "starttls" if client is not None and not client.heard and not _timed_out(error) else "ehlo"
         failure = _failure(phase, peer, error, via, client.secrets if client is not None else ())
+        failure.in_tls = phase == "starttls" or (client is not None and client.shaking) or _of_tls(failure)
         _tell_end(client, f"failed: {failure}")
         raise failure from None
 
@@ -252,6 +257,7 @@ async def _open(client: _Client, peer: Peer, via: Via, watch: Stopwatch) -> None
 
             def opened(transport: asyncio.BaseTransport) -> None:
                 nonlocal what
+                client.shaking = False
                 what = "waiting for the greeting"
                 watch.begin("greeting")
                 limit.reschedule(asyncio.get_running_loop().time() + via.reply_timeout)
@@ -263,6 +269,7 @@ async def _open(client: _Client, peer: Peer, via: Via, watch: Stopwatch) -> None
             if client.use_tls:
                 sock = await _dialed(peer, via)
                 client.opened_by(sock)
+                client.shaking = True
                 watch.begin("tls")
             await client.connect(timeout=None)
     except TimeoutError as error:
@@ -391,6 +398,11 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, s
 
 
 _NO_SOCKET = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOTSOCK)  # at a path: not there, or not for us
+
+
+def _of_tls(failure: ConnectFailed) -> bool:
+    """Whether a failure without a reply is one of TLS, whatever the phase: with TLS 1.3 a host refuses our certificate later."""
+    return failure.said is None and failure.category == "tls"
 
 
 def _timed_out(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ from relaymta.route.shaping import Shaping
 from relaymta.route.sites import Site, Sites
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
+from relaymta.send import trust
 from relaymta.send.connections import Connections
 from relaymta.send.decisions import Decisions, Publish
 from relaymta.send.local import Local, Store
@@ -90,7 +91,7 @@ class Dispatcher:
         self.landed = self.recovery.landed  # called when an entry's outcome is durable
         self.local = Local(self.outcomes, in_flight, self.tasks, counters, log)
         self.lookups = Lookups(self.outcomes, self.parking, self.tasks, self._found, loop.time)
-        self.opener = Opener(config, resolver, log, tokens, self._make, self.outcomes.stages.took)
+        self.opener = Opener(config, resolver, log, tokens, self._make, self.outcomes.stages.took, trust.counts(counters))
         self.sessions = Sessions(
             loop, self.pools, self.room, self.opener, self.decisions, self.parking, self.tasks, counters
         )  # fmt: skip

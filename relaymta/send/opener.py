@@ -22,7 +22,7 @@ from relaymta.send.greeting import LenientSMTP
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
 from relaymta.send.timing import Stopwatch, Timed, untimed
-from relaymta.send.trust import Files
+from relaymta.send.trust import Files, Secured, unnoted
 from relaymta.trace import Facts, Tracer
 
 __all__ = ["Opener", "Sources", "hosts_of"]
@@ -82,7 +82,7 @@ def _score(source: Source, key: str) -> float:
 
 class Opener:
     """Connects to the hosts of sites. `make(core, peer)` makes the session; `tokens`: for hosts that require OAuth 2.0; `timed`:
-    what the phases of that take."""
+    what the phases of that take; `secured`: told what has come of TLS."""
 
     def __init__(
         self,
@@ -92,8 +92,10 @@ class Opener:
         tokens: Tokens,
         make: Callable[[ClientSession, str], Session],
         timed: Timed = untimed,
+        secured: Secured = unnoted,
     ) -> None:
         self._timed = timed
+        self._secured = secured
         self._config = config
         self._resolver = resolver
         self._log = log
@@ -233,9 +235,14 @@ class Opener:
         try:
             session = await connect(peer, via, self._tokens, self._make, RECIPIENTS, self._timed)
         except ConnectFailed as error:
+            if error.in_tls and not peer.path:
+                self._secured(site.route.tls, "failed")
             if peer.failure is not None and error.category == "dns":
                 raise peer.failure from None  # says more
             raise
+        if not peer.path:
+            by = "verified" if tls == "verify" else "encrypted"
+            self._secured(site.route.tls, by if session.link.tls else "clear")
         session.place = peer.place
         if trace is None and self.tracer is not None:  # somebody watches since it was begun
             session.trace(self.tracer, self.names(site, source), hosts_of(peer.name, peer.place))

@@ -1,18 +1,36 @@
 """TLS with next hops: the contexts, which certificates are trusted, our own certificate, and what a failure of TLS means."""
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from relaymta.config import Route
 from relaymta.errors import US, Failure
+from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.watch import Watched
 
-__all__ = ["NO_FILES", "Context", "Files", "TrustFailed", "context_of", "problems", "reason"]
+__all__ = ["NO_FILES", "Context", "Files", "Secured", "TrustFailed", "context_of", "counts", "problems", "reason", "unnoted"]
 
 SESSIONS_KEPT = 10_000  # hosts
 CONTEXTS_KEPT = 200  # of routes with files of their own
+_TOTAL = "relaymta_tls_sessions_total"
+_SESSIONS = {tuple(value.split()): index(_TOTAL, value) for value in COUNTERS[_TOTAL][2]}
+
+Secured = Callable[[str, str], None]  # (a route's `tls`, what has come of it for one connection: as the metric has them)
+
+
+def counts(counters: Counters) -> Secured:
+    """What counts connections by their TLS."""
+
+    def counted(policy: str, result: str) -> None:
+        counters.add(_SESSIONS[policy, result], 1)
+
+    return counted
+
+
+def unnoted(policy: str, result: str) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)

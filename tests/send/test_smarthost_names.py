@@ -19,6 +19,7 @@ from relaymta.route.sites import Site
 from relaymta.send import opener as opening
 from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.opener import Opener
+from relaymta.send.session import Link
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
@@ -122,6 +123,7 @@ class Opened(str):
     """Stands for a session."""
 
     core = SimpleNamespace(features=SimpleNamespace(chunking=False))
+    link = Link()
 
 
 def made(names: Names, monkeypatch: pytest.MonkeyPatch, up: set[str], **delivery: Any) -> tuple[Opener, Log, list[str]]:

@@ -59,6 +59,7 @@ def test_opportunistic_tls_accepts_any_certificate(relay, tls):
         send(relay, tls)
         wait_for(lambda: peer.messages)
         assert peer.commands.count("STAR") == 1
+    assert relay.metric(f'relaymta_tls_sessions_total{{policy="{tls}",result="encrypted"}}') >= 1
 
 
 def test_encrypt_never_sends_in_cleartext(relay):
