@@ -33,6 +33,9 @@ class Cells(Protocol):
         """What adds observations to the histogram in the cells from `at` on (`_speedups.cells.Observer`)."""
 
 
+# Limits that mail waits for, as `send/room.py` has them.
+THROTTLES = ("rate", "connection_rate", "connections", "machine", "learned")
+
 # name: (help, names of labels or "", their values: of several labels with blanks between them, in both)
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_connections_total": ("Incoming connections", "result", ("accepted", "refused")),
@@ -98,6 +101,11 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "off clear", "may encrypted", "may clear", "may failed", "encrypt encrypted", "encrypt failed", "verify verified",
             "verify failed",
         ),
+    ),
+    "relaymta_throttled_seconds_total": (
+        "Seconds for which sites had mail in memory that waited for a limit, looked at once a second (rate,"
+        " connection_rate, connections: the site's; machine: delivery.connections; learned: from the site's replies)",
+        "constraint", THROTTLES,
     ),
     "relaymta_transactions_total": ("Outgoing mail transactions", "", ("",)),
     "relaymta_dns_lookups_total": ("DNS look-ups: queries sent, or answers from the cache", "result", ("query", "hit")),

@@ -74,6 +74,8 @@ DELIVERY: list[Panel] = [
      [(rate("relaymta_sessions_total", "result"), "{{result}}")]),
     ("Outgoing connections by TLS: what the route wants, and what has come of it", "ops", "failed: the log's `deferred` events say why; with `may` a connection in the clear follows. Much `may clear`: hosts that offer no TLS.",
      [(rate("relaymta_tls_sessions_total", "policy, result"), "{{policy}} {{result}}")]),
+    ("Sites whose mail waits for a limit", "short", "Sites, once for each worker. rate, connection_rate, connections: the site's limits, `relaymta shaping why SITE`. machine: delivery.connections. learned: as much as the site has shown to take.",
+     [(rate("relaymta_throttled_seconds_total", "constraint"), "{{constraint}}")]),
     ("Messages per outgoing connection", "short", "Near 1 with much mail: peers close after each message, or `messages_per_connection` is low.",
      [(f'{rate("relaymta_messages_per_session_sum")} / {rate("relaymta_messages_per_session_count")}', "messages")]),
     ("Transactions, and deliveries without progress", "ops", "Deliveries without progress were cancelled by the watchdog: report the stack that the log has.",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from relaymta.config import Config, Source
 from relaymta.log import Log
-from relaymta.metrics import Counters, index
+from relaymta.metrics import THROTTLES, Counters, index
 from relaymta.proto.envelope import PERMANENT, TRANSIENT
 from relaymta.proto.smtp_client import ClientSession, Mail, Said
 from relaymta.queue import Entry, Queue, format_id
@@ -38,6 +38,7 @@ __all__ = ["Connections"]
 
 FAILED = index("relaymta_sessions_total", "failed")
 WATCHDOG = index("relaymta_watchdog_total")
+THROTTLED = {limit: index("relaymta_throttled_seconds_total", limit) for limit in THROTTLES}
 
 FORGET_MS = 3 * 3_600_000  # after this long without an attempt the failures of a site are forgotten
 OPENING = 50  # connections of one worker to one site at the same time
@@ -377,13 +378,22 @@ class Connections:
             if pool.skipped and len(pool.ready) < CROWDED // 2:
                 self._unskip(pool)  # also where `pump` did not empty it
             if len(pool.ready):
-                self.pump(pool)
+                self._pump_throttled(pool, now)
             elif not pool.sessions and not pool.connecting and not pool.needy:
                 kept = FORGET_MS if pool.failures or pool.learned else 0  # or the failures would be counted from 0
                 if pool.down_until + kept <= clock:
                     self._room.wait_no_longer(pool)
                     self._unskip(pool)
                     self.pools.pop(pool.key, None)
+
+    def _pump_throttled(self, pool: Pool, now: float) -> None:
+        """Pump what waits; where a limit goes on holding it, that has taken a second."""
+        if pool.pumping_at <= now:
+            pool.limited = ""  # what it waited for is over, unless this finds it again
+        self.pump(pool)
+        limit = self._room.throttle(pool) if len(pool.ready) else ""
+        if limit:
+            self._counters.add(THROTTLED[limit], 1)
 
     def _end_stalled(self, session: Session, pool: Pool, now: float) -> None:
         """The watchdog: end a session whose peer exceeded the timeout of its phase, and log its messages, the peer, and what it

@@ -88,6 +88,7 @@ class Pool:
         "idle",
         "known_at",
         "learned",
+        "limited",
         "loading",
         "needy",
         "opening_since",
@@ -156,6 +157,7 @@ class Pool:
         self.slow_reply = ""
         self.yielded_at = -1.0  # when a connection was last yielded to another worker
         self.foreign_until = 0.0  # until then no connection is yielded for a tenant that has no mail here
+        self.limited = ""  # what its ready mail was last told to wait for: of metrics.THROTTLES, or its `window`
         self.waiting = 0  # its claim for a connection in shared memory (room.py); 0: none
 
     @property

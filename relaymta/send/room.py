@@ -43,19 +43,24 @@ class Room:
         now = self._now()
         most = pool.most_connections(now) + beyond
         if len(pool.sessions) + pool.connecting >= most or now < pool.yielded_at + YIELD_SECONDS:
+            pool.limited = "window"
             return False
         if not self._limits.take("out", self.connections):
+            pool.limited = "machine"
             return False
         shape = pool.shape
         if not self._limits.take("site " + shape.key, int(shape.connections.value)):
             self._limits.give("out")
+            pool.limited = "connections"
             return False
         rate = shape.connection_rate.value
         wait = self._rates.take("connect " + shape.key, rate) if rate else 0.0
         if wait:
+            pool.limited = "connection_rate"
             self.give(pool)
             self._later(pool, wait)
             return False
+        pool.limited = ""
         return True
 
     def may_probe(self, pool: Pool, pause: float) -> bool:
@@ -97,6 +102,7 @@ class Room:
         """Whether the rates allow a message now; when not, the pool is checked again when they do."""
         pause = pool.resume_at - self._now()
         if pause > 0:  # the site has just replied 421
+            pool.limited = "learned"
             self._later(pool, pause)
             return False
         rate = pool.shape.rate.value
@@ -105,8 +111,18 @@ class Room:
         if pace:
             wait = self._rates.take("pace " + pool.shape.key, pace)
         if wait:
+            pool.limited = "learned" if pace else "rate"
             self._later(pool, wait)
         return not wait
+
+    def throttle(self, pool: Pool) -> str:
+        """The limit (metrics.THROTTLES) that mail waits for in a pool which was pumped just now; "": for none, only for what is
+        under way."""
+        if pool.limited != "window":
+            return pool.limited
+        now = self._now()
+        own = now < pool.yielded_at + YIELD_SECONDS or pool.most_connections(now) >= int(pool.shape.connections.value)
+        return "connections" if own else "learned"
 
     def yields(self, pool: Pool, session: Session) -> bool:
         """Whether this connection is yielded to another worker, which waits with mail of a higher class, or of the same class and

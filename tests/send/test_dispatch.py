@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +11,18 @@ import pytest
 from relaymta.config import Config
 from relaymta.errors import StoreError
 from relaymta.log import Log
-from relaymta.metrics import Counters
+from relaymta.metrics import THROTTLES, Counters
 from relaymta.node import BOUNCE, HOLD, LEARNED, SUSPENDED, SiteState, SiteStates
 from relaymta.proto.envelope import TRANSIENT, Attempt, Body, Envelope, QueueName
 from relaymta.proto.smtp_client import Mail, Said
 from relaymta.queue import Entry, wall_ms
 from relaymta.queue.lifecycle import CLAIMED, IN_FLIGHT, ON_DISK, WAITING
 from relaymta.route.mx import Hosts, NoRoute
+from relaymta.route.shaping import Limit
 from relaymta.route.sites import Site
 from relaymta.route.table import RouteTable
 from relaymta.send.connect import ConnectFailed, Peer
+from relaymta.send.connections import THROTTLED
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import Tokens
 from relaymta.send.outcomes import IN_DOUBT
@@ -733,3 +736,82 @@ async def test_what_was_accepted_is_recorded_when_a_stop_comes_before_the_next_h
     assert made.connections.elsewhere.go_on(_pool(made), one, trail)
     await made.tasks.cancel()  # in the same iteration of the loop
     assert [finished for finished, _, _ in made.queue.finished] == [one]
+
+
+def throttled(made: Dispatcher) -> dict[str, int]:
+    """After one more tick: the seconds for which each limit has held mail."""
+    made.connections.tick(made.loop.time(), made.queue.time)
+    found = {limit: made.connections._counters.cells.get(THROTTLED[limit]) for limit in THROTTLES}
+    return {limit: seconds for limit, seconds in found.items() if seconds}
+
+
+def waits(made: Dispatcher, count: int, **limits: float) -> Pool:
+    """A pool with these limits, no connection of which is opened, and so much mail that is offered for it."""
+
+    async def opened(site: Any, source: Any, timeout: float = 0.0) -> Any:
+        await asyncio.sleep(60)
+
+    made.opener.open = opened
+    pool = _pool(made)
+    pool.shape = replace(pool.shape, **{name: Limit(value, "test") for name, value in limits.items()})
+    pool.window = min(pool.window, pool.shape.connections.value)
+    for number in range(count):
+        made.offer(entry(number, "smart.test", data=[b"x"]))
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("limits", "machine", "limit"),
+    [
+        ({"connections": 3}, 100, "connections"),
+        ({"connections": 100}, 100, "learned"),  # the window: as many as the site has accepted so far
+        ({"connections": 100}, 2, "machine"),
+        ({"connection_rate": 1 / 3600}, 100, "connection_rate"),
+    ],
+)
+async def test_mail_that_waits_for_a_limit_counts_by_it_each_second(made, limits, machine, limit):
+    made.room.connections = machine
+    waits(made, 8, **limits)
+    assert [throttled(made) for _ in range(2)] == [{limit: 1}, {limit: 2}]
+
+
+async def test_what_other_workers_use_of_a_sites_connections_is_the_same_limit(made):
+    pool = waits(made, 0, connections=4)
+    pool.window = 100.0
+    while made.room._limits.take(f"site {pool.shape.key}", 4):
+        pass
+    waits(made, 1, connections=4)
+    assert throttled(made) == {"connections": 1}
+
+
+async def test_a_connection_that_is_there_at_last_is_waited_for_no_longer(made):
+    made.room.connections = 0
+    pool = waits(made, 1)
+    assert throttled(made) == {"machine": 1} and pool.waiting
+    made.room.connections = 1
+    assert throttled(made) == {"machine": 1} and pool.connecting == 1
+
+
+@pytest.mark.parametrize(("rate", "resumes", "limit"), [(1 / 3600, 0.0, "rate"), (0, 3600.0, "learned")])
+async def test_mail_that_waits_for_a_rate_counts_until_the_rate_allows_it(made, rate, resumes, limit):
+    pool = waits(made, 0, rate=rate)
+    pool.resume_at = resumes and made.loop.time() + resumes  # the site has just replied 421
+    assert made.room.take_message(pool) == (not resumes)
+    pool.ready.push(entry(1, "smart.test", data=[b"x"]))
+    assert not made.room.take_message(pool)
+    assert [throttled(made) for _ in range(2)] == [{limit: 1}, {limit: 2}]
+    pool.pumping_at, pool.connecting, pool.opening_since = 0.0, 1, made.loop.time()
+    assert throttled(made) == {limit: 2}
+
+
+async def test_mail_that_waits_for_no_limit_does_not_count(made):
+    """A connection is being opened for it; or nothing waits; or the disk is what holds it."""
+    waits(made, 3)
+    assert throttled(made) == {}
+    made.queue.stalled = True
+    waits(made, 8)
+    assert throttled(made) == {}
+    made.queue.stalled = False
+    assert throttled(made) == {"learned": 1}
+    _pool(made).ready.take_all()
+    assert throttled(made) == {"learned": 1}

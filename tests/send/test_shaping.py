@@ -110,6 +110,7 @@ def test_a_message_that_waits_for_a_rate_is_explained(shared):
         wait_for(lambda: len(peer.messages) == 1)
         shown = shared.cli("message", "explain", ident).stdout
         assert "waits for its turn" in shown and "set by [[site]] 127.0.1.1" in shown
+        wait_for(lambda: shared.metric('relaymta_throttled_seconds_total{constraint="rate"}') >= 1)
 
 
 def test_a_rule_suspends_a_site_until_it_is_resumed_and_the_reply_is_the_evidence(tmp_path):
