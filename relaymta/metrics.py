@@ -173,6 +173,11 @@ HISTOGRAMS: dict[str, Histogram] = {
     "relaymta_imap_command_seconds": Histogram(
         "From an IMAP command to its end", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10)
     ),
+    "relaymta_dkim_seconds": Histogram(
+        "What the DKIM signatures of a message take that has any: to be made, or verified (with ARC) once their keys are there;"
+        " of a large message, when all of it is there. Waits for another process or thread are included",
+        (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5), "op", ("sign", "verify"),
+    ),
     "relaymta_loop_lag_seconds": Histogram(
         "How much later than it should a worker's event loop gets to a timer, measured 20 times a second",
         (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5), WORKER,

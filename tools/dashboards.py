@@ -104,6 +104,8 @@ INTAKE: list[Panel] = [
      [("min by (name) (relaymta_cert_expiry_seconds)", "{{name}}")]),
     ("DKIM signatures made, DMARC results", "ops", "Many fail from a partner: their DNS, or mail that was changed on its way. Ours: `relaymta doctor domain DOMAIN`.",
      [(rate("relaymta_dkim_signatures_total"), "signed"), (rate("relaymta_dmarc_total", "result"), "DMARC {{result}}")]),
+    ("DKIM: time to sign, and to verify, a message", "s", "If it grows: a busy CPU, or RSA keys of more than 2048 bits. Seconds: the signing process hangs; the log says when it has ended.",
+     quantiles("relaymta_dkim_seconds", "op")),
     ("Quotas: share used", "percentunit", "At 1 mail of the account is rejected or held: `relaymta app usage`.",
      [("max by (account, what) (relaymta_quota_used_ratio)", "{{account}} {{what}}")]),
     ("Abuse: accounts that are not as usual, by check", "short", "`relaymta abuse list`, then `relaymta abuse why NAME`.",

@@ -144,7 +144,8 @@ class Endpoint:
     def _verifier(self, config: Config) -> "Verifier":
         from relaymta.filter.verify import Verifier  # with its libraries, only where it is configured
 
-        return Verifier(config.verify, config.hostname, self._resolver, lambda: wall_ms() // 1000)
+        took = self._counters.histogram("relaymta_dkim_seconds", "verify")
+        return Verifier(config.verify, config.hostname, self._resolver, lambda: wall_ms() // 1000, took)
 
     def _chains(self, config: Config) -> "Chains":
         from relaymta.filter.chain import Chains  # likewise

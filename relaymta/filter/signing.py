@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,7 +55,8 @@ class Signatory:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "signer")
-        self._pending: list[tuple[list[Unsigned], Callable[[bytes | Exception], None]]] = []
+        self.took = counters.histogram("relaymta_dkim_seconds", "sign")
+        self._pending: list[tuple[list[Unsigned], Callable[[bytes | Exception], None], float]] = []
         self._work: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._channel: Channel | None = None
@@ -97,24 +99,27 @@ class Signatory:
             self._log.event("warning", text=f"the signing process has ended; a thread signs until it is restarted {why}".rstrip())
             self._loop.call_later(RESTART_SECONDS, lambda: self.begin() if self.wanted else None)
 
-    def submit(self, wanted: list[Unsigned], done: Callable[[bytes | Exception], None]) -> None:
-        """Make the signatures of a message; calls `done` with its DKIM-Signature fields, or with an Exception."""
-        self._pending.append((wanted, done))
+    def submit(self, wanted: list[Unsigned], done: Callable[[bytes | Exception], None], began: float) -> None:
+        """Make the signatures of a message; calls `done` with its DKIM-Signature fields, or with an Exception. `began`: when work
+        on them has begun (time.monotonic)."""
+        self._pending.append((wanted, done, began))
         if self._work is None:  # starts in the next iteration of the event loop: this one's messages become one batch
             self._work = self._loop.create_task(self._batches())
 
     async def _batches(self) -> None:
         while self._pending:
             batch, self._pending = self._pending[:TOGETHER], self._pending[TOGETHER:]
-            everything = [one for wanted, _ in batch for one in wanted]
+            everything = [one for wanted, _, _ in batch for one in wanted]
             try:
                 made = iter(await self._made(everything))
             except Exception as error:  # a bug must not stop other messages
                 made = iter([error] * len(everything))
-            for wanted, done in batch:
+            now = time.monotonic()
+            for wanted, done, began in batch:
                 fields = _joined([(one, next(made)) for one in wanted])
                 if isinstance(fields, bytes):
                     self._counters.add(SIGNED_MESSAGES, len(wanted))
+                    self.took(now - began)
                 self._loop.call_soon(done, fields)
         self._work = None
 
@@ -230,11 +235,12 @@ class Signer:
 
     def sign(self, front: bytes, data: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
         """Sign a message of `front`, our own fields, and `data`: `done(its DKIM-Signature fields)`, or an Exception."""
+        began = time.monotonic()
         if sum(map(len, data)) > AT_ONCE:
             future = self._loop.run_in_executor(self._hashing, self._drafted, front, data, application)
-            future.add_done_callback(lambda future: self._submit(future.result, done))
+            future.add_done_callback(lambda future: self._submit(future.result, done, began))
         else:
-            self._submit(lambda: self._drafted(front, data, application), done)
+            self._submit(lambda: self._drafted(front, data, application), done, began)
 
     def draft(self, front: bytes, start: bytes, application: str, partly: bool = False) -> "Draft | None":
         """Begin to sign a message whose data begins with `start`, which has to contain its header; the rest may be streamed.
@@ -252,16 +258,16 @@ class Signer:
 
     def finish(self, draft: "Draft", done: Callable[[bytes | Exception], None]) -> None:
         """Sign a message whose draft was fed all of its data; `done` as in `sign`."""
-        self._submit(draft.unsigned, done)
+        self._submit(draft.unsigned, done, time.monotonic())
 
-    def _submit(self, find: Callable[[], list[Unsigned]], done: Callable[[bytes | Exception], None]) -> None:
+    def _submit(self, find: Callable[[], list[Unsigned]], done: Callable[[bytes | Exception], None], began: float) -> None:
         try:
             wanted = find()
         except Exception as error:  # a bug: the message is temporarily rejected, not sent unsigned
             done(error)
             return
         if wanted:
-            self._signatory.submit(wanted, done)
+            self._signatory.submit(wanted, done, began)
         else:
             done(b"")
 
@@ -270,6 +276,7 @@ class Signer:
         Any thread."""
         if not self.watched:
             return b""
+        began = time.monotonic()
         try:
             wanted = self._drafted(b"", [data], "", partly=True)
         except Exception:  # a bug
@@ -277,7 +284,9 @@ class Signer:
         fields = _joined(zip(wanted, _by_hand(wanted), strict=True))
         if isinstance(fields, Exception):
             return b""
-        self._counters.add(SIGNED_MESSAGES, len(wanted))
+        if wanted:
+            self._counters.add(SIGNED_MESSAGES, len(wanted))
+            self._signatory.took(time.monotonic() - began)
         return fields
 
     def _drafted(self, front: bytes, data: list[bytes], application: str, partly: bool = False) -> list[Unsigned]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.filter.test_signing import write_key
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
@@ -23,14 +24,15 @@ EXPRESSIONS = [target["expr"] for board in BOARDS for panel in board["panels"] f
 
 
 class Busy(Relay):
-    """A relay with a listener for logins, an application with a quota, a filter that nobody answers for, and a route to a host
-    that is down."""
+    """A relay with a listener for logins, an application with a quota, a DKIM key, a filter that nobody answers for, and a route
+    to a host that is down."""
 
     def __init__(self, folder: Path, port: int) -> None:
         super().__init__(folder, None, "delivery.idle=1")
         self.submission = free_port()
         self.config = folder / "relay.toml"
         trustme.CA().issue_cert("relay.example").private_key_and_cert_chain_pem.write_to_path(str(folder / "relay.pem"))
+        write_key(folder / "dkim.pem", "ed25519")
         self.config.write_text(
             f'''
 [[listener]]
@@ -42,6 +44,10 @@ auth_in_clear = true
 submission = true
 [[certificate]]
 chain = "{folder}/relay.pem"
+[[dkim]]
+domain = "b.example"
+selector = "s"
+key = "{folder}/dkim.pem"
 [accounts]
 file = "{folder}/accounts.toml"
 [[filter]]
@@ -92,7 +98,7 @@ def relay_and_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
     with FakeMx(rules) as peer, Busy(folder, peer.port) as relay, prometheus(folder, relay) as url:
         wait_for(lambda: asked(url, "up == 1"))
         recipients = ["a@d.example", "no@d.example", "later@d.example", "x@down.example", "x@mx.example"]
-        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", *recipients)
+        relay.send("From: a@b.example\r\nSubject: x\r\n\r\nx\r\n", "a@b.example", *recipients)
         with smtplib.SMTP("127.0.0.1", relay.submission) as client:
             client.login("shop", relay.key)
             client.sendmail("a@b.example", ["a@d.example"], "Subject: x\r\n\r\nx\r\n")

@@ -262,6 +262,8 @@ def test_mail_through_the_relay_is_signed_by_its_authors_and_the_applications_ke
         assert [verified(message, settings) for message in messages] == [[True, True], [True] * 3, [], [True]]
         assert b"Received: from" in messages[0].partition(b"bh=")[2]  # the signatures are in front
         assert relay.metric("relaymta_dkim_signatures_total") == 6
+        assert relay.metric('relaymta_dkim_seconds_count{op="sign"}') == 3  # messages
+        assert relay.metric('relaymta_dkim_seconds_sum{op="sign"}') > 0
 
 
 def test_a_dsn_is_signed_by_our_own_key(tmp_path):
@@ -271,6 +273,7 @@ def test_a_dsn_is_signed_by_our_own_key(tmp_path):
             relay.send(MESSAGE.decode(), "ann@shop.test", "nobody@far.test")
             ((sender, to, message),) = wait_for(lambda: peer.messages)
             assert (sender, to) == ("", ["ann@shop.test"]) and verified(message, [own]) == [True]
+            assert relay.metric('relaymta_dkim_seconds_count{op="sign"}') == 1
 
 
 class Submission(Relay):
@@ -336,6 +339,7 @@ def test_a_large_message_is_signed_as_well(peer, tmp_path):
             wait_for(lambda number=number: len(peer.messages) == number)
             _, _, found = peer.messages[-1]
             assert found.endswith(message) and verified(found, settings) == [True, True], piece
+            assert relay.metric('relaymta_dkim_seconds_count{op="sign"}') == number
 
 
 @pytest.mark.parametrize("matters", [True, False], ids=["From: matters", "it does not"])
