@@ -65,6 +65,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Messages rejected after their data (filter: temporarily, since they could not be signed or verified)", "reason",
         ("content", "store", "full", "filter"),
     ),
+    "relaymta_rejections_total": (
+        "Rejections that the log has as `rejected`, by phase and class of the reply", "phase reply",
+        ("connect 4xx", "mail 4xx", "mail 5xx", "rcpt 4xx", "rcpt 5xx", "data 4xx", "data 5xx"),
+    ),
     "relaymta_recipients_refused_total": ("Recipients rejected at RCPT, or of LMTP by their mailbox", "", ("",)),
     "relaymta_recipients_total": ("Recipients by result", "result", ("delivered", "deferred", "bounced", "expired")),
     "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),

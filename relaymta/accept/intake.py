@@ -15,7 +15,7 @@ from relaymta.auth.identity import Identity, group_of, plain_address
 from relaymta.config import Config, PeerNetwork
 from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
-from relaymta.metrics import Counters, index
+from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_matches, domain_of, domain_of_host, in_u_labels
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, held_because
@@ -51,6 +51,8 @@ REFUSED_STORE = index("relaymta_messages_refused_total", "store")
 REFUSED_FILTER = index("relaymta_messages_refused_total", "filter")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
+_REJECTIONS = "relaymta_rejections_total"
+REJECTIONS = {value: index(_REJECTIONS, value) for value in COUNTERS[_REJECTIONS][2]}
 DELIVERED = index("relaymta_recipients_total", "delivered")
 DELIVERED_OCTETS = index("relaymta_delivered_octets_total")
 
@@ -269,15 +271,18 @@ class Intake:
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
         self.counters.add(CONNECTIONS_REFUSED, 1)
-        self.log.event(
-            "rejected", phase="connect", client=client.address, helo=helo, protocol="", sender="", recipients=[],
-            reply=reply.NOT_SMTP.decode().strip(),
-        )  # fmt: skip
+        self._tell_rejected("connect", client, helo, "", "", [], reply.NOT_SMTP)
 
     def _rejected(self, phase: str, origin: Origin, session: Session, sender: str, recipients: list[str], answer: bytes) -> None:
+        self._tell_rejected(phase, origin.client, session.helo, spoken(origin, session), sender, recipients, answer)
+
+    def _tell_rejected(
+        self, phase: str, client: Client, helo: str, protocol: str, sender: str, recipients: list[str], answer: bytes
+    ) -> None:
+        self.counters.add(REJECTIONS[f"{phase} {'5xx' if answer.startswith(b'5') else '4xx'}"], 1)
         self.log.event(
-            "rejected", phase=phase, client=origin.client.address, helo=session.helo, protocol=spoken(origin, session),
-            sender=sender, recipients=recipients, reply=answer.decode("utf-8", "replace").strip(),
+            "rejected", phase=phase, client=client.address, helo=helo, protocol=protocol, sender=sender, recipients=recipients,
+            reply=answer.decode("utf-8", "replace").strip(),
         )  # fmt: skip
 
     def edited(self, origin: Origin, start: bytes, whole: bool) -> bytes | None:

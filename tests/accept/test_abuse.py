@@ -155,6 +155,7 @@ def test_mail_for_unknown_recipients_of_relay_domains_is_rejected(strict):
         assert [client.rcpt(to)[0] for to in same] == [250] * 3
         rejected = wait_for(lambda: [event for event in strict.events("rejected") if event["recipients"] == ["bob@ours.example"]])
         assert rejected[0]["helo"] == "client.example"
+        assert strict.metric('relaymta_rejections_total{phase="rcpt",reply="5xx"}') >= 3
         client.rset()
         client.command_encoding = "utf-8"
         client.docmd("MAIL", "FROM:<x@y.example> SMTPUTF8")

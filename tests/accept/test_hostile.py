@@ -79,6 +79,7 @@ def test_an_http_client_queues_nothing(tmp_path_factory, relays, method):
     assert relays.cli("queue", "summary", "--json").stdout == "" and not relays.events("queued")
     refused = wait_for(lambda: [one for one in relays.events("rejected") if one["reply"].startswith("421 4.7.0 This is")])
     assert {(one["phase"], one["protocol"]) for one in refused} == {("connect", "")}
+    assert relays.metric('relaymta_rejections_total{phase="connect",reply="4xx"}') >= 1
 
 
 def _octets(sock: socket.socket) -> bytes:

@@ -214,6 +214,7 @@ def test_greylisting_by_bdat_refuses_the_chunk(tmp_path):
         assert smtp.getreply()[0] == 451 and smtp.getreply()[0] == 250 and smtp.docmd("RCPT TO:<c@d.example>")[0] == 503
         (event,) = logged(relay, "rejected")
         assert (event["sender"], event["recipients"], event["reply"][:3]) == ("a@b.example", ["c@d.example"], "451")
+        assert relay.metric('relaymta_rejections_total{phase="data",reply="4xx"}') == 1
 
 
 # Policy services

@@ -457,6 +457,8 @@ def test_mail_of_unauthenticated_clients_arrives_with_its_results(peer, tmp_path
             assert b"Authentication-Results" not in peer.messages[2][2]
             counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
             assert counts == [1, 13, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
+            assert relay.metric('relaymta_dkim_seconds_count{op="verify"}') == 1  # the others have no signature
+            assert relay.metric('relaymta_rejections_total{phase="data",reply="5xx"}') == len(relay.events("rejected"))
 
 
 def test_large_mail_of_unauthenticated_clients_is_verified_as_well(peer, tmp_path):
@@ -488,6 +490,7 @@ def test_large_mail_of_unauthenticated_clients_is_verified_as_well(peer, tmp_pat
             # Nor does it help to hide From: behind a long header, or another author.
             assert send(b"X-Long: " + b"x" * 900 + b"\r\n" + (b" " + b"x" * 900 + b"\r\n") * 1300 + large)[0] == 554
             assert send(b"From: eve@quiet.test\r\n" + large)[0] == 550
+            assert relay.metric('relaymta_dkim_seconds_count{op="verify"}') == 2
             wait_for(lambda: not list((relay.spool / "shard-0" / "bodies" / "big").iterdir()))
 
 
@@ -507,6 +510,7 @@ def test_a_dead_dns_temporarily_rejects_mail_under_a_policy_and_nothing_else(pee
         assert relay.metric('relaymta_messages_refused_total{reason="filter"}') == 1
         (event,) = wait_for(lambda: relay.events("rejected"))
         assert event["reply"].startswith("451 4.4.3 The message could not be authenticated")
+        assert relay.metric('relaymta_rejections_total{phase="data",reply="4xx"}') == 1
         assert relay.stop() == 0
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more) as relay:
         assert send(relay, "127.0.0.4") == 250  # no policy is applied
