@@ -67,7 +67,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "relaymta_rejections_total": (
         "Rejections that the log has as `rejected`, by phase and class of the reply", "phase reply",
-        ("connect 4xx", "mail 4xx", "mail 5xx", "rcpt 4xx", "rcpt 5xx", "data 4xx", "data 5xx"),
+        tuple(f"{phase} {reply}" for phase in ("connect", "mail", "rcpt", "data") for reply in ("4xx", "5xx")),
     ),
     "relaymta_recipients_refused_total": ("Recipients rejected at RCPT, or of LMTP by their mailbox", "", ("",)),
     "relaymta_recipients_total": ("Recipients by result", "result", ("delivered", "deferred", "bounced", "expired")),
@@ -101,9 +101,9 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Outgoing connections over TCP that are ready for mail, by the route's `tls`: verified, encrypted with a certificate that"
         " was not verified, or in the clear; and those that have failed in TLS, or since a host does not offer it",
         "policy result",
-        (
-            "off clear", "may encrypted", "may clear", "may failed", "encrypt encrypted", "encrypt failed", "verify verified",
-            "verify failed",
+        tuple(
+            f"{policy} {result}" for policy in ("off", "may", "encrypt", "verify")
+            for result in ("verified", "encrypted", "clear", "failed")
         ),
     ),
     "relaymta_throttled_seconds_total": (
