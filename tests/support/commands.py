@@ -1,4 +1,5 @@
-"""The command line, as a process of its own that is forked from one which has imported it: that takes longer than most commands.
+"""The command line and the daemon, as processes of their own that are forked from ones which have imported them: importing takes
+longer than most commands, and is half of the start of a relay.
 
 Programs that start `python -m relaymta` are tested elsewhere (tests/test_cli.py, tests/e2e/test_privileges.py)."""
 
@@ -13,29 +14,32 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
 
-__all__ = ["run"]
+import relaymta
+
+__all__ = ["Started", "forkable", "run", "start"]
 
 REQUEST = 1 << 17  # octets: arguments and environment
-_ours: list[tuple[socket.socket, subprocess.Popen[bytes]]] = []  # the parent of commands, once there is one
+MAIN = [sys.executable, "-m", "relaymta"]
+_FROM_START = ("PYTHON", "LD_", "LC_", "LANG", "TZ", "MALLOC_", "OPENSSL_", "SSL_")  # what a program looks at but once
+_parents: dict[str, tuple[socket.socket, subprocess.Popen[bytes]]] = {}  # of commands and of relays, once there is one
+_environment = dict(os.environ)
 
 
 def run(arguments: Sequence[str | bytes], timeout: float) -> subprocess.CompletedProcess[str]:
     """As subprocess.run(["python", "-m", "relaymta", *arguments], capture_output=True, text=True, timeout=timeout), but without
     standard input. For threads, too."""
-    request = json.dumps([[os.fsdecode(one) for one in arguments], dict(os.environ), os.getcwd()]).encode()
-    status, ends = os.pipe()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, os.fdopen(status, "rb") as told:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = Started("commands", [os.fsdecode(one) for one in arguments], os.environ, out.fileno(), err.fileno())
         try:
-            socket.send_fds(_parent(), [request], [out.fileno(), err.fileno(), ends])
-        finally:
-            os.close(ends)
-        ended = select.poll()
-        ended.register(told, select.POLLIN)
-        if not ended.poll(timeout * 1000):
-            raise subprocess.TimeoutExpired(list(arguments), timeout)
-        code = int(told.read() or b"-1")
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.forget()
+            raise
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -43,26 +47,109 @@ def run(arguments: Sequence[str | bytes], timeout: float) -> subprocess.Complete
         return subprocess.CompletedProcess(list(arguments), code, *texts)
 
 
-def _parent() -> socket.socket:
-    if not _ours:
+def forkable(command: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether `start` does what this command does in this environment."""
+    changed = {name for name in environment.keys() | _environment.keys() if environment.get(name) != _environment.get(name)}
+    return list(command[:3]) == MAIN and not any(name.startswith(_FROM_START) for name in changed)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], stderr: IO[bytes]) -> "Started":
+    """As subprocess.Popen(command, start_new_session=True, env=environment, stderr=stderr), for a command that is `forkable`."""
+    return Started("relays", list(command[3:]), environment, 1, stderr.fileno())
+
+
+class Started:
+    """A process that was forked, as subprocess.Popen has one."""
+
+    def __init__(self, kind: str, arguments: list[str], environment: Mapping[str, str], out: int, err: int) -> None:
+        self.args = arguments
+        self.returncode: int | None = None
+        request = json.dumps([arguments, dict(environment), os.getcwd()]).encode()
+        self._status, ends = os.pipe()
+        try:
+            socket.send_fds(_parent(kind), [request], [out, err, ends])
+        finally:
+            os.close(ends)
+        told = b""
+        while not told.endswith(b"\n"):
+            piece = os.read(self._status, 1)
+            assert piece, "it was not forked"
+            told += piece
+        self.pid = int(told)
+
+    def poll(self) -> int | None:
+        """The exit status; None: it runs. Of a signal: its negative number."""
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status. subprocess.TimeoutExpired."""
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, where it runs."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def forget(self) -> None:
+        """Nobody will ask for its exit status."""
+        if self._status >= 0:
+            os.close(self._status)
+            self._status = -1
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            ended = select.poll()
+            ended.register(self._status, select.POLLIN)
+            if not ended.poll(None if timeout is None else timeout * 1000):
+                return None
+            self.returncode = int(os.read(self._status, 10) or b"-1")
+            self.forget()
+        return self.returncode
+
+    def __del__(self) -> None:
+        self.forget()
+
+
+def _parent(kind: str) -> socket.socket:
+    if kind not in _parents:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            script = f"from tests.support.commands import serve; serve({theirs.fileno()})"
+            script = f"from tests.support.commands import serve; serve({kind!r}, {theirs.fileno()})"
             process = subprocess.Popen(
                 [sys.executable, "-c", script], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
             )
-        _ours.append((ours, process))
-    return _ours[0][0]
+        _parents[kind] = ours, process
+    return _parents[kind][0]
 
 
-def serve(number: int) -> None:
-    """Fork a command for each request that comes from this socket, until it is closed."""
-    from relaymta.cli import VERBS, main
+def _import(kind: str) -> None:
+    """What most of these need."""
+    from relaymta.cli import VERBS
 
-    for module in {verb.module for verb in VERBS.values()} - {"serve", "sink"}:
-        importlib.import_module(f"relaymta.cli.{module}")
-    for module in ("relaymta.config", "relaymta.control", "relaymta.cli.mail_files"):
+    verbs = {"serve"} if kind == "relays" else {verb.module for verb in VERBS.values()} - {"serve", "sink"}
+    more = ("relaymta.supervisor", "uvloop") if kind == "relays" else ("relaymta.control", "relaymta.cli.mail_files")
+    for module in ("relaymta.config", *more, *(f"relaymta.cli.{verb}" for verb in verbs)):
         importlib.import_module(module)
+
+
+def serve(kind: str, number: int) -> None:
+    """Fork a process for each request that comes from this socket, until it is closed."""
+    from relaymta.cli import main
+
+    del sys.path[0]  # as relaymta/__main__.py does
+    _import(kind)
     gc.collect()
     gc.freeze()
     requests = socket.socket(fileno=number)
@@ -76,8 +163,11 @@ def serve(number: int) -> None:
         requests.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if child := os.fork():
-            os.write(status, b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            with contextlib.suppress(BrokenPipeError):
+                os.write(status, b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
             os._exit(0)
+        os.setsid()
+        os.write(status, b"%d\n" % os.getpid())
         os.close(status)
         arguments, environment, folder = json.loads(request)
         for descriptor, standard in ((out, 1), (err, 2)):
@@ -87,9 +177,21 @@ def serve(number: int) -> None:
         os.environ.update(environment)
         with contextlib.suppress(FileNotFoundError):
             os.chdir(folder)
-        sys.argv = ["relaymta", *arguments]
+        if kind == "relays":
+            _as_executed(arguments)
+        else:
+            sys.argv = ["relaymta", *arguments]
         main()
         sys.exit(0)
+
+
+def _as_executed(arguments: list[str]) -> None:
+    """What differs in a process that was executed for this."""
+    from relaymta.supervisor import answers
+
+    sys.argv = [str(Path(relaymta.__file__).with_name("__main__.py")), *arguments]
+    sys.orig_argv = [*MAIN, *arguments]
+    answers._STARTED = time.monotonic()
 
 
 def _received(requests: socket.socket) -> tuple[bytes, list[int], int, object]:

@@ -1,4 +1,4 @@
-"""Real relays for tests: started as a user starts them, killed as a power cut kills them."""
+"""Real relays for tests: started as a user starts them (commands.py), killed as a power cut kills them."""
 
 import contextlib
 import http.client
@@ -75,7 +75,7 @@ class Relay:
         self.settings = settings
         self.workers = workers
         self.wrap = wrap
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | commands.Started | None = None
         self.environment: dict[str, str] = {}
         self.python = sys.executable
 
@@ -97,9 +97,13 @@ class Relay:
     def start(self) -> "Relay":
         """Start and wait for the banner."""
         before = self.events("started")
-        process = self.process = subprocess.Popen(
-            self.command(), start_new_session=True, env=os.environ | self.environment, stderr=(self.folder / "stderr").open("ab")
-        )
+        command, environment = self.command(), os.environ | self.environment
+        with (self.folder / "stderr").open("ab") as stderr:
+            if commands.forkable(command, environment):
+                process: subprocess.Popen[bytes] | commands.Started = commands.start(command, environment, stderr)
+            else:
+                process = subprocess.Popen(command, start_new_session=True, env=environment, stderr=stderr)
+        self.process = process
         try:
             wait_for(lambda: len(self.events("started")) > len(before) or process.poll() is not None, 30, "the relay to start")
         except AssertionError:
