@@ -42,7 +42,7 @@ check: build
 	$(BIN)/lint-imports
 
 test: build
-	CI=$(CI) $(BIN)/python -m pytest -n 4 --dist worksteal
+	CI=$(CI) $(BIN)/python -m pytest -n 6 --dist worksteal
 
 # They need root, debootstrap and systemd-nspawn, and a few minutes.
 test-packages: wheels
@@ -59,7 +59,7 @@ deb: wheels
 	packaging/deb/build build/wheels dist
 
 prove: build
-	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -n 4 --dist worksteal -m "prove or not prove" --timeout 3600
+	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -n 6 --dist worksteal -m "prove or not prove" --timeout 3600
 	$(MAKE) fuzz
 	mkdir -p build/bench
 	for which in idle large backlog stragglers sites crowd endpoint mailboxes imap imap_large watched; do $(BIN)/python -m benchmarks.$$which > build/bench/$$which.json || exit 1; done
