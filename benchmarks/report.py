@@ -1,7 +1,8 @@
 """Writes the measured part of docs/benchmarks.md: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
 FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json, endpoint.json,
-mailboxes.json, imap.json, imap_large.json and watched.json, as the benchmarks print them. What is missing is reported as not measured.
+mailboxes.json, imap.json, imap_large.json and watched.json, as the benchmarks print them. What is missing is reported as not
+measured.
 """
 
 import json
