@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable
 
 __all__ = [
-    "DNS", "NETWORK", "PEER", "US", "ConfigError", "Exists", "Failure", "NoSuch", "RelayError", "SpoolBusy", "StoreError",
-    "StoreFull", "check_all", "near", "redacted", "store_error", "told", "without",
+    "DNS", "NETWORK", "OUT_OF_DESCRIPTORS", "PEER", "SCARCE", "US", "ConfigError", "Exists", "Failure", "NoSuch", "RelayError",
+    "SpoolBusy", "StoreError", "StoreFull", "check_all", "is_scarce", "near", "redacted", "store_error", "told", "without",
 ]  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # errors that end when descriptors or memory are free again
 LONGEST = 1000  # characters of a cause that are kept
 US, PEER, NETWORK, DNS = "us", "peer", "network", "dns"  # whose fault it is; `us`: this machine or its configuration
 
@@ -75,6 +76,19 @@ class Failure(RelayError):
         self.fault = fault
         self.category = category
         super().__init__(self.cause or self.public)
+
+
+OUT_OF_DESCRIPTORS = "this host has no file descriptor left"
+
+
+def is_scarce(error: BaseException | None) -> bool:
+    """Whether an exception, or what has caused it, is that this machine has no descriptor or no memory left: it says nothing of
+    the file, host or peer that was to be opened."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in SCARCE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def redacted(text: str) -> str:

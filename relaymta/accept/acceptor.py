@@ -1,7 +1,7 @@
 """All listening sockets of one worker, what comes before SMTP on them, and the deadlines of all connections.
 
-`arriving` has the connections before SMTP, until they are evicted or their task ends. `paused` is changed by `scarce`, and by
-`_resume`, which runs once at a time.
+`arriving` has the connections before SMTP, until they are evicted or their task ends. `paused` is changed by `scarce` and by
+`freed`.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from relaymta.accept.connection import Connection
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.lateness import BEAT
-from relaymta.accept.listening import SCARCE, Guarded, Listening
+from relaymta.accept.listening import Listening
 from relaymta.config import Config, Listener
 from relaymta.shm import Limits
 
@@ -50,37 +50,42 @@ class Acceptor(Admission):
         super().__init__(config, intake, endpoint, limits, threads, asyncio.get_running_loop())
         self.arriving: dict[Arrival, asyncio.Task[None]] = {}  # before SMTP (PROXY header, TLS), oldest first
         self._sockets: list[Listening] = []
-        self._resuming: asyncio.Task[None] | None = None
         self.paused = False  # out of descriptors: new connections wait in the backlog
         self._timer: asyncio.TimerHandle | None = None
         self._beat_timer = self.loop.call_later(BEAT, self._beat)
         self._check()
 
-    async def listen(self, bound: socket.socket, listener: Listener) -> Listening:
+    def listen(self, bound: socket.socket, listener: Listener) -> Listening:
         """Accept on a bound socket, which the acceptor owns from now on."""
-
-        listening: Listening
-        if listener.tls == "implicit" or listener.proxy:
-            listening = Guarded(self.loop, bound, partial(self._arrived, listener), self.scarce)
-        else:
-            listening = Listening(self.loop, bound, self._maker(listener))
+        guarded = listener.tls == "implicit" or listener.proxy
+        arrived = partial(self._arrived, listener) if guarded else partial(self._begun, self._maker(listener))
+        listening = Listening(self.loop, bound, arrived, self.scarce)
         self._sockets.append(listening)
-        try:
-            if not self.paused:
-                await listening.resume()
-        except OSError as error:
-            if error.errno not in SCARCE:
-                raise
-            self.scarce()
+        if not self.paused:
+            listening.resume()
         return listening
 
     def _maker(self, listener: Listener) -> Callable[[], ClientConnection[Any]]:
         """Makes the connections of a listener."""
         return partial(self._others.get(listener.protocol, Connection), self, listener)
 
+    def _begun(self, make: Callable[[], ClientConnection[Any]], sock: socket.socket, peer: str) -> None:
+        """A client has connected to a socket where SMTP begins at once."""
+        if sock.fileno() >= self.last:
+            self.scarce()
+        self.spawn(self._connected(make, sock))
+
+    async def _connected(self, make: Callable[[], ClientConnection[Any]], sock: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(make, sock)
+        except OSError:  # it has disconnected
+            sock.close()
+
     def _arrived(self, listener: Listener, sock: socket.socket, peer: str) -> None:
         """A client has connected to a socket where something comes before SMTP. It is counted now; the end of its task releases
         what no session has taken over."""
+        if sock.fileno() >= self.last:
+            self.scarce()
         arrival = Arrival(self._maker(listener)(), sock, peer)
         if not arrival.admit():
             sock.close()
@@ -113,23 +118,21 @@ class Acceptor(Admission):
             listening.pause()
 
     def freed(self) -> None:
-        """Accept again if that is paused and descriptors are free. May be called at any time; does nothing while a resume is
-        under way."""
-        room = self.descriptors_used() < self.most - self.most // 20
-        if self.paused and room and self._resuming is None and not self.intake.draining:
-            self._resuming = self.loop.create_task(self._resume())
-
-    async def _resume(self) -> None:
-        try:
+        """Accept again if that is paused and descriptors are free. May be called at any time."""
+        if not self.paused or self.intake.draining or self.descriptors_used() >= self.most - self.most // 20:
+            return
+        if self.some_left():
             self.paused = False
-            for listening in list(self._sockets):
-                if self.paused:  # paused again meanwhile, which has paused the sockets resumed here
-                    return
-                await listening.resume()
-        except OSError:  # still out of descriptors: `_check` tries again
+            for listening in self._sockets:
+                listening.resume()
+
+    def _count_descriptors(self) -> None:
+        """Pause when others have used up the descriptors, or the limit was lowered; accept again when some are free."""
+        self.read_limit()
+        if self.paused:
+            self.freed()
+        elif self.descriptors_used() >= self.most or not self.some_left():
             self.scarce()
-        finally:
-            self._resuming = None
 
     def _check(self) -> None:
         self.time = now = self.now()
@@ -141,7 +144,7 @@ class Acceptor(Admission):
         patience = ARRIVAL_SECONDS * (STRESS_PATIENCE if self.stressed else 1)
         for arrival in [one for one in self.arriving if now - one.since > patience]:
             self._evict(arrival)
-        self.freed()  # descriptors may have been freed elsewhere than in a connection
+        self._count_descriptors()
         self.endpoint.refresh(self.loop, self.threads)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 

@@ -1,6 +1,7 @@
 """What the connections of one worker share: the rules, the threads, and the limits of what they may hold."""
 
 import asyncio
+import os
 import resource
 from collections.abc import Coroutine
 from concurrent.futures import Executor
@@ -23,6 +24,7 @@ __all__ = ["DRAIN_REPLY", "Admission", "Admitted"]
 
 DRAIN_REPLY = reply.SHUTTING_DOWN
 DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients cannot use these
+LAST_SHARE = 8  # when delivery and others have used all of these but one in so many, clients wait
 
 
 class Admitted(Protocol):
@@ -71,9 +73,26 @@ class Admission:
         self.files = 0
         self.filing = Filing()
         self.tracer: Tracer | None = None
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
+        self.most = self.last = 0
+        self.read_limit()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def read_limit(self) -> None:
+        """Use the current limit of descriptors: an operator may change that of a running process (prlimit(1)). `most`: how many
+        clients may use; `last`: none with this number or a higher one is used for a client, whatever has the others."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        kept = min(DESCRIPTORS_KEPT, descriptors // 2)
+        self.most, self.last = descriptors - kept, descriptors - kept // LAST_SHARE
+
+    def some_left(self) -> bool:
+        """Whether a descriptor is left for a client, by the lowest number that is free: all below it are used, also those that
+        nobody here counts."""
+        try:
+            lowest = os.eventfd(0, os.EFD_CLOEXEC)
+        except OSError:
+            return False
+        os.close(lowest)
+        return lowest < self.last
 
     def spawn(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run a coroutine of a connection as a task."""

@@ -1,7 +1,6 @@
-"""Listening sockets: those whose connections the event loop accepts, and those where TLS or a PROXY header comes before SMTP."""
+"""Listening sockets, and what is read of a socket before its protocol begins (a PROXY header)."""
 
 import asyncio
-import errno
 import fcntl
 import ipaddress
 import socket
@@ -10,77 +9,23 @@ from array import array
 from collections.abc import Callable
 
 from relaymta.auth.identity import plain_address
+from relaymta.errors import SCARCE
 from relaymta.proto.proxy import LONGEST, BadHeader, Header, parse
 
-__all__ = ["SCARCE", "Guarded", "Listening", "ProxyHeaderReader", "client_address", "in_networks", "readable", "unread"]
+__all__ = ["Listening", "ProxyHeaderReader", "client_address", "in_networks", "readable", "unread"]
 
 BACKLOG = 1024
 ACCEPT_TOGETHER = 16  # sockets accepted in one turn of the loop: each may begin a TLS handshake
 PROXY_SECONDS = 5.0  # seconds for a load balancer's whole header
-SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # errors that end when descriptors or memory are free again
 
 
 class Listening:
-    """A bound socket whose connections are accepted or, while it is paused, wait in its backlog.
+    """A bound socket whose connections are accepted or, while it is paused, wait in its backlog. `arrived(socket, peer address)`
+    is called for each; `scarce()` when no descriptor is left for the next, which waits in the backlog. (A server of uvloop
+    would accept all that wait then, and close them without a word.)
 
-    `resume`, `pause` and `close` may be called at any time and in any order: the last call decides. Only `resume` creates the
-    server; a call while another is under way leaves that to it.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
-        self._loop = loop
-        self._socket = sock
-        # Accepted sockets inherit this: TCP's urgent octet stays in the stream. Otherwise it would be missing in FIONREAD and in
-        # the message data.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        self._make = make
-        self._server: asyncio.Server | None = None
-        self._wanted = False
-        self._resuming = False
-        self._closed = False
-
-    async def resume(self) -> None:
-        """Accept connections, unless `pause` or `close` is called meanwhile. OSError: no descriptor is left."""
-        self._wanted = not self._closed
-        if self._resuming:
-            return
-        self._resuming = True
-        try:
-            while self._wanted and self._server is None:
-                server = await self._serving()
-                if self._wanted:
-                    self._server = server
-                else:  # paused or closed meanwhile
-                    server.close()
-        finally:
-            self._resuming = False
-
-    async def _serving(self) -> asyncio.Server:
-        sock = self._socket.dup()
-        try:
-            return await self._loop.create_server(self._make, sock=sock, backlog=BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-
-    def pause(self) -> None:
-        """Stop accepting; connections wait in the backlog."""
-        self._wanted = False
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-    def close(self) -> None:
-        """Stop accepting and close the socket, for good."""
-        self._closed = True
-        self.pause()
-        self._socket.close()
-
-
-class Guarded(Listening):
-    """A listening socket on which TLS or a PROXY header comes before SMTP. Sockets are accepted here, so that a client is
-    identified, and counted or rejected, before the cost of a handshake. `arrived(socket, peer address)` is called for each;
-    `scarce()` when no descriptor is left for the next."""
+    `resume`, `pause` and `close` may be called at any time and in any order: the last call decides. None of them needs a
+    descriptor."""
 
     def __init__(
         self,
@@ -89,30 +34,41 @@ class Guarded(Listening):
         arrived: Callable[[socket.socket, str], None],
         scarce: Callable[[], None],
     ) -> None:
-        super().__init__(loop, sock, asyncio.Protocol)
+        self._loop = loop
+        self._socket = sock
+        # Accepted sockets inherit this: TCP's urgent octet stays in the stream. Otherwise it would be missing in FIONREAD and in
+        # the message data.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.setblocking(False)
+        sock.listen(BACKLOG)
         self._arrived = arrived
         self._scarce = scarce
-        self._listening: socket.socket | None = None
+        self._accepting = self._closed = False
 
-    async def resume(self) -> None:
-        if self._listening is None and not self._closed:
-            self._listening = self._socket.dup()
-            self._listening.setblocking(False)
-            self._listening.listen(BACKLOG)
-            self._loop.add_reader(self._listening.fileno(), self._accept)
+    def resume(self) -> None:
+        """Accept connections, unless it is closed."""
+        if not self._accepting and not self._closed:
+            self._accepting = True
+            self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def pause(self) -> None:
-        if self._listening is not None:
-            self._loop.remove_reader(self._listening.fileno())
-            self._listening.close()
-            self._listening = None
+        """Stop accepting; connections wait in the backlog."""
+        if self._accepting:
+            self._accepting = False
+            self._loop.remove_reader(self._socket.fileno())
+
+    def close(self) -> None:
+        """Stop accepting and close the socket, for good."""
+        self._closed = True
+        self.pause()
+        self._socket.close()
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_TOGETHER):
-            if self._listening is None:
+            if not self._accepting:
                 return
             try:
-                sock, peer = self._listening.accept()
+                sock, peer = self._socket.accept()
             except BlockingIOError:  # the backlog is empty
                 return
             except OSError as error:

@@ -146,7 +146,6 @@ class Worker:
         self.acceptor: Acceptor | None = None
         self.reloading = Reloading(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
-        self._lending = asyncio.Lock()
 
     def sign_dsn(self, data: bytes) -> bytes:
         """The DKIM-Signature fields for a DSN. Called by writer threads."""
@@ -253,7 +252,7 @@ class Worker:
         for shard in self.shards.values():
             await shard.look()
         for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
-            await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
+            self.acceptor.listen(socket.socket(fileno=descriptor), listener)
 
     def needs(self) -> "Needs":
         """What scanners use."""
@@ -407,15 +406,13 @@ class Worker:
         """Accept connections on the sockets of a slot whose worker does not, until they are given back."""
         assert self.acceptor is not None
         sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-        async with self._lending:
-            for listener, sock in zip(self.config.listener, sockets, strict=True):
-                self._borrowed.setdefault(slot, []).append(await self.acceptor.listen(sock, listener))
+        for listener, sock in zip(self.config.listener, sockets, strict=True):
+            self._borrowed.setdefault(slot, []).append(self.acceptor.listen(sock, listener))
 
     async def _give_back(self, descriptors: list[int], slot: int) -> None:
         assert self.acceptor is not None
-        async with self._lending:
-            for listening in self._borrowed.pop(slot, []):
-                self.acceptor.close(listening)
+        for listening in self._borrowed.pop(slot, []):
+            self.acceptor.close(listening)
 
     # Stop
 

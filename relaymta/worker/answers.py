@@ -1,6 +1,7 @@
 """A worker's answers to the requests of the command line, which the supervisor passes on."""
 
 import os
+import resource
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -283,6 +284,9 @@ class Answers:
 
 
 def _resident() -> int:
-    """Octets of memory that this process has."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Octets of memory that this process has; without a descriptor to look, the most that it has had."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,6 +1,7 @@
 """What a worker shows of its state every second: gauges, and what follows from memory and disk."""
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -137,8 +138,10 @@ class Gauges:
         gauge("relaymta_disk_free_octets", min(disk.free for disk in disks))
         gauge("relaymta_disk_floor_octets", min(disk.floor for disk in disks))
         gauge("relaymta_lmdb_map_used_ratio", max(disk.map_used for disk in disks))
-        gauge("relaymta_rss_octets", memory.anonymous())
-        self._watch_memory()
+        gauge("relaymta_shedding", worker.acceptor is not None and worker.acceptor.lateness.shedding)
+        with contextlib.suppress(OSError):  # no descriptor is left to look: what was seen last holds
+            gauge("relaymta_rss_octets", memory.anonymous())
+            self._watch_memory()
         if worker.mail is not None:
             worker.mail.set_gauges(gauge)
         brim = any(shard.queue.brim for shard in worker.shards.values())
@@ -161,12 +164,11 @@ class Gauges:
             self._mail_state = state
 
     def _watch_memory(self) -> None:
-        """When memory is tight, keep no message data in it; when it is used up, reject new mail temporarily."""
+        """When memory is tight, keep no message data in it; when it is used up, reject new mail temporarily. OSError."""
         worker = self._worker
         used = memory.share(worker.config.limits.memory, worker.workers)
         level = 2 if used >= memory.REFUSE else 1 if used >= memory.TIGHT else 0
         worker.counters.gauge("relaymta_memory_pressure", level)
-        worker.counters.gauge("relaymta_shedding", worker.acceptor is not None and worker.acceptor.lateness.shedding)
         if worker.intake is not None:
             worker.intake.out_of_memory = level == 2
         if level != self._memory_level:

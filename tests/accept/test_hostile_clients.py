@@ -21,7 +21,7 @@ import trustme
 
 from relaymta.accept import acceptor
 from relaymta.accept.acceptor import Acceptor
-from relaymta.accept.listening import Guarded, Listening, client_address
+from relaymta.accept.listening import Listening, client_address
 from relaymta.accept.origin import Client
 from relaymta.config import Config, Listener
 from relaymta.proto.proxy import Header
@@ -440,54 +440,29 @@ def test_a_client_that_half_closes_after_the_dot_gets_its_reply(guard):
 # The state of a listener
 
 
-class Slow:
-    """An event loop that creates servers slowly."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.made: list[asyncio.Server] = []
-        self.fails = 0
-
-    async def create_server(self, *arguments, **options) -> asyncio.Server:
-        await asyncio.sleep(0.01)
-        if self.fails:
-            self.fails -= 1
-            raise OSError(24, "Too many open files")
-        self.made.append(await self._loop.create_server(*arguments, **options))
-        return self.made[-1]
-
-    def serving(self) -> int:
-        return sum(server.is_serving() for server in self.made)
-
-
 @pytest.mark.parametrize(
-    ("calls", "serving"),
+    ("calls", "accepts"),
     [
-        (["resume", "resume"], 1),
-        (["resume", "pause"], 0),
-        (["resume", "pause", "resume"], 1),
-        (["resume", "close"], 0),
-        (["resume", "pause", "resume", "pause"], 0),
-        (["resume", "resume", "wait", "pause", "resume", "resume"], 1),
-        (["close", "resume"], 0),
+        (["resume", "resume"], True),
+        (["resume", "pause"], False),
+        (["resume", "pause", "resume"], True),
+        (["resume", "close"], False),
+        (["resume", "pause", "pause", "resume", "resume"], True),
+        (["close", "resume"], False),
     ],
 )
-async def test_overlapping_calls_leave_a_listener_as_the_last_one_wants(calls, serving):
-    loop, tasks = Slow(), []
-    sock = socket.create_server(("127.0.0.1", 0))
-    listening = Listening(loop, sock, asyncio.Protocol)  # type: ignore[arg-type]
-    for call in calls:
-        if call == "resume":
-            tasks.append(asyncio.create_task(listening.resume()))
-            await asyncio.sleep(0)
-        elif call == "wait":
-            await asyncio.gather(*tasks)
-        else:
+async def test_a_listener_is_as_the_last_call_wants(calls, accepts):
+    loop, sock = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0))
+    arrived: list[socket.socket] = []
+    listening = Listening(loop, sock, lambda sock, peer: arrived.append(sock), lambda: None)
+    with socket.create_connection(sock.getsockname()):
+        for call in calls:
             getattr(listening, call)()
-    await asyncio.gather(*tasks)
-    assert loop.serving() == serving
+        await asyncio.sleep(0.1)
+    assert len(arrived) == accepts
     listening.close()
-    assert loop.serving() == 0
+    for one in arrived:
+        one.close()
 
 
 async def test_a_listener_without_descriptors_reports_it_once_and_waits():
@@ -500,17 +475,37 @@ async def test_a_listener_without_descriptors_reports_it_once_and_waits():
         reported.append(loop.time())
         listening.pause()
 
-    listening = Guarded(loop, sock, lambda sock, peer: arrived.append(sock), scarce)
-    await listening.resume()
+    listening = Listening(loop, sock, lambda sock, peer: arrived.append(sock), scarce)
+    listening.resume()
     with no_descriptors():
         await asyncio.sleep(0.2)
-    assert len(reported) == 1 and arrived == []
-    await listening.resume()
+        assert len(reported) == 1 and arrived == []
+        listening.resume()  # needs none
+        await asyncio.sleep(0.1)
+        assert len(reported) == 2 and arrived == []
+    listening.resume()
     await asyncio.sleep(0.1)
     assert len(arrived) >= 2
     listening.close()
     for one in (*arrived, *clients):
         one.close()
+
+
+@pytest.mark.parametrize("proxy", [[], ["127.0.0.0/8"]])
+async def test_descriptors_that_others_use_pause_the_listeners(proxy):
+    """Whatever has them, and also where the limit is lowered meanwhile: it is read again."""
+    bench = Bench(Listener(address="127.0.0.1:1", proxy=proxy))
+    await bench.listen()
+    acceptor, at_first = bench.acceptor, bench.acceptor.most
+    assert not acceptor.paused
+    with no_descriptors():
+        acceptor._check()
+        assert acceptor.paused and acceptor.most < at_first
+        acceptor.freed()
+        assert acceptor.paused
+    acceptor._check()
+    assert not acceptor.paused and acceptor.most == at_first
+    bench.acceptor.stop_accepting()
 
 
 @contextlib.contextmanager
@@ -553,7 +548,7 @@ class Bench:
         for listener in self.config.listener:
             sock = socket.create_server(("127.0.0.1", 0))
             self.addresses.append(sock.getsockname())
-            await self.acceptor.listen(sock, listener)
+            self.acceptor.listen(sock, listener)
 
     def taken(self) -> tuple[int, int, int, int]:
         """Units of the machine and of the client; connections, and those before SMTP."""
@@ -640,27 +635,16 @@ async def test_out_of_descriptors_is_one_pause_and_one_resume():
     bench = Bench(Listener(address="127.0.0.1:2"), BALANCED)
     await bench.listen()
     one = bench.acceptor
-    resumed: list[int] = []
+    resumed: list[Listening] = []
     for listening in one._sockets:
         plain = listening.resume
-
-        async def resume(plain=plain) -> None:
-            await plain()
-            await asyncio.sleep(0.01)
-            resumed.append(1)
-
-        listening.resume = resume  # type: ignore[method-assign]
+        listening.resume = lambda plain=plain, one=listening: (plain(), resumed.append(one))[0]  # type: ignore[method-assign, misc]
     one.scarce()
     for _ in range(5):  # each end of a connection and each check calls it
         one.freed()
-    await turns()
-    assert len(resumed) == 2 and not one.paused
+    assert resumed == one._sockets and not one.paused
     one.scarce()
-    one.freed()
-    await asyncio.sleep(0)
-    one.scarce()  # while the resume is under way
-    await turns()
-    assert one.paused and all(listening._server is None for listening in one._sockets)
+    assert one.paused and not any(listening._accepting for listening in one._sockets)
     with no_descriptors():
         one.freed()
         await turns()

@@ -1,7 +1,12 @@
 """Limits for clients: time, connections, descriptors."""
 
+import contextlib
+import itertools
+import os
+import resource
 import socket
 import time
+from collections.abc import Iterator
 
 from tests.support.daemon import Relay, dialog, heard, wait_for
 from tests.support.programs import need
@@ -122,3 +127,68 @@ def test_messages_rejected_after_their_data_are_counted_and_logged(tmp_path, led
         assert all(event["sender"] == "a@b" and event["recipients"] == ["c@d"] and event["helo"] == "x" for event in events)
         assert {(event["phase"], event["protocol"]) for event in events} == {("data", "ESMTP")}
         assert relay.metric('relaymta_messages_refused_total{reason="content"}') == 3
+
+
+def test_a_worker_that_runs_out_of_descriptors_closes_nobody_and_blames_no_site(tmp_path, ledger):
+    """The limit of the running worker is lowered (prlimit(1)), so that nothing can be opened: no connection, no file."""
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", "delivery.idle=1") as relay:
+        held, banner = connect(relay.port)
+        assert banner.startswith(b"220")
+        (pid,) = relay.worker_pids()
+        connected = sockets(pid)
+        relay.send("X-Ledger: before\r\n\r\nx\r\n")
+        wait_for(lambda: relay.events("delivered") and sockets(pid) == connected)
+        with out_of_descriptors(pid):
+            waiting = [socket.create_connection(("127.0.0.1", relay.port), 10) for _ in range(50)]
+            wait_for(lambda: relay.metric("relaymta_listeners_paused") == 1)
+            held.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+            heard(held, b"354")
+            held.sendall(b"X-Ledger: meanwhile\r\n\r\nx\r\n.\r\n")
+            assert heard(held, b"250 2.", b"4", b"5").startswith(b"250 2.")
+            wait_for(lambda: any("descriptor" in event["text"] for event in relay.events("warning")))
+            held.sendall(b"NOOP\r\n")  # it is a second later by now, and more than one attempt
+            assert heard(held, b"250").startswith(b"250")
+            assert relay.worker_pids() == [pid], "`relaymta status` is answered"
+            assert [refusal(sock) for sock in waiting] == [None] * 50
+            assert relay.metric("relaymta_listeners_paused") == 1
+            assert ledger.counts()["meanwhile"] == 0
+        for sock in waiting:
+            sock.settimeout(60)
+            assert sock.recv(200).startswith(b"220")
+        wait_for(lambda: relay.metric("relaymta_listeners_paused") == 0)
+        wait_for(lambda: ledger.counts()["meanwhile"] == 1)
+        assert relay.events("site") == relay.events("deferred") == []
+        for sock in (held, *waiting):
+            sock.close()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+@contextlib.contextmanager
+def out_of_descriptors(pid: int) -> Iterator[None]:
+    """Lower a process' limit so that none is left for it."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = next(number for number in itertools.count() if number not in used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+def sockets(pid: int) -> set[str]:
+    """A process' sockets."""
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return {link for link in found if link.startswith("socket:")}
+
+
+def refusal(sock: socket.socket) -> bytes | None:
+    """What a client has been told, b"" where it was disconnected; None: it waits."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(200)
+    except BlockingIOError:
+        return None
