@@ -9,6 +9,8 @@ taken for one of the other two.
 """
 
 import asyncio
+import errno
+import os
 import re
 import time
 import weakref
@@ -20,10 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import aiodns
 import pycares
 
+from relaymta.errors import is_scarce
 from relaymta.hosts import RESOLV_CONF, Hosts, numeric, stamp
 from relaymta.proto.address import in_dns
 
-__all__ = ["DnsFailure", "NoData", "NoSuchName", "Records", "Resolver"]
+__all__ = ["DnsFailure", "NoData", "NoDescriptor", "NoSuchName", "Records", "Resolver"]
 
 NO_DATA = 1
 NO_NAME = 4
@@ -48,6 +51,10 @@ _E = TypeVar("_E", bound=Exception)
 
 class DnsFailure(Exception):
     """The query failed (SERVFAIL, timeout), or its answer is unusable: a temporary failure."""
+
+
+class NoDescriptor(DnsFailure):
+    """The query was not sent: this machine has no descriptor left for it. It says nothing of the name, and is not cached."""
 
 
 class NoSuchName(Exception):
@@ -289,8 +296,13 @@ class Resolver:
         except (NoSuchName, NoData) as negative:
             error, ttl = _again(negative), NEGATIVE_SECONDS
         except DnsFailure as failure:
+            if not _descriptors_left():  # c-ares says that it cannot reach the nameservers
+                return Records([], NoDescriptor(f"{name} {kind}: {os.strerror(errno.EMFILE)}"), 0.0)
             error, ttl = _again(failure), FAILURE_SECONDS
-        except Exception as failure:  # an invalid name, or an answer that cannot be decoded: both come from outside
+        except Exception as failure:
+            if is_scarce(failure):
+                return Records([], NoDescriptor(f"{name} {kind}: {failure}"), 0.0)
+            # An invalid name, or an answer that cannot be decoded: both come from outside.
             error = DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
             values, ttl = [], FAILURE_SECONDS
         until = self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))
@@ -351,7 +363,9 @@ class Resolver:
             return
         self._look_at = self.now() + LOOK_SECONDS
         found = stamp(RESOLV_CONF)
-        if found is not None and found != self._stamp:
+        if (
+            found is not None and found != self._stamp and _descriptors_left()
+        ):  # c-ares would take one that it cannot read for empty
             self._stamp = found
             self._reread = True
             self._replace()
@@ -373,6 +387,14 @@ class Resolver:
             question.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
         await self._resolver.close()
+
+
+def _descriptors_left() -> bool:
+    try:
+        os.close(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _on_loop(nameservers: list[str]) -> _OnLoop:

@@ -213,15 +213,25 @@ class History:
     def write(self, text: bytes) -> int:
         """Append lines; when the file is full, begin another and remove the oldest. The octets written; OSError."""
         if self._size + len(text) > self._most and self._size:
-            os.close(self._descriptor)
-            self._number += 1
-            self._descriptor, self._size = self._open(), 0
-            for path in self._folder.glob(f"{self._worker}.*.jsonl"):
-                if int(path.suffixes[0][1:]) <= self._number - self.FILES:
-                    path.unlink(missing_ok=True)
+            self._begin_another()
         written = os.write(self._descriptor, text)
         self._size += written
         return written
+
+    def _begin_another(self) -> None:
+        """OSError: it could not be opened, and nothing has changed."""
+        full = self._descriptor
+        self._number += 1
+        try:
+            self._descriptor, self._size = self._open(), 0
+        except OSError:
+            self._number -= 1
+            raise
+        os.close(full)
+        with contextlib.suppress(OSError):  # no descriptor is left for the folder: the next time
+            for path in self._folder.glob(f"{self._worker}.*.jsonl"):
+                if int(path.suffixes[0][1:]) <= self._number - self.FILES:
+                    path.unlink(missing_ok=True)
 
 
 def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def segment_file(directory: Path, number: int) -> Path:
 
 def body_file(directory: Path, ident: int, body: Body) -> Path:
     """The file that a body is in. Large ones, but for the first of a message, have another name until a moment after the
-    commit."""
+    commit. OSError: as of `_has_frame`."""
     if body.segment:
         return segment_file(directory, body.segment)
     following = next_file(directory, ident)
@@ -114,11 +114,11 @@ def next_file(directory: Path, ident: int) -> Path:
 
 
 def _has_frame(path: Path, ident: int, body: Body) -> bool:
-    """Whether a file has this large body, by its frame."""
+    """Whether a file has this large body, by its frame. OSError: it is there and cannot be read, such as without descriptors."""
     try:
         with path.open("rb") as file:
             magic, generation, found, length, _ = FRAME.unpack(os.pread(file.fileno(), FRAME.size, body.offset))
-    except (OSError, struct.error):
+    except (FileNotFoundError, struct.error):
         return False
     return bool((magic, generation, found, length) == (MAGIC, body.generation, ident, body.length))
 
@@ -197,7 +197,7 @@ class Segments:
         os.replace(self.next_path(ident), self.big_path(ident))
 
     def is_next(self, ident: int, body: Body) -> bool:
-        """Whether `next_path` has the body that a message is committed with."""
+        """Whether `next_path` has the body that a message is committed with. OSError: it cannot be looked at."""
         return _has_frame(self.next_path(ident), ident, body)
 
     def remove_big(self, ident: int) -> None:
@@ -409,7 +409,10 @@ class Segments:
 
     def open_big(self, ident: int, body: Body) -> int:
         """As `open_verified`, of a large body's file."""
-        return self._at_its_place(ident, body, open_verified)
+        try:
+            return self._at_its_place(ident, body, open_verified)
+        except OSError as error:
+            raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
 
     def _at_its_place(self, ident: int, body: Body, use: Callable[[Path, int, Body], T]) -> T:
         """`use` the file of a large body; once more when it was given its name meanwhile."""
@@ -423,7 +426,7 @@ class Segments:
         return use(moved, ident, body)
 
     def body_path(self, ident: int, body: Body) -> Path:
-        """As `body_file`."""
+        """As `body_file`. OSError."""
         return body_file(self._directory, ident, body)
 
     def movable(self, segment: Segment) -> bool:

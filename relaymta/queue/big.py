@@ -16,6 +16,7 @@ does that, and removes those of which no row has the generation.
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -88,7 +89,8 @@ class BigBodies:
         with self._store.reading() as txn:
             left = [(ident, path) for ident, path in left if self._is_astray(txn, ident, path)]
         for ident, path in left:
-            self._put_in_order(ident, path)
+            with suppress(OSError):  # one that cannot be looked at may be the only copy: it stays until a later sweep
+                self._put_in_order(ident, path)
 
     def _is_astray(self, txn: Any, ident: int, path: Path) -> bool:
         """Whether a file is not that of its message by name."""

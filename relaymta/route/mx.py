@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-from relaymta.errors import DNS, US, Failure
+from relaymta.dns import DnsFailure, NoData, NoDescriptor, NoSuchName, Resolver
+from relaymta.errors import DNS, OUT_OF_DESCRIPTORS, US, Failure
 from relaymta.hosts import numeric
 from relaymta.proto.address import DomainError, literal_address, normalize_domain
 
@@ -40,12 +40,21 @@ class Hosts:
 
 
 class NoRoute(Failure):
-    """A domain has no usable mail host. `permanent`: a permanent failure; `enhanced`: its enhanced status code (RFC 3463)."""
+    """A domain has no usable mail host. `permanent`: a permanent failure; `enhanced`: its enhanced status code (RFC 3463).
+    `scarce`: this machine has no descriptor left to find out: that is no failure of the domain."""
 
     def __init__(
-        self, permanent: bool, enhanced: str, public: str, cause: str = "", fault: str = DNS, category: str = ""
+        self,
+        permanent: bool,
+        enhanced: str,
+        public: str,
+        cause: str = "",
+        fault: str = DNS,
+        category: str = "",
+        scarce: bool = False,
     ) -> None:
         super().__init__(public, cause, fault, category or ("dns" if fault == DNS else "local"))
+        self.scarce = scarce
         self.permanent = permanent
         self.enhanced = enhanced
 
@@ -66,7 +75,7 @@ async def mx_hosts(resolver: Resolver, domain: str, ourselves: set[str]) -> Host
     except NoData:
         records, until = [(0, name)], 0.0  # the implicit MX: the domain's own address
     except DnsFailure as error:
-        raise NoRoute(False, "4.4.3", f"DNS failed: {error}") from None
+        raise _dns_failed(error) from None
     return Hosts(_order(records, name, ourselves), until)
 
 
@@ -134,8 +143,14 @@ async def targets(
     if found:
         return found[:ADDRESSES_LIMIT]
     if failures:
-        raise NoRoute(False, "4.4.3", f"DNS failed: {failures[-1]}")
+        raise _dns_failed(failures[-1])
     raise NoRoute(True, "5.4.4", f"{', '.join(hosts.names)}: no mail host with an address")
+
+
+def _dns_failed(error: DnsFailure) -> NoRoute:
+    if isinstance(error, NoDescriptor):
+        return NoRoute(False, "4.3.0", OUT_OF_DESCRIPTORS, str(error), US, scarce=True)
+    return NoRoute(False, "4.4.3", f"DNS failed: {error}")
 
 
 async def _addresses(resolver: Resolver, host: str, families: str) -> list[str]:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterable
 
 from relaymta.config import Config, parse_hostport
+from relaymta.errors import is_scarce
 from relaymta.hosts import numeric
 from relaymta.proto.address import DomainError, normalize_domain
 
@@ -15,12 +16,14 @@ SMTP_PORT = 25
 
 
 def is_local(address: str) -> bool:
-    """Whether an IP address is one of this machine's now."""
+    """Whether an IP address is one of this machine's now. OSError: no descriptor is left to find out."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.bind((address, 0))
     except OSError as error:
+        if is_scarce(error):
+            raise
         return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     return True
 
@@ -78,7 +81,7 @@ class Ourselves:
         return cls({_name(name) for name in given if name}, [listener.address for listener in config.listener])
 
     def at(self, address: str, port: int) -> bool:
-        """Whether a connection to this IP address and port would reach one of our listeners."""
+        """Whether a connection to this IP address and port would reach one of our listeners. OSError: as of `is_local`."""
         known = _plain(address)
         if known is None:
             return False
@@ -88,7 +91,8 @@ class Ourselves:
 
     def is_exchange(self, address: str, port: int) -> bool:
         """Whether a mail exchanger at this address and port is this machine: `at`, or the loopback address and the port of SMTP,
-        where no other domain's mail can be (Postfix, too, takes its own addresses for a loop on this port only)."""
+        where no other domain's mail can be (Postfix, too, takes its own addresses for a loop on this port only). OSError: as of
+        `is_local`."""
         known = _plain(address)
         return self.at(address, port) or (port == SMTP_PORT and known is not None and (known.is_loopback or known.is_unspecified))
 

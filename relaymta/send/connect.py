@@ -15,7 +15,7 @@ import aiosmtplib
 from aiosmtplib.errors import SMTPHeloError
 
 from relaymta.config import Route, Source
-from relaymta.errors import NETWORK, PEER, US, Failure, redacted, without
+from relaymta.errors import NETWORK, OUT_OF_DESCRIPTORS, PEER, US, Failure, is_scarce, redacted, without
 from relaymta.proto.envelope import category_of
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
@@ -44,15 +44,24 @@ class ConnectFailed(Failure):
     in_tls = False
 
     def __init__(
-        self, phase: str, public: str, cause: str = "", said: Said | None = None, fault: str = "", category: str = ""
+        self,
+        phase: str,
+        public: str,
+        cause: str = "",
+        said: Said | None = None,
+        fault: str = "",
+        category: str = "",
+        scarce: bool = False,
     ) -> None:
-        """`fault`, `category`: where they do not follow from the phase and the reply."""
+        """`fault`, `category`: where they do not follow from the phase and the reply. `scarce`: this machine has no descriptor
+        left for a connection: that is no failure of the peer."""
         answered = said is not None and phase != "auth"  # a rejected login is for whoever set it
         code, enhanced = (said.code, said.enhanced) if said is not None else (0, "4.4.1")
         category = category or ("local" if fault == US else category_of(phase, code, enhanced, public))
         super().__init__(public, cause, fault or (PEER if answered else _FAULTS.get(phase, PEER)), category)
         self.phase = phase
         self.said = said
+        self.scarce = scarce
         self.enhanced = "4.4.3" if category == "dns" else "4.4.1"  # of a failure without a reply
 
     def __str__(self) -> str:
@@ -367,6 +376,8 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, s
     """What a failed connection is reported as. `secrets`: what a reply to AUTH may echo, and nobody may read."""
     if isinstance(error, ConnectFailed):
         return error
+    if is_scarce(error):
+        return ConnectFailed(phase, OUT_OF_DESCRIPTORS, f"{peer.name}: {error}", None, US, "local", True)
     name = "a local socket" if peer.path else peer.name
     login = f" ({via.route.login})" if via is not None and phase == "auth" else ""
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:

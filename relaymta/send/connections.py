@@ -41,6 +41,8 @@ WATCHDOG = index("relaymta_watchdog_total")
 THROTTLED = {limit: index("relaymta_throttled_seconds_total", limit) for limit in THROTTLES}
 
 FORGET_MS = 3 * 3_600_000  # after this long without an attempt the failures of a site are forgotten
+STARVED_SECONDS = 1.0  # until connections are opened again that no descriptor was left for
+STARVED_TOLD = 60.0  # seconds without that, until it is logged again
 OPENING = 50  # connections of one worker to one site at the same time
 
 
@@ -71,6 +73,7 @@ class Connections:
     ) -> None:
         self.pools = pools
         self.draining = False
+        self._starved_until = 0.0  # until then it is not logged that no descriptor is left
         self._loop = loop
         self._room = room
         self._sessions = sessions
@@ -260,6 +263,9 @@ class Connections:
         nothing about the new one, which makes its own attempts: or both would count the same outage."""
         if self.pools.get(pool.key) is not pool:
             return
+        if failure.scarce:
+            self._starved(pool, failure)
+            return
         said = failure.said if isinstance(failure, ConnectFailed) else None
         if said is not None and said.code == 421:
             self._decisions.learned(pool, pool.refused_connection(said, began, self._loop.time()))
@@ -267,6 +273,15 @@ class Connections:
             self._site_failed(pool, failure)
         elif not pool.sessions:
             self.pump(pool)
+
+    def _starved(self, pool: Pool, failure: ConnectFailed | NoRoute) -> None:
+        """No descriptor is left for a connection. Nothing was attempted: the site is not down, no message is charged, and all of
+        them wait until it is tried again."""
+        now = self._loop.time()
+        if now > self._starved_until:
+            self._log.event("warning", text=f"{failure.public}: mail for {pool.key} waits, and is tried each second ({failure})")
+        self._starved_until = now + STARVED_TOLD
+        self.pump_in(pool, STARVED_SECONDS)
 
     def _site_failed(self, pool: Pool, error: ConnectFailed | NoRoute) -> None:
         """No host of the site can be used: charge one message, let the queues sleep."""

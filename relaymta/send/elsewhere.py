@@ -190,7 +190,7 @@ class Elsewhere:
             session = await self._opener.to(pool.site, peer, pool.source)
         except BaseException as error:
             self._room.give(pool)
-            if isinstance(error, ConnectFailed) and error.phase == "connect":
+            if isinstance(error, ConnectFailed) and error.phase == "connect" and not error.scarce:
                 self._avoid((pool.key, peer.place), error)
             raise
         if not self._sessions.adopt(pool, session):

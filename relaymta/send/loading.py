@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 
-from relaymta.errors import Failure, StoreError
+from relaymta.errors import Failure, StoreError, is_scarce
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto.envelope import TRANSIENT
@@ -54,7 +54,8 @@ class Loading:
         claimed meanwhile is not looked at: nothing corrects its place any more when the body moves."""
         if not (entry.waiting and pool.ready.remove(entry)):
             return
-        self._counters.add(CORRUPT, 1)
+        if not is_scarce(error):  # else it may be as good as ever
+            self._counters.add(CORRUPT, 1)
         self._log.event("warning", text=f"message {format_id(entry.ident)}: {error}")
         why = Failure("the message could not be read", str(error))
         self._outcomes.charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", why)

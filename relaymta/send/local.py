@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 from relaymta.disk.big import BigFile
-from relaymta.errors import Failure, StoreError
+from relaymta.errors import Failure, StoreError, is_scarce
 from relaymta.ident import format_id
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
@@ -90,7 +90,8 @@ class Local:
         try:
             await self._attempt(entry)
         except StoreError as error:
-            self._counters.add(CORRUPT, 1)
+            if not is_scarce(error):  # else it may be as good as ever
+                self._counters.add(CORRUPT, 1)
             self._log.event("warning", text=f"message {format_id(entry.ident)}: {error}")
             why = Failure("the message could not be read", str(error))
             self._outcomes.charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", why)

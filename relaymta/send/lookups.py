@@ -20,6 +20,7 @@ __all__ = ["Lookups"]
 
 AT_A_TIME = 200  # domains
 KEPT_UNRESOLVED = 50_000  # domains
+SCARCE_MS = 1000  # until a domain is looked up again that no descriptor was left for
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,11 @@ class Lookups:
         if error.permanent:
             for entry in entries:
                 self._outcomes.charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
+            return
+        if error.scarce:  # nothing was asked: no failure of the domain
+            for entry in entries:
+                self._parking.put_back(entry)
+                self._parking.park(entry.queue, self.queue.clock.now() + SCARCE_MS)
             return
         known = self._unresolved.get((name.route, name.domain))
         if known is not None and began <= known.known_at:

@@ -9,8 +9,8 @@ from functools import partial
 import xxhash
 
 from relaymta.config import Config, Route, Source, parse_hostport
-from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-from relaymta.errors import DNS
+from relaymta.dns import DnsFailure, NoData, NoDescriptor, NoSuchName, Resolver
+from relaymta.errors import DNS, OUT_OF_DESCRIPTORS, US
 from relaymta.log import Log
 from relaymta.proto.address import DomainError, normalize_domain
 from relaymta.proto.smtp_client import ClientSession
@@ -64,7 +64,10 @@ class Sources:
         was, until = self._plumbed.get(source.name, (True, 0.0))
         if until > self._now():
             return was
-        ours = is_local(source.address)
+        try:
+            ours = is_local(source.address)
+        except OSError:  # no descriptor is left to find out
+            return was
         if ours != was:
             text = (
                 "is usable again" if ours else "is not an address of this machine: other sources of its routes are used, if any"
@@ -132,6 +135,8 @@ class Opener:
             try:
                 return await self.to(site, peer, source, timeout, peer.last and peer.host not in reached)
             except ConnectFailed as error:
+                if error.scarce:  # no host can be connected to
+                    raise
                 failure = error
                 if error.phase != "connect" or error.said is not None:
                     reached.add(peer.host)
@@ -156,10 +161,13 @@ class Opener:
             return
         port = self._config.delivery.port
         with Stopwatch(self._timed).phase("dns"):
-            found = await targets(
-                self._resolver, site.hosts, families, lambda address: ours.is_exchange(address, port),
-                lambda host: not ours.names.isdisjoint(self._resolver.aliases(host)),
-            )  # fmt: skip
+            try:
+                found = await targets(
+                    self._resolver, site.hosts, families, lambda address: ours.is_exchange(address, port),
+                    lambda host: not ours.names.isdisjoint(self._resolver.aliases(host)),
+                )  # fmt: skip
+            except OSError as error:  # whether an address is ours is not known
+                raise NoRoute(False, "4.3.0", OUT_OF_DESCRIPTORS, str(error), US, scarce=True) from None
         if self.tracer is not None:
             order = ", ".join(f"{target.host} [{target.address}]" for target in found)
             self._told(site, f"MX hosts in this order: {order}", tuple(target.host for target in found))
@@ -175,6 +183,8 @@ class Opener:
         try:
             with Stopwatch(self._timed).phase("dns"):
                 found = await self._resolver.host(name, families)
+        except NoDescriptor as error:
+            raise NoRoute(False, "4.3.0", OUT_OF_DESCRIPTORS, str(error), US, scarce=True) from None
         except (DnsFailure, NoData, NoSuchName) as error:
             what = {NoSuchName: "it does not exist", NoData: f"it has no address of IPv{' or IPv'.join(families)}"}
             why = what.get(type(error)) or str(error)
@@ -213,7 +223,8 @@ class Opener:
                 session.fell_back = True
                 return session
             # The timeout of a probe (`timeout`) is short: its failure does not mean that the host is down.
-            if site.hosts is None and marks and error.phase == "connect" and error.said is None and not timeout:
+            theirs = error.phase == "connect" and error.said is None and not error.scarce
+            if site.hosts is None and marks and theirs and not timeout:
                 self._failed(site, peer, name, error)
             raise
         if self._down and self._down.pop(name, None) is not None:
