@@ -14,8 +14,8 @@ from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
 __all__ = [
-    "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "listens", "normal", "notify", "notify_wait",
-    "reason", "remove_socket", "watchdog_seconds",
+    "another", "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "listens", "normal", "notify",
+    "notify_wait", "reason", "remove_socket", "watchdog_seconds",
 ]  # fmt: skip
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
@@ -40,7 +40,7 @@ def bound(
         if not passed:
             check_free(listener.address)
         for number, row in enumerate(rows):
-            row.append(passed[number % len(passed)].dup() if passed else bind(listener.address))
+            row.append(another(passed[number % len(passed)]) if passed else bind(listener.address))
         for sock in passed:
             sock.close()
     for sock in (sock for passed in inherited.values() for sock in passed if own is not None):
@@ -49,6 +49,11 @@ def bound(
         names = ", ".join(f"{host}:{port}" for host, port in inherited)
         raise ConfigError([f"listener.address: systemd passes a socket on {names}, which no [[listener]] has as its address"])
     return rows
+
+
+def another(sock: socket.socket) -> socket.socket:
+    """Another descriptor of a socket. (socket.dup would also make it block, for all processes that have it.)"""
+    return socket.socket(fileno=os.dup(sock.fileno()))
 
 
 def _inherited() -> dict[tuple[str, int], list[socket.socket]]:

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import ipaddress
 import socket
+import struct
 import termios
 from array import array
 from collections.abc import Callable
@@ -16,6 +17,7 @@ __all__ = ["Listening", "ProxyHeaderReader", "client_address", "in_networks", "r
 
 BACKLOG = 1024
 ACCEPT_TOGETHER = 16  # sockets accepted in one turn of the loop: each may begin a TLS handshake
+_INSTANT = struct.pack("ll", 0, 1000)  # a timeval: 1 ms
 PROXY_SECONDS = 5.0  # seconds for a load balancer's whole header
 
 
@@ -39,6 +41,9 @@ class Listening:
         # Accepted sockets inherit this: TCP's urgent octet stays in the stream. Otherwise it would be missing in FIONREAD and in
         # the message data.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        # Whether calls block is a property of the socket, which other processes have, too: one of them may change that (as a
+        # program that an upgrade starts). Then accept() ends after this time.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _INSTANT)
         sock.setblocking(False)
         sock.listen(BACKLOG)
         self._arrived = arrived

@@ -33,6 +33,7 @@ from relaymta.node import SiteState, SiteStates, keep_secret
 from relaymta.queue.snapshot import remove_stale
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import (
+    another,
     bound,
     control_socket,
     http_sockets,
@@ -205,7 +206,7 @@ class Supervisor:
         """Answer the command line and /metrics, and store what is decided, from now on."""
         if self.http_sockets:
             self._http = await self._serve_metrics(self.http_sockets)
-        self._server = await asyncio.start_unix_server(self._converse, sock=self.control.dup())
+        self._server = await asyncio.start_unix_server(self._converse, sock=another(self.control))
         self.machine.start()
         self.http_api = HttpApi(self.config, self.admin, self.admin_port, self._warn)
         self.http_api.start()

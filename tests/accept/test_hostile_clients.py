@@ -465,6 +465,21 @@ async def test_a_listener_is_as_the_last_call_wants(calls, accepts):
         one.close()
 
 
+@pytest.mark.timeout(20)
+async def test_a_listener_that_another_process_makes_block_blocks_nothing():
+    loop, sock = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0))
+    arrived: list[socket.socket] = []
+    listening = Listening(loop, sock, lambda sock, peer: arrived.append(sock), lambda: None)
+    listening.resume()
+    with socket.socket(fileno=os.dup(sock.fileno())) as other, socket.create_connection(sock.getsockname()):
+        other.setblocking(True)
+        async with asyncio.timeout(10):
+            while not arrived:
+                await asyncio.sleep(0.01)
+        arrived.pop().close()
+    listening.close()
+
+
 async def test_a_listener_without_descriptors_reports_it_once_and_waits():
     reported, arrived = [], []
     loop, sock = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0))
