@@ -12,15 +12,16 @@ MARGIN = 2.25  # a square is at 4, what sorts at 1.2
 LEAST_SECONDS, REPEATS, TRIES = 0.0005, 3, 20
 
 
-def least_seconds(parser: Parser, data: bytes) -> float:
+def least_seconds(parser: Parser, data: bytes, repeats: int) -> float:
     """CPU time of a call: the least of several measurements, each of as many calls as the clock resolves."""
-    return parser.seconds(data, LEAST_SECONDS, REPEATS, time.thread_time)
+    return parser.seconds(data, LEAST_SECONDS, repeats, time.thread_time)
 
 
 def growth(parser: Parser, what: str, octets: int) -> float:
-    """How much more time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square."""
+    """How much more time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square. The longer one is
+    measured once: what disturbs that makes the growth too large, and is measured again."""
     short, long = parser.worst[what](octets // TIMES), parser.worst[what](octets)
-    return (least_seconds(parser, long) / len(long)) / (least_seconds(parser, short) / len(short))
+    return (least_seconds(parser, long, 1) / len(long)) / (least_seconds(parser, short, REPEATS) / len(short))
 
 
 def least_growth(parser: Parser, what: str, octets: int) -> float:
