@@ -28,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
                 raise pytest.UsageError(f"{built.name} is older than {source.name}: run `make build`")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `prove` is for `make prove`."""
+    if not PROVE and (left := [item for item in items if item.get_closest_marker("prove")]):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("prove")]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is collected, some hundred thousand objects, stays until the end: no collection of garbage looks at it, neither now

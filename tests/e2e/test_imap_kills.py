@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.daemon import wait_for
 from tests.support.imap_relay import ImapRelay, Session
-from tests.support.mailboxes import kill_under_load, verified
+from tests.support.mailboxes import PAUSE, kill_under_load, verified
+from tests.support.prove import in_prove
 
 PROVE = os.environ.get("RELAYMTA_PROVE") == "1"
 BOXES = ("INBOX", "Archive", "Trash")
@@ -32,9 +33,10 @@ def different(found: State, expected: State) -> dict[str, tuple[object, object]]
 
 
 class Client:
-    """One user's client: it changes mail at random in mailboxes (`boxes`), and knows after each answer what there has to be."""
+    """One user's client: it changes mail at random in mailboxes (`boxes`), and knows after each answer what there has to be.
+    `pause`: seconds between two commands."""
 
-    boxes = BOXES
+    boxes, pause = BOXES, PAUSE
 
     def __init__(self, relay: ImapRelay, number: int, stop: threading.Event) -> None:
         self.relay, self.name, self.stop = relay, f"client{number}", stop
@@ -60,7 +62,7 @@ class Client:
                 try:
                     self.state = self.settled(session, expected)
                     assert self.state in expected, (self.name, command, [different(self.state, one) for one in expected])
-                    while not self.stop.is_set():
+                    while not self.stop.wait(self.pause):
                         expected = [self.state]
                         after, command = self.plan(session)
                         expected.append(after)
@@ -80,7 +82,7 @@ class Client:
         at the shard's owner when the worker that has asked it for this is killed."""
         found, until = self.look(session), time.monotonic() + LATE
         while found != expected[-1] and time.monotonic() < until:
-            time.sleep(0.05)
+            time.sleep(0.2)  # a look costs much
             found = self.look(session)
         return found
 
@@ -166,7 +168,7 @@ class Clients:
             assert client.look(relay.session(client.name)) is not None
 
 
-@pytest.mark.parametrize("what", ["group", "workers"])
+@pytest.mark.parametrize("what", ["group", *in_prove("workers")])
 def test_what_was_acknowledged_is_there(tmp_path, what):
     with ImapRelay(tmp_path) as relay:
         clients = Clients(relay, 6)

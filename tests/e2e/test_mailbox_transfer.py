@@ -5,6 +5,7 @@ import json
 import mailbox
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -148,8 +149,16 @@ def test_files_that_are_wrong_are_named_and_the_others_are_in(tmp_path):
         wait_for(lambda: relay.summary() == [], what="nothing")
 
 
+@pytest.fixture(scope="module")
+def alices(tmp_path_factory) -> Iterator[Relay]:
+    """A relay with one user, who is to have no mail."""
+    with kept(tmp_path_factory.mktemp("alices")) as relay:
+        create(relay, "alice")
+        yield relay
+
+
 @pytest.mark.parametrize("place", ["fifo", "/dev/zero", "/dev/null", "socket"])
-def test_what_is_neither_a_file_nor_a_folder_is_not_imported(tmp_path, place):
+def test_what_is_neither_a_file_nor_a_folder_is_not_imported(tmp_path, alices, place):
     """Not waited for, and not read for ever; whether the relay runs or not."""
     path = place if place.startswith("/") else str(tmp_path / place)
     if place == "fifo":
@@ -157,9 +166,8 @@ def test_what_is_neither_a_file_nor_a_folder_is_not_imported(tmp_path, place):
     listening = socket.socket(socket.AF_UNIX)
     if place == "socket":
         listening.bind(path)
-    with listening, kept(tmp_path) as relay:
-        create(relay, "alice")
-        found = relay.cli("mailbox", "import", "alice@local.example", path, check=False)
+    with listening:
+        found = alices.cli("mailbox", "import", "alice@local.example", path, check=False)
         assert (found.returncode, found.stdout) == (65, "")
         assert f"{path} is neither a file nor a folder" in found.stderr
-        assert shown(relay, "alice")["INBOX"] == []
+        assert shown(alices, "alice")["INBOX"] == []

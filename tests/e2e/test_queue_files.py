@@ -17,6 +17,7 @@ from relaymta.cli.folder import Folder, RootsFolder
 from relaymta.ident import format_id, parse_id
 from relaymta.proto.envelope import HELD, PERMANENT, TRANSIENT, UNSEEN, Attempt, Envelope, Quarantine, Unseen
 from relaymta.queue import wall_ms
+from tests.conftest import PROVE
 from tests.e2e.test_privileges import NOBODY, relay_of_nobody, root_only
 from tests.e2e.test_stopped_queue import cli, letters, open_folder  # noqa: F401
 from tests.queue.test_queue import Bench, until
@@ -269,7 +270,7 @@ def test_the_name_of_a_new_folder_is_durable(tmp_path, monkeypatch):
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_kill_9_loses_and_doubles_nothing(tmp_path, verb):
     spool, files = tmp_path / "spool", tmp_path / "files"
-    idents = fill(spool, letters(1500))
+    idents = fill(spool, letters(1500 if PROVE else 500))
     export = ["queue", "export", "--all", "--to", str(files), "--delete"]
     if verb == "import":
         cli(spool, *export)

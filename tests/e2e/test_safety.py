@@ -22,10 +22,12 @@ from tests.conftest import PROVE
 from tests.support.daemon import Relay, dialog, free_port, wait_for
 from tests.support.fake_mx import SILENT, FakeMx
 from tests.support.programs import need
+from tests.support.prove import in_prove
 from tests.support.source import Source
 from tests.support.traced import BEGINS, CALLS, Syncs, moments
 
 KILLS = 30 if PROVE else 4
+PAUSE = 0.0 if PROVE else 0.02  # seconds of each client between two messages: many are under way all the time, even so
 
 
 def check_ledger(source: Source, ledger) -> int:
@@ -67,11 +69,11 @@ def drained(relay: Relay, seconds: float = 60) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [*in_prove(1), 2])
 def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, workers):
     """Duplicates are allowed only for messages that were in doubt at a kill."""
     relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers).start()
-    source = Source(lambda: relay.port, 20)
+    source = Source(lambda: relay.port, 20, pause=PAUSE)
 
     async def kills() -> None:
         for _ in range(KILLS):
@@ -98,10 +100,10 @@ def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, work
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [*in_prove(1), 2])
 def test_a_killed_worker_is_replaced_and_no_connect_fails(tmp_path, ledger, workers):
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers) as relay:
-        source = Source(lambda: relay.port, 10, reuse=False)
+        source = Source(lambda: relay.port, 10, reuse=False, pause=PAUSE)
         slowest = 0.0  # of the replacements
 
         async def kills() -> None:
@@ -127,7 +129,7 @@ def test_a_killed_worker_is_replaced_and_no_connect_fails(tmp_path, ledger, work
 def test_a_killed_supervisor_loses_nothing(tmp_path, ledger):
     """Its workers finish what is past the dot and release the spool, which the next start takes over."""
     relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2).start()
-    source = Source(lambda: relay.port, 10)
+    source = Source(lambda: relay.port, 10, pause=PAUSE)
 
     async def kills() -> None:
         for _ in range(max(2, KILLS // 3)):
@@ -167,7 +169,7 @@ def test_a_killed_supervisor_leaves_no_worker_behind(tmp_path, ledger):
 
 def test_sigterm_drains_and_nothing_is_sent_twice(tmp_path, ledger):
     relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}").start()
-    source = Source(lambda: relay.port, 10)
+    source = Source(lambda: relay.port, 10, pause=PAUSE)
     rounds = 0
 
     async def stops() -> None:
@@ -254,7 +256,7 @@ def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
             stderr=subprocess.DEVNULL,
         )
         wait_for(partial(traced, pid), what="strace to be attached to every thread")
-        source = Source(lambda: relay.port, 5)
+        source = Source(lambda: relay.port, 5, pause=PAUSE)
 
         async def main() -> None:
             started = time.monotonic()

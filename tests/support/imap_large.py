@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from relaymta.store.files import MailFiles
 from relaymta.store.reading import data_of, pages
+from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, wait_for
 from tests.support.imap_relay import ImapRelay, Session, message
 from tests.support.mailboxes import Load
@@ -143,7 +144,7 @@ class Paced(Load):
     """A load that leaves the relay time for what is tested beside it, to users with many other messages."""
 
     def deliver(self, client: smtplib.SMTP, to: list[str], text: str) -> list[str]:
-        self._stop.wait(0.02)
+        self._stop.wait(0.02 if PROVE else 0.05)
         return super().deliver(client, to, text)
 
     def found(self, name: str) -> list[str]:
@@ -167,18 +168,18 @@ class LmtpLoad(Paced):
 
 
 class Work:
-    """`step()` again and again on a thread of its own, within `with`, which raises what it has raised. `count`: how many steps
-    have ended."""
+    """`step()` again and again on a thread of its own, with so many seconds between, within `with`, which raises what it has
+    raised. `count`: how many steps have ended."""
 
-    def __init__(self, step: Callable[[], object]) -> None:
+    def __init__(self, step: Callable[[], object], pause: float = 0.0) -> None:
         self.count = 0
-        self._step, self._stop = step, threading.Event()
+        self._step, self._pause, self._stop = step, pause, threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         try:
-            while not self._stop.is_set():
+            while not self._stop.wait(self._pause):
                 self._step()
                 self.count += 1
         except BaseException as error:

@@ -14,9 +14,10 @@ import trustme
 from relaymta import control
 from relaymta.store.files import MailFiles
 from relaymta.store.shown import shown as store_shown
+from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 
-__all__ = ["LOCAL", "Load", "Readable", "create", "kept", "kill_under_load", "shown", "verified"]
+__all__ = ["LOCAL", "PAUSE", "Load", "Readable", "create", "kept", "kill_under_load", "shown", "verified"]
 
 LOCAL = '{name="here",protocol="mailbox",recipient_domain=["local.example"]}'
 
@@ -46,6 +47,9 @@ def verified(relay: Relay) -> None:
     assert (found.returncode, found.stderr) == (0, ""), found
 
 
+PAUSE = 0.0 if PROVE else 0.01  # seconds of each client between two messages: one is under way most of the time, even so
+
+
 class Load:
     """Clients (the first has the number `first`) that send messages with a subject of their own to some of the users, and note
     which were acknowledged."""
@@ -72,6 +76,7 @@ class Load:
         while not self._stop.is_set():
             with contextlib.suppress(OSError, smtplib.SMTPException), self.client() as client:
                 while not self._stop.is_set():
+                    self._stop.wait(PAUSE)
                     count += 1
                     to = chance.sample(self.users, min(len(self.users), chance.choice((1, 1, 3))))
                     subject = f"{number}-{count}"

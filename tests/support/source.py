@@ -10,13 +10,17 @@ from collections.abc import Callable
 class Source:
     """`connections` clients that send for ever to 127.0.0.1:port, reconnecting when they are cut off.
 
-    `acknowledged`: id -> hash of the body, recorded when 250 has arrived. `offered`: every id whose dot was sent.
+    `pause`: seconds of each between two messages. `acknowledged`: id -> hash of the body, recorded when 250 has arrived.
+    `offered`: every id whose dot was sent.
     """
 
-    def __init__(self, port: Callable[[], int], connections: int, size: int = 2000, reuse: bool = True) -> None:
+    def __init__(
+        self, port: Callable[[], int], connections: int, size: int = 2000, reuse: bool = True, pause: float = 0.0
+    ) -> None:
         self.port = port
         self.size = size
         self.reuse = reuse
+        self._pause = pause
         self.acknowledged: dict[str, str] = {}
         self.acknowledged_at: dict[str, float] = {}  # time.monotonic(), as `sent_at`
         self.sent_at: dict[str, float] = {}
@@ -59,6 +63,8 @@ class Source:
 
     async def pause(self) -> None:
         """Called before each message."""
+        if self._pause:
+            await asyncio.sleep(self._pause)
 
     async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, began: float) -> None:
         await self._reply(reader)
