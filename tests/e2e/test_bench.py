@@ -24,6 +24,7 @@ from tests.support import commands
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
+from tests.support.prove import in_prove
 
 # What each profile must have done for the run to mean anything: the counts of the sink.
 FAULTS = {
@@ -162,7 +163,7 @@ def running(folder: Path, *words: str):
         process.communicate()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), *in_prove((signal.SIGTERM, 143), (signal.SIGHUP, 129))])
 def test_a_signal_ends_the_load_and_leaves_nothing(tmp_path, number, status):
     folder = tmp_path / "spools"
     folder.mkdir()

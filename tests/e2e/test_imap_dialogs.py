@@ -9,6 +9,7 @@ import pytest
 from tests.support.dialog import Dialog, DialogFailed
 from tests.support.imap_relay import ImapRelay, Session
 from tests.support.mailboxes import verified
+from tests.support.prove import in_prove
 
 DIALOGS = sorted((Path(__file__).parent.parent / "dialogs").glob("*.dialog"))
 
@@ -22,8 +23,14 @@ def relay(tmp_path_factory) -> Iterator[ImapRelay]:
         verified(relay)
 
 
-@pytest.mark.parametrize("place", ["imap", "imaps"])
-@pytest.mark.parametrize("path", DIALOGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        *((path, "imaps" if number % 2 else "imap") for number, path in enumerate(DIALOGS)),
+        *in_prove(*((path, "imap" if number % 2 else "imaps") for number, path in enumerate(DIALOGS))),
+    ],
+    ids=lambda value: getattr(value, "stem", value),
+)
 def test_the_dialog_is_held(relay, user, path, place):
     Dialog(path, relay, user, lambda: relay.connect(place)).hold()
 

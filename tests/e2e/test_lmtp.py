@@ -16,6 +16,7 @@ from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, Relay, free_port, heard, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.mailboxes import LOCAL, Load, create, kill_under_load, shown, verified
+from tests.support.prove import in_prove
 
 SMALL = "Subject: {}\r\n\r\nx\r\n"
 
@@ -222,7 +223,7 @@ class Deliveries(Load):
         return [name for name, one in zip(to, said, strict=True) if one[0] == "2"]
 
 
-@pytest.mark.parametrize("what", ["group", "workers"])
+@pytest.mark.parametrize("what", ["group", *in_prove("workers")])
 def test_what_was_acknowledged_is_there_when_processes_are_killed(tmp_path, what):
     users = [f"u{number}" for number in range(8)]
     relay = Kept(tmp_path, workers=2)

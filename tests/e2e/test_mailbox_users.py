@@ -14,9 +14,9 @@ import pytest
 from relaymta import control
 from relaymta.control import frames
 from relaymta.store.files import MailFiles
-from tests.conftest import PROVE
 from tests.support.daemon import Relay, wait_for
 from tests.support.mailboxes import Load, create, kept, shown, verified
+from tests.support.prove import in_prove
 
 
 def listed(relay: Relay) -> dict[str, dict[str, object]]:
@@ -123,7 +123,7 @@ def test_a_message_larger_than_a_request_is_moved_and_restored(tmp_path):
         verified(relay)
 
 
-@pytest.mark.parametrize("what", ["group", "source", "target"] if PROVE else ["group", "source"])
+@pytest.mark.parametrize("what", ["group", "source", *in_prove("target")])
 def test_a_move_that_was_interrupted_goes_on(tmp_path, what):
     relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()
     try:

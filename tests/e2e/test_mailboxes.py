@@ -17,6 +17,7 @@ from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.mailboxes import LOCAL, Load, create, kept, kill_under_load, shown, verified
 from tests.support.programs import need
+from tests.support.prove import in_prove
 from tests.support.traced import BEGINS, CALLS, Syncs, moments
 
 ROUNDS = 30 if PROVE else 2  # of kills
@@ -29,7 +30,7 @@ def replies(relay: Relay, *recipients: str, sender: str = "s@x.example") -> list
         return [(code, text.decode()) for code, text in map(client.rcpt, recipients)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [*in_prove(1), 2])
 def test_mail_is_filed_and_shown(tmp_path, workers):
     with kept(tmp_path, workers=workers) as relay:
         create(relay, "alice", "bob")
@@ -260,7 +261,7 @@ def test_strace_shows_that_a_message_leaves_the_queue_when_its_mailbox_has_it(tm
     assert steps[: 4 * count] == ["queued", "filed", "ended", "forgotten"] * count
 
 
-@pytest.mark.parametrize("what", ["group", "workers"])
+@pytest.mark.parametrize("what", [*in_prove("group"), "workers"])
 def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what):
     users = [f"u{number}" for number in range(8)]
     relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()

@@ -11,7 +11,7 @@ import re
 import shlex
 import smtplib
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tests.support.fake_mx import FakeMx
 from tests.support.in_thread import in_thread
 from tests.support.pages import Said, blocks, is_said
 from tests.support.pages import commands as commands_of
+from tests.support.prove import in_prove
 from tests.support.routed import server_context
 from tests.support.token_server import TokenServer
 from tests.support.zone import Zone, nameserver
@@ -45,10 +46,10 @@ MESSAGE = "From: shop@example.com\r\nTo: bob@far.example\r\nSubject: hello\r\n\r
 USER = 'user = "relaymta"\n'  # who need not exist here
 
 
-def about(*files: str) -> pytest.MarkDecorator:
-    """The test of these files, which has the name of one as `file`."""
+def about(*files: str, alike: Collection[str] = ()) -> pytest.MarkDecorator:
+    """The test of these files, which has the name of one as `file`. `alike`: those that only `make prove` starts a relay with."""
     TESTED.update(files)
-    return pytest.mark.parametrize("file", files)
+    return pytest.mark.parametrize("file", [*(file for file in files if file not in alike), *in_prove(*alike)])
 
 
 def page_of(file: str) -> Path:
@@ -180,7 +181,7 @@ LOGINS = {  # file: the host, as in the file; user; file with the password
 }
 
 
-@about(*LOGINS)
+@about(*LOGINS, alike=("mailgun.toml", "sendgrid.toml", "postmark.toml"))
 def test_a_service_with_a_password(file, tmp_path, dns):
     """One message to it; and our bounce about another, which most files send to the MX."""
     host, user, secret = LOGINS[file]

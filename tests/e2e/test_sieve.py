@@ -11,6 +11,7 @@ from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.mailboxes import LOCAL, Load, create, kept, kill_under_load, shown, verified
+from tests.support.prove import in_prove
 
 ROUNDS = 30 if PROVE else 2
 
@@ -113,7 +114,7 @@ def test_the_commands(tmp_path):
         assert relay.cli("sieve", "get", "alice@local.example", "other", check=False).returncode == 1
 
 
-@pytest.mark.parametrize("what", ["group", "worker"])
+@pytest.mark.parametrize("what", [*in_prove("group"), "worker"])
 def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what, peer):
     with kept(tmp_path, workers=2, routes=to_outside(peer)) as relay:
         create(relay, "alice", "bob")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.conftest import PROVE
 from tests.e2e.conftest import SinkThread
 from tests.support.commands import run
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
@@ -66,8 +67,8 @@ class Load(Source):
         self._thread.start()
 
     async def pause(self) -> None:
-        """About 200 connections a second, of all clients."""
-        await asyncio.sleep(0.025)
+        """About 100 connections a second, of all clients; 200 where all is proved."""
+        await asyncio.sleep(0.025 if PROVE else 0.05)
 
     def more(self, count: int = 30) -> None:
         """Wait until so many more are acknowledged."""
@@ -195,12 +196,17 @@ def failing(folder: Path) -> dict[str, tuple[list[str], str, str]]:
     }
 
 
+# Of `failing`, in `make test`: each comes further than the one before.
+SOME = ("hangs", "knows no upgrade", "workers die", "shard does not open", "killed at a shard", "cannot commit")
+
+
 def test_an_upgrade_to_a_program_that_fails_changes_nothing(tmp_path: Path, ledger: SinkThread) -> None:
     """No connection is refused meanwhile, no mail lost; the old program serves on, and can be upgraded afterwards."""
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
         pid, workers = pid_of(relay), relay.worker_pids()
         with loaded(relay, ledger) as load:
-            for name, (options, result, why) in failing(tmp_path).items():
+            programs = failing(tmp_path)
+            for name, (options, result, why) in ((name, programs[name]) for name in (programs if PROVE else SOME)):
                 found = upgraded(relay, *options, status=1)
                 assert (found["result"], why in str(found["why"])) == (result, True), (name, found)
                 load.more(10)

@@ -10,6 +10,7 @@ from relaymta.proto.imap_server import ENOUGH, ServerSession
 from relaymta.proto.imap_session import CANCELLED, COMMAND, COMMANDS, FIRST_LIMIT, FIRST_LITERAL, LIMIT, MESSAGE
 from relaymta.proto.imap_words import TAG_MOST
 from tests.support.imap import CLEAR, LOGIN, caller
+from tests.support.prove import in_prove
 
 
 def test_the_work_of_one_call_is_bounded():
@@ -74,7 +75,7 @@ def test_the_longest_literal(login, line, most, plus):
     )
 
 
-@pytest.mark.parametrize("piece", [b"x", b"\n", b"\r", b"(", b'"', b"\0", b"{", b"1,"])
+@pytest.mark.parametrize("piece", [b"\n", b"(", b"{", *in_prove(b"x", b"\r", b'"', b"\0", b"1,")])
 def test_a_megabyte_without_an_end_octet_by_octet(piece):
     made = caller()
     line = piece * (1_000_000 // len(piece))

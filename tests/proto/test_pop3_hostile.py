@@ -8,6 +8,7 @@ from relaymta.proto.pop3_maildrop import SLICE, Maildrop
 from relaymta.proto.pop3_server import ENOUGH, ENOUGH_OCTETS, ServerSession
 from relaymta.proto.pop3_session import CLAIMED, COMMANDS, OPENING, SENDING
 from tests.support.pop3 import CLEAR, LOGIN, caller
+from tests.support.prove import in_prove
 
 MESSAGE = b"Subject: a\r\n\r\none\r\ntwo\r\n"
 
@@ -92,7 +93,7 @@ def test_the_longest_command():
     assert made.feed(b"USER " + b"x" * 249 + b"\r\n") == pop3_reply.LINE_TOO_LONG
 
 
-@pytest.mark.parametrize("line", [b"x" * 1_000_000, b"\n" * 1_000_000, b"\r" * 1_000_000, b"NOOP \n" * 170_000])
+@pytest.mark.parametrize("line", [b"\n" * 1_000_000, b"NOOP \n" * 170_000, *in_prove(b"x" * 1_000_000, b"\r" * 1_000_000)])
 def test_a_long_line_in_pieces_of_one_octet(line):
     made = caller(MESSAGE)
     most = 0

@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import PROVE
 from tests.sim.world import run
 
-SEEDS = 20_000 if PROVE else 100
-TOGETHER = 100 if PROVE else 25  # seeds of one test
+SEEDS = 20_000 if PROVE else 60
+TOGETHER = 100 if PROVE else 20  # seeds of one test
 
 
 @pytest.mark.parametrize("first", range(1, SEEDS + 1, TOGETHER))
