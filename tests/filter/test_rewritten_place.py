@@ -24,6 +24,7 @@ from relaymta.reservation import Reservation
 from tests.filter.test_rewritten import Stop, content
 from tests.queue.test_one_end import Watched
 from tests.queue.test_queue import until
+from tests.support.prove import in_prove
 
 OLD_HEADER, NEW_HEADER = b"Subject: old\r\n\r\n", b"Subject: new\r\n\r\n"
 OLD = OLD_HEADER + b"old\r\n" * 300_000
@@ -257,8 +258,15 @@ async def replaced_until(folder: Path, point: str, large: bool) -> None:
         die()
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("large", [True, False], ids=["of a file", "of a body in memory"])
+@pytest.mark.parametrize(
+    ("large", "point"),
+    [
+        *((True, point) for point in POINTS),
+        (False, "renamed"),
+        *in_prove(*((False, point) for point in POINTS if point != "renamed")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "of a file" if value else "of a body in memory",
+)
 async def test_a_process_that_is_killed_leaves_the_whole_message_or_none(tmp_path, point, large):
     code = (
         "import asyncio, sys; from pathlib import Path; from tests.filter.test_rewritten_place import replaced_until; "
