@@ -7,6 +7,9 @@ import os
 import select
 import socket
 import stat
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pwd import struct_passwd
 
@@ -22,6 +25,7 @@ FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
 HTTP_BACKLOG = 128
 PROBE_SECONDS = 10.0
+ENDING_SECONDS = 0.25
 BARRIER_SECONDS = 5.0
 
 
@@ -108,7 +112,7 @@ def http_sockets(host: str, port: int) -> list[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(address)
+            _patiently(partial(sock.bind, address))
             sock.listen(HTTP_BACKLOG)
     except BaseException:
         for sock in found:
@@ -120,7 +124,7 @@ def http_sockets(host: str, port: int) -> list[socket.socket]:
 def check_free(address: str) -> None:
     """ConfigError when another program listens on an address (SO_REUSEPORT alone would share the port with it)."""
     try:
-        _try(address)
+        _patiently(lambda: _try(address))
     except OSError as error:
         raise ConfigError([f"listener.address: {address}: {reason(error)}"]) from None
 
@@ -132,6 +136,19 @@ def in_use(address: str) -> bool:
     except OSError as error:
         return error.errno == errno.EADDRINUSE
     return False
+
+
+def _patiently(bind: Callable[[], None]) -> None:
+    """Bind an address; where it is in use, again and again for a moment: a program that was killed has it until it has ended.
+    OSError."""
+    until = time.monotonic() + ENDING_SECONDS
+    while True:
+        try:
+            return bind()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                raise
+            time.sleep(0.005)
 
 
 def _try(address: str) -> None:

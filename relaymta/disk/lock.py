@@ -8,7 +8,7 @@ from pathlib import Path
 from relaymta.errors import SpoolBusy
 from relaymta.proto.printable import printable
 
-__all__ = ["OWNER_SECONDS", "all_unlocked", "lock", "locked_shard"]
+__all__ = ["OWNER_SECONDS", "TRY_SECONDS", "all_unlocked", "lock", "locked_shard"]
 
 OWNER_SECONDS = 5.0  # a process that was killed has its locks until its last write to the disk has ended
 TRY_SECONDS = 0.005

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import uvloop
 from relaymta import __version__, privileges
 from relaymta.accept.tls import certificate_paths
 from relaymta.config import Config, parse_hostport
-from relaymta.disk.lock import locked_shard
+from relaymta.disk.lock import OWNER_SECONDS, TRY_SECONDS, locked_shard
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
@@ -37,6 +38,8 @@ from relaymta.sockets import (
     bound,
     control_socket,
     http_sockets,
+    in_use,
+    listens,
     notify,
     notify_wait,
     reason,
@@ -406,6 +409,7 @@ class Supervisor:
 
     def _open_ports(self, workers: int) -> list[list[socket.socket]]:
         """The listening sockets, also those of /metrics. SpoolBusy where they are those of a relay with this spool."""
+        self._await_the_killed()
         try:
             found = bound(self.config.listener, workers)
             self._open_http()
@@ -415,6 +419,16 @@ class Supervisor:
             if shard is None:
                 raise
             raise SpoolBusy(f"{shard} is in use by another relaymta") from None
+
+    def _await_the_killed(self) -> None:
+        """Wait for the end of processes of a relay that was killed: they have its ports, and its shards, until then."""
+        spool, until = Path(self.config.spool), time.monotonic() + OWNER_SECONDS
+        addresses = [listener.address for listener in self.config.listener]
+        while locked_shard(spool) is not None and any(map(in_use, addresses)) and time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                if listens(self.config.control_path):
+                    return  # it is alive
+            time.sleep(TRY_SECONDS)
 
     def _prepare_spool(self, spool: Path) -> None:
         make_folder(spool)

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -221,6 +222,21 @@ def test_a_second_relay_is_told_that_the_spool_is_in_use(tmp_path):
         (relay.spool / "control.sock").unlink()
         second = subprocess.run(relay.command(), capture_output=True, text=True, timeout=60, check=False)
         assert second.returncode == 75 and f"{relay.spool}/shard-0 is in use by another relaymta" in second.stderr
+
+
+def test_what_a_killed_relay_has_yet_is_waited_for(tmp_path):
+    """Its port, and its shard: they are those of processes that are ending for a second."""
+    (tmp_path / "spool" / "shard-0").mkdir(parents=True)
+    relay = Relay(tmp_path, f"127.0.0.1:{free_port()}")
+    script = (
+        f"import fcntl, socket, sys, time; port = socket.create_server(('127.0.0.1', {relay.port}), reuse_port=True); "
+        f"shard = open({str(relay.spool / 'shard-0' / 'lock')!r}, 'w'); fcntl.flock(shard, fcntl.LOCK_EX); "
+        "print('has both', flush=True); time.sleep(1); shard.close(); time.sleep(0.05)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as ending:
+        assert ending.stdout is not None and ending.stdout.readline() == b"has both\n"
+        with relay:
+            assert dialog(relay.port, b"QUIT\r\n").startswith(b"220 ")
 
 
 def test_strace_shows_both_syncs_before_every_250(tmp_path, ledger):

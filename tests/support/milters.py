@@ -90,7 +90,8 @@ class Acting(Program):
     def told(self) -> list[list[Any]]:
         """What it was told: [connection, letter, ..., macros] each."""
         events = self.folder / "events"
-        return [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+        lines = events.read_text().splitlines(keepends=True) if events.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be written just now
 
     def letters(self) -> str:
         return "".join(event[1] for event in self.told())
