@@ -173,7 +173,7 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
     ("SMTP, queue, mailbox, one worker: CPU", filed("queue", 0, "cpu_us"), "-", 260, "{:.0f} us"),
     ("... messages a second, until they are in the mailbox", filed("queue", 0, "end to end"), "+", 2500, "{:,.0f}"),
     ("... Postfix's and Dovecot's CPU vs. it", filed("queue", 0, "fewer", ""), "+", 15, "{:.1f} x"),
-    ("A scrape a second, the page and a trace: messages a second with them", lambda f: f["watched"]["rate"]["median"],
+    ("A scrape every five seconds, the page and a trace: messages a second with them", lambda f: f["watched"]["rate"]["median"],
      "+", 0.98, "{:.3f} x"),
     ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
     ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),

@@ -1,6 +1,6 @@
 """What looking costs: `python -m benchmarks.watched [--pairs N] [--messages N] [--json FILE]`.
 
-One relay under full load, in turn with and without those who look: a scrape of /metrics each second (Prometheus: each 15), the
+One relay under full load, in turn with and without those who look: a scrape of /metrics every five seconds (Prometheus: 15), the
 administrator's page in a browser (its figures every five seconds, as it asks for them, and the page itself), and a trace of one
 client that sends a message ten times a second. Each pair is two bursts of the same load one after the other; the first of them
 is the watched one in every other pair.
@@ -8,12 +8,15 @@ is the watched one in every other pair.
 rate  messages a second, watched beside not; the median of the pairs, with the quartiles. The bursts share the machine with
       smtp-source, smtp-sink and the lookers themselves
 cpu   CPU of the relay's processes per message, in the same way; that of the page's process and of the supervisor included
+idle  what the lookers cost a relay that does nothing else: CPU seconds of its processes a second. As a share of the machine's
+      it says what the ratios, which are noisier than what they measure, can hardly show
 """
 
 import argparse
 import contextlib
 import http.client
 import json
+import os
 import smtplib
 import statistics
 import subprocess
@@ -31,9 +34,10 @@ from benchmarks.run import Load, Relaymta, Sink
 from relaymta.bench.processes import cpu_seconds
 from tests.support.daemon import free_port, wait_for
 
-SCRAPE, PAGE, TRICKLE = 1.0, 5.0, 0.1  # seconds between two of them
+SCRAPE, PAGE, TRICKLE = 5.0, 5.0, 0.1  # seconds between two of them
 CLIENT = "127.0.0.9"  # whom the trace follows
 WARM_UP = 2  # pairs before it counts
+IDLE_SECONDS = 20
 
 
 class Page:
@@ -139,6 +143,16 @@ class Looked:
             spent = cpu_seconds(self.relay.root) - before
         return load.messages / took, spent / load.messages
 
+    def idle(self) -> float:
+        """CPU seconds a second that the lookers cost, and nothing else is done."""
+        spent = []
+        for watched in (True, False):
+            with self.watched() if watched else contextlib.nullcontext():
+                before = cpu_seconds(self.relay.root)
+                time.sleep(IDLE_SECONDS)
+                spent.append((cpu_seconds(self.relay.root) - before) / IDLE_SECONDS)
+        return spent[0] - spent[1]
+
     def close(self) -> None:
         self.trickle.session.close()
         self.relay.close()
@@ -163,8 +177,11 @@ def run(messages: int, pairs: int) -> dict[str, Any]:
                 found = {watched: looked.burst(load, watched) for watched in order}
                 if number >= 0:
                     rows.append(found)
-            looking = {"scrapes": looked.scrapes, "octets of a scrape": looked.octets, "asked of the page": looked.page.asked,
-                       "lines of the trace": looked.lines}  # fmt: skip
+            idle = looked.idle()
+            looking = {
+                "idle": idle, "idle, share of the machine": idle / (os.cpu_count() or 1), "scrapes": looked.scrapes,
+                "octets of a scrape": looked.octets, "asked of the page": looked.page.asked, "lines of the trace": looked.lines,
+            }  # fmt: skip
         finally:
             looked.close()
     return {
