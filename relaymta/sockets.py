@@ -17,12 +17,13 @@ from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
 __all__ = [
-    "another", "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "listens", "normal", "notify",
-    "notify_wait", "reason", "remove_socket", "watchdog_seconds",
+    "another", "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "key_of", "listens",
+    "local_socket", "notify", "notify_wait", "reason", "remove_socket", "watchdog_seconds",
 ]  # fmt: skip
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
+LOCAL = "local.socket"
 HTTP_BACKLOG = 128
 PROBE_SECONDS = 10.0
 ENDING_SECONDS = 0.25
@@ -39,7 +40,7 @@ def bound(
     inherited = _inherited() if own is None else own
     rows: list[list[socket.socket]] = [[] for _ in range(slots)]
     for listener in listeners:
-        address = normal(*parse_hostport(listener.address))
+        address = key_of(listener.address)
         passed = inherited.pop(address, [])
         if not passed:
             check_free(listener.address)
@@ -82,6 +83,11 @@ def normal(host: str, port: int) -> tuple[str, int]:
     with contextlib.suppress(ValueError):
         host = ipaddress.ip_address(host.partition("%")[0]).compressed
     return host, port
+
+
+def key_of(address: str) -> tuple[str, int]:
+    """The address of a listener as a key; of a unix socket, its path."""
+    return (address, 0) if address.startswith("unix:") else normal(*parse_hostport(address))
 
 
 def bind(address: str) -> socket.socket:
@@ -163,21 +169,21 @@ def _try(address: str) -> None:
 
 
 def control_socket(
-    path: Path, user: struct_passwd | None = None, group: int | None = None, key: str = "control.socket"
+    path: Path, user: struct_passwd | None = None, group: int | None = None, key: str = "control.socket", backlog: int = 16
 ) -> socket.socket:
-    """The listening control socket at `path`, for its owner (`user`, if given) and group (`group`, if given) only. `key`: what
-    has its path in the configuration. A socket left
+    """The listening control socket at `path`, for its owner (`user`, if given) and group (`group`, if given) only; that of
+    sendmail(1) (`key`: what has its path in the configuration), for everybody. A socket left
     over there, on which no process answers, is removed. SpoolBusy when one answers; ConfigError when something else is there."""
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _clear_way(path, key)
-        before = os.umask(0o117)
+        before = os.umask(0o111 if key == LOCAL else 0o117)
         try:
             control.bind(str(path))
         finally:
             os.umask(before)
         _give_socket(path, user, group)
-        control.listen(16)
+        control.listen(backlog)
     except OSError as error:
         control.close()
         raise ConfigError([f"{key}: {path}: {error.strerror or error}"]) from None
@@ -185,6 +191,11 @@ def control_socket(
         control.close()
         raise
     return control
+
+
+def local_socket(path: Path, user: struct_passwd | None = None) -> socket.socket:
+    """The listening socket of sendmail(1), as `control_socket`."""
+    return control_socket(path, user, None, LOCAL, BACKLOG)
 
 
 def _give_socket(path: Path, user: struct_passwd | None, group: int | None) -> None:

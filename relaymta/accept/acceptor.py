@@ -19,6 +19,7 @@ from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.lateness import BEAT
 from relaymta.accept.listening import Listening
+from relaymta.accept.user import UserConnection
 from relaymta.config import Config, Listener
 from relaymta.shm import Limits
 
@@ -67,7 +68,8 @@ class Acceptor(Admission):
 
     def _maker(self, listener: Listener) -> Callable[[], ClientConnection[Any]]:
         """Makes the connections of a listener."""
-        return partial(self._others.get(listener.protocol, Connection), self, listener)
+        made = UserConnection if listener.is_local else self._others.get(listener.protocol, Connection)
+        return partial(made, self, listener)
 
     def _begun(self, make: Callable[[], ClientConnection[Any]], sock: socket.socket, peer: str) -> None:
         """A client has connected to a socket where SMTP begins at once."""

@@ -141,13 +141,12 @@ class ClientConnection(Line, Generic[S]):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         if self.rights is None:
-            peer = transport.get_extra_info("peername")
-            if not isinstance(peer, tuple):  # reset before its address could be read
+            client = self.connected(transport)
+            if client is None:
                 self.count_refused()
                 transport.abort()  # type: ignore[attr-defined]
                 return
             early = unread(transport.get_extra_info("socket"))
-            client = self.admission.intake.client(peer[0])
             refusal = self.enter(client, reply.TALKING_EARLY if early else None)
             if refusal is not None:
                 self.write(self.refusal(refusal))
@@ -158,6 +157,11 @@ class ClientConnection(Line, Generic[S]):
             return
         if transport.get_extra_info("ssl_object") is None:
             self._greet(False)
+
+    def connected(self, transport: asyncio.BaseTransport) -> Client | None:
+        """Who has connected; None: it was reset before its address could be read."""
+        peer = transport.get_extra_info("peername")
+        return self.admission.intake.client(peer[0]) if isinstance(peer, tuple) else None
 
     def enter(self, client: Client, refusal: bytes | None = None, is_client: bool = True) -> bytes | None:
         """Count a new connection (`refusal`: a reply that rejects it anyway). The reply that rejects it, or None. `is_client`:

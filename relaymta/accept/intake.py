@@ -63,6 +63,7 @@ _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
 TRUSTED_CONNECTIONS = 200  # of one client that may relay, at least
 FILTER_GROWTH = 1 << 20  # octets by which content filters may let a message grow
+THIS_MACHINE = "127.0.0.1"
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -132,6 +133,14 @@ class Intake:
         limits = replace(found.limits, normalize=False, long_lines=False, lenient=False)
         unknown = replace(found, address=UNKNOWN, behind=found.address, limits=limits)
         return replace(unknown, trusted=False, xclient=False, xforward=False, application="", priority="", domain="")
+
+    def local_client(self, user: str) -> Client:
+        """The rules for a user of this machine, by sendmail(1): those for the machine itself, but that each user is counted by
+        itself. What programs write there has bare LF and long lines."""
+        found, domain = self.client(THIS_MACHINE), self._config.intake.complete_domain or domain_of_host(self.hostname)
+        limits = replace(found.limits, normalize=True, long_lines=True, lenient=True)
+        found = replace(found, group=f"user {user}", limits=limits, trusted=True, xclient=False, xforward=False)
+        return replace(found, connection_rate="", domain=domain, connections=max(found.connections, TRUSTED_CONNECTIONS))
 
     def returning(self, client: Client) -> Client:
         """The rules for a client of a listener with `filtered`, which is one of its `networks`: it gives back what has been taken
@@ -546,7 +555,7 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     foreign = next((author for author in found if not identity.may_send_as(author)), None)
     if foreign is None:
         return None
-    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> (senders of its account)")
+    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> ({identity.said_by})")
 
 
 def _own_or_general(own: T | None, general: T) -> T:

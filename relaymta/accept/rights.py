@@ -138,7 +138,7 @@ class Rights(Host):
             return reply.LMTP_DENIED
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
             name = login.identity.name
-            return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> (senders of its account)")
+            return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> ({login.identity.said_by})")
         refused = intake.accept_sender(self.origin, size)
         if refused is not None:
             return refused

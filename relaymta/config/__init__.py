@@ -18,7 +18,7 @@ from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.describing import as_toml, describe, given, given_values, reference
 from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.loading import load, load_accounts
-from relaymta.config.machine import Control, LimitsTable, Log, Metrics
+from relaymta.config.machine import Control, LimitsTable, Local, Log, Metrics
 from relaymta.config.mail_rules import MailRule
 from relaymta.config.mailboxes import Mailboxes
 from relaymta.config.networks import everywhere
@@ -30,7 +30,7 @@ from relaymta.config.whole import Config
 
 __all__ = [
     "Abuse", "Account", "AccountsTable", "Admin", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim",
-    "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
+    "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Local", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
     "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable",
     "Verify", "as_toml", "check_each", "describe", "everywhere", "given", "given_values", "header_condition", "load",
     "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota", "reference",

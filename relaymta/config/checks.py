@@ -160,7 +160,7 @@ def never_used(config: "Config") -> Iterator[tuple[int, str, int]]:
 
 def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
     """What is repeated, and what other keys, or their own values, make ineffective."""
-    listeners = [one.address for one in config.listener]
+    listeners = [one.address for one in config.listeners]
     for number, route in enumerate(config.route):
         for address in route.listener:
             if address not in listeners:

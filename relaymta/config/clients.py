@@ -78,6 +78,11 @@ class Listener(Table):
             yield from self._not_for_readers()
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is the socket of sendmail(1), where the kernel says who the client is."""
+        return self.address.startswith("unix:")
+
+    @property
     def reads_mail(self) -> bool:
         """Whether users log in here to read their mail, or to edit their scripts."""
         return self.protocol in ("pop3", "imap", "managesieve")
@@ -163,6 +168,10 @@ class Relay(Table):
         description="address that mail for `postmaster` without a domain is sent to (RFC 5321 4.5.1); empty: rejected, or from "
         "clients whose addresses are completed, postmaster of that domain",
     )
+    local_users: Reload[list[str]] = Field(
+        [], description='users of this machine who may send by sendmail(1) as anybody, beside root and the relay\'s user; "*": '
+        "all. Others send as themselves; docs/sendmail.md",
+    )  # fmt: skip
     open_relay: Reload[bool] = Field(
         False, description="start even if much of the Internet may relay, or set client addresses by PROXY or XCLIENT"
     )

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from relaymta.config.values import Address, Quota, Reload, Restart, Size, Table
 
-__all__ = ["Control", "LimitsTable", "Log", "Metrics"]
+__all__ = ["Control", "LimitsTable", "Local", "Log", "Metrics"]
 
 
 class LimitsTable(Table):
@@ -45,6 +45,16 @@ class Control(Table):
     group: Restart[str] = Field(
         "", description="group whose members may use the command line, too; empty: that of the relay's user; docs/privileges.md"
     )
+
+
+class Local(Table):
+    """Mail of the programs and users of this machine, by sendmail(1). `[local]`"""
+
+    socket: Restart[str] = Field(
+        "", description='path of the socket of sendmail(1), "off" for none; default: sendmail.sock beside the control socket. '
+        "Every user may open it: the system says which one does; docs/sendmail.md",
+    )  # fmt: skip
+    application: Restart[str] = Field("", description="application of this mail, as routes, limits and log records name it")
 
 
 class Log(Table):

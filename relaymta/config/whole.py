@@ -11,7 +11,7 @@ from relaymta.config.checks import contradictions
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QuarantineTable, QueueTable
 from relaymta.config.filters import Filter, FiltersTable
-from relaymta.config.machine import Control, LimitsTable, Log, Metrics
+from relaymta.config.machine import Control, LimitsTable, Local, Log, Metrics
 from relaymta.config.mail_rules import MailRule
 from relaymta.config.mailboxes import Imap, Mailboxes
 from relaymta.config.names import Hostname, own_name
@@ -66,6 +66,7 @@ class Config(Table):
     limits: LimitsTable = LimitsTable()
     metrics: Metrics = Metrics()
     control: Control = Control()
+    local: Local = Local()
     admin: Admin = Admin()
     log: Log = Log()
     _origin: Origin = PrivateAttr(default_factory=Origin)
@@ -142,6 +143,22 @@ class Config(Table):
         if self.admin.socket == "off":
             return None
         return Path(self.admin.socket) if self.admin.socket else self.control_path.parent / "admin.sock"
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where the socket of sendmail(1) is; None: there is none."""
+        if self.local.socket == "off":
+            return None
+        return Path(self.local.socket) if self.local.socket else self.control_path.parent / "sendmail.sock"
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """All that mail is accepted on: those of the configuration, then the socket of sendmail(1)."""
+        path = self.local_path
+        if path is None:
+            return self.listener
+        own = Listener.model_construct(None, address=f"unix:{path.absolute()}", submission=True, tls="off")
+        return [*self.listener, own.model_copy(update={"application": self.local.application})]
 
     @property
     def tokens_path(self) -> Path:

@@ -39,7 +39,9 @@ from relaymta.sockets import (
     control_socket,
     http_sockets,
     in_use,
+    key_of,
     listens,
+    local_socket,
     notify,
     notify_wait,
     reason,
@@ -55,10 +57,10 @@ from relaymta.supervisor.checks import check_files, check_program, ephemeral_spo
 from relaymta.supervisor.configuration import Configuration
 from relaymta.supervisor.elder import Elder, absolute, check_same, met, notice_end
 from relaymta.supervisor.first import bury_adopted
-from relaymta.supervisor.http_api import HttpApi, admin_port, admin_socket, discard
+from relaymta.supervisor.http_api import HttpApi, admin_port, admin_socket
 from relaymta.supervisor.machine import Machine
 from relaymta.supervisor.readiness import reasons
-from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
+from relaymta.supervisor.root import Opened, drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
 from relaymta.supervisor.standing_by import stand_by
 from relaymta.supervisor.upgrade import Upgrade
@@ -84,6 +86,7 @@ class Supervisor:
         self.http_sockets: list[socket.socket] = []
         self.admin: socket.socket | None = None  # the unix socket of the HTTP API
         self.admin_port: socket.socket | None = None
+        self.local: socket.socket | None = None  # that of sendmail(1), of which each slot has a duplicate
         self._http: Any = None
         self._server: asyncio.AbstractServer | None = None
         self.conversations: set[asyncio.Task[None]] = set()  # with the command line
@@ -110,13 +113,14 @@ class Supervisor:
         if problems := ephemeral_spool(config):
             raise ConfigError(problems)
         if self._elder is None:
-            control, sockets = self._opened_as_root(workers)
+            opened, sockets = self._opened_as_root(workers)
         else:
-            control, sockets = self._inherited(self._elder, workers)
+            opened, sockets = self._inherited(self._elder, workers)
         self._sockets = sockets
         self._prepare_spool(spool)
-        self.control = control or control_socket(config.control_path, None, group_of(config))
-        self.admin = self.admin or admin_socket(config, group_of(config))
+        self.control = opened.control or control_socket(config.control_path, None, group_of(config))
+        self.admin = opened.admin or admin_socket(config, group_of(config))
+        self._open_local(opened.local)
         check_files(config)
         if self._elder is not None:
             self._elder.errors_are_heard()
@@ -188,7 +192,11 @@ class Supervisor:
             await self.audit.end()
         elif self._serves and not self._refused:
             remove_socket(self.control, self.config.control_path)
+            if self.local is not None and self.config.local_path is not None:
+                remove_socket(self.local, self.config.local_path)
         self.control.close()
+        if self.local is not None:
+            self.local.close()
         reason = "upgraded" if pid else "signal"
         self.log.event("stopped", reason=self.failure or reason)
         self.log.close()
@@ -227,23 +235,26 @@ class Supervisor:
 
     # Taking over from an older program
 
-    def _inherited(self, elder: Elder, workers: int) -> tuple[socket.socket, list[list[socket.socket]]]:
-        """The control socket and the listening sockets that an older program has; those of listeners that it has not are bound
+    def _inherited(self, elder: Elder, workers: int) -> tuple[Opened, list[list[socket.socket]]]:
+        """The unix sockets and the listening sockets that an older program has; those of listeners that it has not are bound
         here. ConfigError where this one cannot follow it."""
         config, facts = self.config, elder.facts
         check_same(config, facts, workers)
-        sockets = bound(config.listener, workers, elder.inherited_sockets())
+        given = elder.inherited_sockets()
+        local = [sock for one in config.listeners if one.is_local for sock in given.pop(key_of(one.address), [])]
+        for sock in local[1:]:  # each slot has had the same one
+            sock.close()
+        sockets = bound(config.listener, workers, given)
         if config.metrics.listen == facts.metrics:
             self.http_sockets = elder.metrics
         else:
             for sock in elder.metrics:
                 sock.close()
             self._open_http()
-        path = config.admin_path
-        if path is not None and absolute(path) == facts.admin:
-            self.admin = elder.admin
-        elif elder.admin is not None:
-            elder.admin.close()
+        path, admin = config.admin_path, elder.admin
+        if admin is not None and (path is None or absolute(path) != facts.admin):
+            admin.close()
+            admin = None
         if config.admin.listen == facts.admin_listen:
             self.admin_port = elder.admin_port
         else:
@@ -251,7 +262,7 @@ class Supervisor:
                 elder.admin_port.close()
             self.admin_port = admin_port(config)
         check_program(config)
-        return elder.control, sockets
+        return Opened(elder.control, admin, local[0] if local else None), sockets
 
     async def _take_over(self, elder: Elder) -> str:
         """Start workers, each when the older program's has left its slot; then decide and store in its place. Why that has
@@ -389,23 +400,29 @@ class Supervisor:
 
     # Start
 
-    def _opened_as_root(self, workers: int) -> tuple[socket.socket | None, list[list[socket.socket]]]:
-        """What only root may open (the control socket and that of the HTTP API, where they are in root's folders; the listening
-        sockets); from then on root's rights are gone."""
+    def _opened_as_root(self, workers: int) -> tuple[Opened, list[list[socket.socket]]]:
+        """What only root may open (the unix sockets, where they are in root's folders; the listening sockets); from then on
+        root's rights are gone."""
         config = self.config
-        control, admin = prepare_as_root(config)
+        opened = prepare_as_root(config)
         try:
             sockets = self._open_ports(workers)
             self.admin_port = admin_port(config)
             drop_root(config)
             check_program(config)
         except BaseException:
-            if control is not None:
-                remove_socket(control, config.control_path)
-            discard(admin, config)
+            opened.discard(config)
             raise
-        self.admin = admin
-        return control, sockets
+        return opened, sockets
+
+    def _open_local(self, opened: socket.socket | None) -> None:
+        """Give each slot the socket of sendmail(1): all accept on the same one. `opened`: it is there already."""
+        path = self.config.local_path
+        if path is None:
+            return
+        self.local = opened or local_socket(path)
+        for row in self._sockets:
+            row.append(self.local.dup())
 
     def _open_ports(self, workers: int) -> list[list[socket.socket]]:
         """The listening sockets, also those of /metrics. SpoolBusy where they are those of a relay with this spool."""

@@ -227,6 +227,8 @@ def made_by_root(config: Config) -> set[str]:
     }
     if (path := config.admin_path) is not None:
         folders["admin.socket"] = path.parent
+    if (path := config.local_path) is not None:
+        folders["local.socket"] = path.parent
     return {key for key, folder in folders.items() if privileges.roots_alone(folder, user)}
 
 
@@ -240,6 +242,9 @@ def unusable_places(config: Config, made_by_root: set[str]) -> list[str]:
     if (path := config.admin_path) is not None:
         beside = not config.admin.socket and not config.control.socket
         checks.append(("admin.socket", lambda by_root: _socket(path, by_root or beside)))
+    if (local := config.local_path) is not None:
+        beside_control = not config.local.socket and not config.control.socket
+        checks.append(("local.socket", lambda by_root: _socket(local, by_root or beside_control)))
     found = []
     for key, check in checks:
         try:

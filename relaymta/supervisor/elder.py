@@ -14,14 +14,14 @@ from typing import Any
 
 import msgspec
 
-from relaymta.config import Config, parse_hostport
+from relaymta.config import Config
 from relaymta.control import Channel
 from relaymta.errors import ConfigError, RelayError
 from relaymta.metrics import LAYOUT as METRICS
 from relaymta.node import SiteStates
 from relaymta.shm import LAYOUT as MEMORY
 from relaymta.shm import Shared
-from relaymta.sockets import normal
+from relaymta.sockets import key_of
 
 __all__ = ["LAYOUT", "VARIABLE", "VERSION", "Elder", "Facts", "absolute", "check_same", "met", "notice_end"]
 
@@ -108,7 +108,7 @@ class Elder:
 
     def inherited_sockets(self) -> dict[tuple[str, int], list[socket.socket]]:
         """The listening sockets by address, each with one for each slot in their order."""
-        addresses = [normal(*parse_hostport(address)) for address in self.facts.listeners]
+        addresses = [key_of(address) for address in self.facts.listeners]
         columns = zip(*(self.sockets[slot] for slot in sorted(self.sockets)), strict=True)
         return {address: list(column) for address, column in zip(addresses, columns, strict=True)}
 

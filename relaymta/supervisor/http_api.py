@@ -193,9 +193,3 @@ class HttpApi:
             remove_socket(self._unix, path)
         if self._port is not None:
             self._port.close()
-
-
-def discard(unix: socket.socket | None, config: Config) -> None:
-    """Close the unix socket of a start that has failed."""
-    if unix is not None and config.admin_path is not None:
-        remove_socket(unix, config.admin_path)

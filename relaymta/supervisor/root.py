@@ -2,38 +2,59 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from pwd import struct_passwd
+from typing import NamedTuple
 
 from relaymta import privileges
 from relaymta.config import Config
 from relaymta.errors import ConfigError
-from relaymta.sockets import control_socket, remove_socket
+from relaymta.sockets import control_socket, local_socket, remove_socket
 
-__all__ = ["drop_root", "group_of", "make_folder", "prepare_as_root"]
+__all__ = ["Opened", "drop_root", "group_of", "make_folder", "prepare_as_root"]
 
 
-def prepare_as_root(config: Config) -> tuple[socket.socket | None, socket.socket | None]:
+class Opened(NamedTuple):
+    """The unix sockets that only root could make; None: the relay's user makes it."""
+
+    control: socket.socket | None = None
+    admin: socket.socket | None = None
+    local: socket.socket | None = None
+
+    def discard(self, config: Config) -> None:
+        """Close them, after a start that has failed."""
+        for sock, path in zip(self, (config.control_path, config.admin_path, config.local_path), strict=True):
+            if sock is not None and path is not None:
+                remove_socket(sock, path)
+
+
+def prepare_as_root(config: Config) -> Opened:
     """Do what only root can do for `user`: make it the owner of the spool and of the log file, if only root can change their
-    folders; and create the control socket and that of the HTTP API, if only root can change their folders."""
+    folders; and create the control socket, that of the HTTP API and that of sendmail(1), if only root can change their
+    folders."""
+    opened = Opened()
     if os.geteuid() != 0 or not config.user:
-        return None, None
+        return opened
     user = privileges.account(config.user)
-    spool, control, group = Path(config.spool), config.control_path, group_of(config)
+    spool, group = Path(config.spool), group_of(config)
     if privileges.roots_alone(spool, user):
         make_folder(spool)
         _give_spool(spool, user)
     _give_log(config.log.file, user)
-    found = control_socket(control, user, group) if privileges.roots_alone(control.parent, user) else None
-    path = config.admin_path
-    if path is None or not privileges.roots_alone(path.parent, user):
-        return found, None
+    made: list[tuple[str, Path | None, Callable[[Path], socket.socket]]] = [
+        ("control", config.control_path, lambda path: control_socket(path, user, group)),
+        ("admin", config.admin_path, lambda path: control_socket(path, user, group, "admin.socket")),
+        ("local", config.local_path, lambda path: local_socket(path, user)),
+    ]
     try:
-        return found, control_socket(path, user, group, "admin.socket")
+        for name, path, make in made:
+            if path is not None and privileges.roots_alone(path.parent, user):
+                opened = opened._replace(**{name: make(path)})
     except BaseException:
-        if found is not None:
-            remove_socket(found, control)
+        opened.discard(config)
         raise
+    return opened
 
 
 def group_of(config: Config) -> int | None:

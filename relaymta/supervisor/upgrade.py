@@ -235,7 +235,7 @@ class Upgrade:
         supervisor = self._supervisor
         facts = Facts(
             VERSION, __version__, os.getpid(), absolute(supervisor.config.spool), len(self._slots),
-            absolute(supervisor.config.control_path), [listener.address for listener in supervisor.config.listener],
+            absolute(supervisor.config.control_path), [listener.address for listener in supervisor.config.listeners],
             supervisor.config.metrics.listen if supervisor.http_sockets else "", len(supervisor.http_sockets),
             absolute(supervisor.config.admin_path or "") if supervisor.admin is not None else "",
             supervisor.config.admin.listen if supervisor.admin_port is not None else "", LAYOUT,

@@ -251,7 +251,7 @@ class Worker:
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for shard in self.shards.values():
             await shard.look()
-        for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
+        for listener, descriptor in zip(self.config.listeners, descriptors, strict=True):
             self.acceptor.listen(socket.socket(fileno=descriptor), listener)
 
     def needs(self) -> "Needs":
@@ -406,7 +406,7 @@ class Worker:
         """Accept connections on the sockets of a slot whose worker does not, until they are given back."""
         assert self.acceptor is not None
         sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-        for listener, sock in zip(self.config.listener, sockets, strict=True):
+        for listener, sock in zip(self.config.listeners, sockets, strict=True):
             self._borrowed.setdefault(slot, []).append(self.acceptor.listen(sock, listener))
 
     async def _give_back(self, descriptors: list[int], slot: int) -> None:

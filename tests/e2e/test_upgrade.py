@@ -211,7 +211,7 @@ def test_an_upgrade_to_a_program_that_fails_changes_nothing(tmp_path: Path, ledg
                 assert (found["result"], why in str(found["why"])) == (result, True), (name, found)
                 load.more(10)
                 assert pid_of(relay) == pid
-                assert {path.name for path in relay.spool.glob("*.sock")} == {"admin.sock", "control.sock"}, name
+                assert {path.name for path in relay.spool.glob("*.sock")} == {"admin.sock", "control.sock", "sendmail.sock"}, name
                 if result == "unchanged":
                     assert relay.worker_pids() == workers, name
                 else:

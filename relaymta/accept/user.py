@@ -1,0 +1,61 @@
+"""A user of this machine, who hands mail in by sendmail(1): who that is, and the connection. Nobody logs in: the system says who
+has opened the socket, and whose a file is.
+"""
+
+import asyncio
+import os
+import pwd
+import socket
+import struct
+
+from relaymta.accept.admission import Admission
+from relaymta.accept.connection import Connection
+from relaymta.accept.origin import Client
+from relaymta.accept.rights import Rights
+from relaymta.auth.identity import Identity
+from relaymta.config import Config, Listener
+from relaymta.proto.smtp_server import ServerSession
+
+__all__ = ["UserConnection", "identified", "name_of"]
+
+_CREDENTIALS = struct.Struct("iII")  # ucred (unix(7)): process, user, group
+EVERYBODY = "*"
+
+
+def name_of(uid: int) -> str:
+    """The name of a user; without one the number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def identified(config: Config, uid: int, domain: str) -> Identity:
+    """A user as one who has logged in. root, the relay's own user and those in relay.local_users send as anybody, the others as
+    themselves. `domain`: completes addresses without one."""
+    name, anybody = name_of(uid), config.relay.local_users
+    if uid in (0, os.geteuid()) or name in anybody or EVERYBODY in anybody:
+        return Identity(name)
+    own = tuple(dict.fromkeys(f"{name}@{one}".lower() for one in (domain, config.hostname)))
+    return Identity(name, senders=own, said_by="relay.local_users")
+
+
+class UserConnection(Connection):
+    """The connection of a user. `uid`: whose it is; None: the system says it."""
+
+    __slots__ = ("_uid",)
+
+    def __init__(self, admission: Admission, listener: Listener, uid: int | None = None) -> None:
+        super().__init__(admission, listener)
+        self._uid = uid
+
+    def connected(self, transport: asyncio.BaseTransport) -> Client | None:
+        if self._uid is None:
+            found = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            self._uid = _CREDENTIALS.unpack(found)[1]
+        return self.admission.intake.local_client(name_of(self._uid))
+
+    def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
+        assert self._uid is not None
+        rights.log_in(identified(self.admission.config, self._uid, rights.client.domain))
+        return super().begin_session(rights, secure)

@@ -1,0 +1,158 @@
+"""Handing a message to the relay, by SMTP over its socket."""
+
+import os
+from _socket import AF_UNIX, SO_RCVTIMEO, SO_SNDTIMEO, SOCK_STREAM, SOL_SOCKET, socket  # `socket` imports 10 ms more
+from sys import byteorder, stderr
+
+from relaymta.sendmail.message import Envelope
+from relaymta.sendmail.options import Options
+from relaymta.sendmail.status import DATA, NO_PERMISSION, OK, Stop
+
+__all__ = ["NotNow", "connected", "hand_over", "lines"]
+
+SECONDS = 300  # for the relay to answer: filters may take their time
+CONNECTING_SECONDS = 10
+PIECE = 65536
+LONGEST = 65536  # octets of a reply
+
+
+class NotNow(Exception):
+    """The relay is not there, or takes no mail now: str() says why. Nothing was taken, or it is not known that it was."""
+
+
+class _Relay:
+    """The connection: commands and their replies."""
+
+    def __init__(self, path: str, verbose: bool) -> None:
+        self._socket = connected(path)
+        self._rest = b""
+        self._verbose = verbose
+
+    def reply(self) -> tuple[int, str]:
+        """The (code, text) of the next reply. NotNow: there is none."""
+        texts: list[bytes] = []
+        while True:
+            line, end, rest = self._rest.partition(b"\r\n")
+            if not end:
+                if len(self._rest) > LONGEST:
+                    raise NotNow("the relay does not speak SMTP")
+                piece = self._socket.recv(PIECE)
+                if not piece:
+                    raise NotNow("the relay has closed the connection")
+                self._rest += piece
+                continue
+            self._rest = rest
+            texts.append(line[4:])
+            if line[3:4] != b"-":
+                if not line[:3].isdigit():
+                    raise NotNow("the relay does not speak SMTP")
+                text = b"\n".join(texts).decode("utf-8", "replace")
+                if self._verbose:
+                    stderr.write(f"<<< {line[:3].decode()} {text}\n")
+                return int(line[:3]), text
+
+    def ask(self, line: bytes, more: bytes = b"") -> tuple[int, str]:
+        """Send a command, and `more` behind it; its reply."""
+        if self._verbose:
+            stderr.write(f">>> {line.decode('utf-8', 'replace')}\n")
+        try:
+            self._socket.sendall(line + b"\r\n")
+            if more:
+                self._socket.sendall(more)
+        except (BrokenPipeError, ConnectionResetError):  # it may have said why
+            pass
+        return self.reply()
+
+    def expect(self, answer: tuple[int, str]) -> str:
+        """The text of a positive reply. NotNow: it is none."""
+        code, text = answer
+        if code >= 300:
+            raise NotNow(f"{code} {text}")
+        return text
+
+    def quit(self) -> None:
+        """Take leave."""
+        try:
+            self._socket.sendall(b"QUIT\r\n")
+        except OSError:
+            pass
+        self._socket.close()
+
+
+def connected(path: str) -> socket:
+    """A socket to the relay. NotNow: nobody answers there."""
+    sock = socket(AF_UNIX, SOCK_STREAM)
+    try:
+        # Not `settimeout`: a connection that has to wait for a place in the backlog would fail at once.
+        _wait(sock, SO_SNDTIMEO, CONNECTING_SECONDS)
+        sock.connect(path)
+        _wait(sock, SO_SNDTIMEO, SECONDS)
+        _wait(sock, SO_RCVTIMEO, SECONDS)
+    except OSError as error:
+        sock.close()
+        raise NotNow(f"{path}: {error.strerror or error}") from None
+    return sock
+
+
+def _wait(sock: socket, option: int, seconds: int) -> None:
+    """How long a call may wait (a timeval, socket(7))."""
+    sock.setsockopt(SOL_SOCKET, option, seconds.to_bytes(8, byteorder) + bytes(8))
+
+
+def lines(envelope: Envelope, options: Options, offered: set[str]) -> list[bytes]:
+    """The commands MAIL and RCPT. `offered`: extensions of the relay."""
+    mail = b"MAIL FROM:<" + envelope.sender + b"> SIZE=%d" % len(envelope.data)
+    if not envelope.data.isascii() and options.eight_bit is not False:
+        mail += b" BODY=8BITMIME"
+    if not all(map(bytes.isascii, (envelope.sender, *envelope.recipients))):
+        mail += b" SMTPUTF8"
+    rcpt = b""
+    if "DSN" in offered:  # RFC 3461
+        if options.ret:
+            mail += b" RET=" + options.ret.encode()
+        if options.envid:
+            mail += b" ENVID=" + b"".join(_xtext(one) for one in options.envid.encode())
+        if options.notify:
+            rcpt = b" NOTIFY=" + options.notify.encode()
+    return [mail, *(b"RCPT TO:<" + one + b">" + rcpt for one in envelope.recipients)]
+
+
+def _xtext(octet: int) -> bytes:
+    return b"+%02X" % octet if octet in b"+= " else bytes((octet,))
+
+
+def hand_over(path: str, envelope: Envelope, options: Options) -> int:
+    """Hand a message over. The exit status: it is in the queue for all recipients, or (DATA) for those that are not named on
+    standard error. NotNow: it is not, or nobody knows. Stop: it is refused."""
+    try:
+        return _handed_over(_Relay(path, options.verbose), envelope, options)
+    except OSError as error:
+        raise NotNow(f"the connection to the relay was lost: {error.strerror or error}") from None
+
+
+def _handed_over(relay: _Relay, envelope: Envelope, options: Options) -> int:
+    relay.expect(relay.reply())
+    offers = relay.expect(relay.ask(b"EHLO " + os.fsencode(os.uname().nodename or "localhost")))
+    mail, *rcpts = lines(envelope, options, {line.partition(" ")[0].upper() for line in offers.split("\n")[1:]})
+    code, text = relay.ask(mail)
+    if code >= 500:
+        raise Stop(NO_PERMISSION if text.startswith("5.7.") else DATA, text)
+    relay.expect((code, text))
+    refused: list[str] = []
+    for rcpt, recipient in zip(rcpts, envelope.recipients, strict=True):
+        code, text = relay.ask(rcpt)
+        if code >= 500:
+            refused.append(f"{recipient.decode('utf-8', 'replace')}: {text}")
+        else:
+            relay.expect((code, text))
+    if len(refused) == len(rcpts):
+        relay.quit()
+        raise Stop(DATA, "\n".join(refused))
+    code, text = relay.ask(b"BDAT %d LAST" % len(envelope.data), envelope.data)
+    if code >= 500:
+        raise Stop(NO_PERMISSION if text.startswith("5.7.") else DATA, text)
+    relay.expect((code, text))
+    relay.quit()
+    for one in refused:
+        stderr.write(f"sendmail: {one}\n")
+    return DATA if refused else OK

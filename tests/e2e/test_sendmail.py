@@ -1,0 +1,262 @@
+"""sendmail(1) with a relay: who may send what by its socket, and that nothing is lost, whatever happens to the relay."""
+
+import os
+import pwd
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import relaymta
+from tests.support.daemon import Relay, wait_for
+from tests.support.programs import need
+
+PROGRAM = Path(relaymta.__file__).parent / "sendmail" / "__main__.py"
+NOBODY = pwd.getpwnam("nobody")
+OTHER = 31_777  # a user without a name
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="acting as other users needs root")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A folder that others may enter."""
+    with tempfile.TemporaryDirectory(prefix="relaymta-") as found:
+        path = Path(found)
+        path.chmod(0o755)
+        yield path
+
+
+def socket_of(relay: Relay) -> Path:
+    return relay.folder / "sendmail.sock"
+
+
+def made(folder: Path, *settings: str, workers: int = 1) -> Relay:
+    """A relay that keeps what it gets."""
+    held = ("delivery.first_retry=1h", f"local.socket={folder / 'sendmail.sock'}", *settings)
+    return Relay(folder, "127.0.0.1:9", *held, workers=workers)
+
+
+@pytest.fixture(scope="module")
+def relay(folder: Path) -> Iterator[Relay]:
+    with made(folder) as found:
+        yield found
+
+
+def sendmail(
+    relay: Relay, *words: str, text: str = "Subject: x\n\nx\n", uid: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it as a user."""
+    python = sys.executable
+    if uid is not None and not os.access(python, os.X_OK):
+        pytest.skip("other users cannot run this interpreter")
+    other = {} if uid is None else {"user": uid, "group": NOBODY.pw_gid, "extra_groups": []}
+    environment = {"PATH": os.environ["PATH"], "RELAYMTA_SENDMAIL_SOCKET": str(socket_of(relay))}
+    command = [python, "-I", "-S", str(PROGRAM), *words]
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False, **other)
+
+
+def taken(relay: Relay, *words: str, text: str = "Subject: x\n\nx\n", uid: int | None = None) -> tuple[dict[str, Any], str]:
+    """Run it; what the relay has then: the log's record and the message."""
+    done = sendmail(relay, "-v", *words, text=text, uid=uid)
+    assert done.returncode == 0, done.stderr
+    ident = done.stderr.rpartition("queued as ")[2].split()[0]
+    event = wait_for(lambda: next((one for one in relay.events("queued") if one["id"] == ident), None))
+    return event, relay.cli("message", "raw", ident).stdout
+
+
+def queued(relay: Relay) -> int:
+    return len(relay.cli("queue", "list", "--json").stdout.splitlines())
+
+
+@root_only
+def test_the_system_says_who_sends(relay):
+    done = sendmail(relay, "ann@a.example", uid=NOBODY.pw_uid)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    event, text = taken(relay, "ann@a.example", uid=NOBODY.pw_uid)
+    assert (event["sender"], event["user"], event["client"]) == ("nobody@relay.example", "nobody", "127.0.0.1")
+    assert "From: " in text and "<nobody@relay.example>" in text
+    assert "Message-ID: <" in text and "\nDate: " in text
+    assert taken(relay, "ann@a.example", uid=OTHER)[0]["sender"] == f"{OTHER}@relay.example"
+    assert taken(relay, "ann@a.example", uid=0)[0]["user"] == "root"
+
+
+@root_only
+@pytest.mark.parametrize(
+    ("words", "text", "status"),
+    [
+        (["-f", "root", "a@x.example"], "Subject: x\n\n", 77),
+        (["-f", "boss@x.example", "a@x.example"], "Subject: x\n\n", 77),
+        (["-f", "nobody@x.example", "a@x.example"], "Subject: x\n\n", 77),
+        (["a@x.example"], "From: boss@x.example\n\n", 77),
+        (["a@x.example"], "From: nobody, boss@x.example\n\n", 77),
+        (["a@x.example"], "From: nobody\nSender: boss@x.example\n\n", 77),
+        (["-f", "", "a@x.example"], "From: boss@x.example\n\n", 77),
+        (["-f", "nobody> BODY=8BITMIME\r\nRCPT TO:<b@x.example", "a@x.example"], "\n", 65),
+        (["-f", "", "a@x.example"], "From: nobody\n\n", 0),
+        (["-f", "nobody@relay.example", "a@x.example"], "From: N <nobody@relay.example>\n\n", 0),
+        (["a@x.example"], "From: root (Cron Daemon)\n\n", 0),
+    ],
+)
+def test_users_send_as_themselves(relay, words, text, status):
+    before = queued(relay)
+    done = sendmail(relay, *words, text=text, uid=NOBODY.pw_uid)
+    assert done.returncode == status, done.stderr
+    assert queued(relay) == before + (status == 0)
+    if status == 77:
+        assert "relay.local_users" in done.stderr
+
+
+def test_root_sends_as_anybody(relay):
+    event, _ = taken(relay, "-f", "boss@x.example", "a@x.example", text="From: ceo@y.example\n\n")
+    assert event["sender"] == "boss@x.example"
+
+
+@root_only
+def test_no_other_user_says_who_it_is(relay):
+    """By the socket itself, without the program."""
+    said = ["EHLO x", "XCLIENT LOGIN=root", "AUTH PLAIN AHJvb3QAcm9vdA==", "MAIL FROM:<root>", "QUIT"]
+    code = (
+        f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(socket_of(relay))!r})\n"
+        "f = s.makefile('rwb'); f.readline()\n"
+        f"for one in {said!r}:\n"
+        "    f.write(one.encode() + b'\\r\\n'); f.flush(); line = f.readline()\n"
+        "    while line[3:4] == b'-': line = f.readline()\n"
+        "    print(line.decode().strip())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, user=NOBODY.pw_uid, check=True)
+    replies = done.stdout.splitlines()
+    assert [line[:3] for line in replies] == ["250", "500", "502", "550", "221"], replies
+
+
+def test_t_takes_the_header_and_bcc_is_removed(relay):
+    text = 'From: a@x.example\nTo: "B, b" <b@x.example>\nBcc: c@x.example,\n d@x.example\nSubject: x\n\nBcc: e@x.example\n'
+    event, stored = taken(relay, "-t", text=text)
+    assert event["recipients"] == ["b@x.example", "c@x.example", "d@x.example"]
+    assert "c@x.example" not in stored and "d@x.example" not in stored
+    assert stored.endswith("\nBcc: e@x.example\n")
+
+
+def test_lines_and_dots_arrive_as_they_are(relay):
+    body = "".join(f"{'.' * number}{number}\n" for number in range(4)) + ".\n..\n" + "x" * 3000 + "\nä\r\n"
+    _, stored = taken(relay, "-i", "-f", "", "a@x.example", text=f"From: a@x.example\n\n{body}")
+    assert stored.partition("\n\n")[2] == body.replace("\r\n", "\n")
+
+
+def test_what_is_refused_is_named(relay):
+    before = queued(relay)
+    done = sendmail(relay, "a@x.example", "b@", text="Subject: x\n\n")
+    assert done.returncode == 65
+    assert "b@" in done.stderr and "a@x.example" not in done.stderr
+    assert queued(relay) == before + 1
+
+
+def test_smtp_on_standard_input(relay):
+    before = queued(relay)
+    text = "EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\n".replace("\n", "\r\n")
+    done = sendmail(relay, "-bs", text=text + "QUIT\r\n")
+    assert done.stdout.startswith("220 ")
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", str(PROGRAM), "-bs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={"RELAYMTA_SENDMAIL_SOCKET": str(socket_of(relay))},
+    ) as process:  # fmt: skip
+        for line in (*text.splitlines(), "Subject: x\r\n\r\n.", "QUIT"):
+            process.stdin.write(line.encode() + b"\r\n")
+            process.stdin.flush()
+            while process.stdout.readline()[3:4] == b"-":
+                pass
+            if line == "QUIT":
+                break
+            if line.startswith("EHLO"):
+                continue
+        assert process.wait(60) == 0
+    assert queued(relay) == before + 1
+
+
+def test_swaks_speaks_to_the_socket(relay):
+    before = queued(relay)
+    done = subprocess.run(
+        [need("swaks"), "--socket", str(socket_of(relay)), "--from", "a@x.example", "--to", "b@x.example"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert queued(relay) == before + 1
+
+
+def test_programs_that_call_it(relay, tmp_path):
+    """git send-email and mutt, as far as they are installed."""
+    wrapper = tmp_path / "sendmail"
+    wrapper.write_text(f'#!/bin/sh\nRELAYMTA_SENDMAIL_SOCKET={socket_of(relay)} exec {sys.executable} -IS {PROGRAM} "$@"\n')
+    wrapper.chmod(0o755)
+    before = queued(relay)
+    if shutil.which("mail"):
+        call = ["mail", "-S", f"mta={wrapper}", "-S", f"sendmail={wrapper}", "-s", "x", "b@x.example"]
+        subprocess.run(call, input=b"hello\n", check=True, env={**os.environ, "HOME": str(tmp_path)})
+        wait_for(lambda: queued(relay) == before + 1)
+    if shutil.which("mutt"):
+        call = ["mutt", "-n", "-F", "/dev/null", "-e", f"set sendmail='{wrapper}'", "-e", "set copy=no", "-s", "x", "b@x.example"]
+        before = queued(relay)
+        subprocess.run(call, input=b"hello\n", check=True, env={**os.environ, "HOME": str(tmp_path)})
+        wait_for(lambda: queued(relay) == before + 1)
+
+
+def test_the_queue_is_shown_flushed_and_explained(relay, tmp_path):
+    if not (Path(sys.executable).parent / "relaymta").exists():
+        pytest.skip("the command line is not installed beside this interpreter")
+    config = tmp_path / "relaymta.toml"
+    config.write_text(f'spool = "{relay.spool}"\n[[listener]]\naddress = "127.0.0.1:{relay.port}"\n')
+    event, _ = taken(relay, "a@x.example")
+    shown = sendmail(relay, "-C", str(config), "-bp")
+    assert (shown.returncode, event["id"] in shown.stdout) == (0, True)
+    for flush in ("-q", f"-qI{event['id']}", "-qRx.example"):
+        done = sendmail(relay, "-C", str(config), flush)
+        assert done.returncode == 0, done.stderr
+    assert sendmail(relay, "-C", str(config), "-qInone").returncode != 0
+    verified = sendmail(relay, "-C", str(config), "-bv", "a@x.example")
+    assert (verified.returncode, "<a@x.example>" in verified.stdout) == (0, True)
+
+
+def test_everybody_may_open_the_socket_and_it_is_gone_with_the_relay(tmp_path):
+    with made(tmp_path, workers=2) as relay:
+        path = socket_of(relay)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666
+        assert all(sendmail(relay, "a@x.example").returncode == 0 for _ in range(3))
+        victim = relay.worker_pids()[0]
+        os.kill(victim, 9)
+        assert all(sendmail(relay, "a@x.example").returncode == 0 for _ in range(3))
+        relay.cli("reload")
+        assert sendmail(relay, "a@x.example").returncode == 0
+        assert relay.stop() == 0
+        assert not path.exists()
+        assert sendmail(relay, "a@x.example").returncode == 75
+
+
+def test_it_is_passed_on_at_an_upgrade(tmp_path):
+    with made(tmp_path) as relay:
+        with socket.socket(socket.AF_UNIX) as waiting:
+            relay.cli("upgrade")
+            waiting.connect(str(socket_of(relay)))
+            assert waiting.recv(100).startswith(b"220 ")
+        assert sendmail(relay, "a@x.example").returncode == 0
+
+
+def test_off_is_off(tmp_path):
+    with Relay(tmp_path, "127.0.0.1:9", "local.socket=off") as relay:
+        assert not (relay.spool / "sendmail.sock").exists()
+
+
+@root_only
+def test_users_who_may_send_as_anybody(tmp_path, folder):
+    own = folder / "own"
+    own.mkdir()
+    own.chmod(0o755)
+    with made(own, 'relay.local_users=["nobody"]', "local.application=local") as relay:
+        event, _ = taken(relay, "-f", "shop@x.example", "a@x.example", text="From: x@y.example\n\n", uid=NOBODY.pw_uid)
+        assert (event["sender"], event["user"], event["application"]) == ("shop@x.example", "nobody", "local")
+        assert sendmail(relay, "-f", "shop@x.example", "a@x.example", uid=OTHER).returncode == 77

@@ -1,0 +1,261 @@
+"""sendmail(1) without a relay: options, messages, statuses, and what it imports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import relaymta
+from relaymta.sendmail.message import User, address, author, enveloped, read
+from relaymta.sendmail.options import parsed
+from relaymta.sendmail.status import Stop
+
+PROGRAM = Path(relaymta.__file__).parent / "sendmail" / "__main__.py"
+BARE = [sys.executable, "-I", "-S"]
+
+
+def run(*arguments: str, text: bytes = b"", program: Path = PROGRAM, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    there = {"PATH": os.environ["PATH"], "RELAYMTA_SENDMAIL_SOCKET": "/nonexistent/socket", **environment}
+    return subprocess.run([*BARE, str(program), *arguments], input=text, capture_output=True, env=there, check=False)
+
+
+def given(text: bytes, dot: bool = False) -> bytes:
+    """What is read of this standard input."""
+    ours, theirs = os.pipe()
+    os.write(theirs, text)
+    os.close(theirs)
+    try:
+        return read(ours, dot)
+    finally:
+        os.close(ours)
+
+
+# Imports
+
+
+def imported(code: str) -> set[str]:
+    """The modules that an interpreter has which has run this."""
+    shown = f"import sys; sys.path.insert(0, {str(PROGRAM.parents[2])!r}); {code}; sys.stdout.write(' '.join(sys.modules))"
+    done = subprocess.run([*BARE, "-c", shown], input=b"Subject: x\n\nx\n", capture_output=True, check=True)
+    return set(done.stdout.decode().split())
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["-t"], 65), (["ann@a.example"], 75), (["-bi"], 0), (["-bs"], 75)])
+def test_it_imports_next_to_nothing(arguments, status):
+    words = ["sendmail", *arguments]
+    environment = "import os; os.environ['RELAYMTA_SENDMAIL_SOCKET'] = '/nonexistent/socket'; "
+    with_it = imported(f"{environment}from relaymta.sendmail import main; assert main({words}) == {status}")
+    more = {one for one in with_it - imported("import os") if not one.startswith("relaymta.sendmail")}
+    assert more <= {"relaymta", "relaymta.proto", "relaymta.proto.addressees", "pwd", "_socket", "fcntl", "select"}
+
+
+# Options
+
+
+def options(*words: str) -> dict[str, object]:
+    return vars(parsed(["sendmail", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["-t", "-i"], {"from_header": True, "dot": True}),
+        (["-ti"], {"from_header": True, "dot": True}),
+        (["-oi", "-oem", "ann"], {"dot": True, "recipients": ["ann"]}),
+        (["-i", "-f", "x@a.example", "--", "-rcpt"], {"sender": "x@a.example", "recipients": ["-rcpt"]}),
+        (["-fx@a.example", "ann"], {"sender": "x@a.example", "recipients": ["ann"]}),
+        (["-f", ""], {"sender": ""}),
+        (["-f<>"], {"sender": ""}),
+        (["-r", "x"], {"sender": "x"}),
+        (
+            ["-FCronDaemon", "-i", "-B8BITMIME", "-oem", "root"],
+            {"full_name": "CronDaemon", "eight_bit": True, "recipients": ["root"]},
+        ),
+        (["-N", "success,Failure"], {"notify": "SUCCESS,FAILURE"}),
+        (["-Nnever", "-R", "hdrs", "-V", "an id"], {"notify": "NEVER", "ret": "HDRS", "envid": "an id"}),
+        (["ann", "-t", "bob"], {"from_header": True, "recipients": ["ann", "bob"]}),
+        (["-O", "IgnoreDots=true"], {"dot": True}),
+        (
+            ["-o7", "-m", "-h", "3", "-L", "tag", "-U", "-x", "-G", "-p", "smtp", "-X", "log", "-em", "ann"],
+            {"recipients": ["ann"]},
+        ),
+        (["-bp"], {"mode": "p"}),
+        (["-bs"], {"mode": "s"}),
+        (["-q"], {"mode": "q", "flush": ("all", "")}),
+        (["-q15m"], {"mode": "q", "flush": ("all", "")}),
+        (["-qI1M8"], {"mode": "q", "flush": ("id", "1M8")}),
+        (["-qRa.example"], {"mode": "q", "flush": ("site", "a.example")}),
+        (["-I"], {"mode": "i"}),
+    ],
+)
+def test_options(words, found):
+    assert {name: value for name, value in options(*words).items() if name in found} == found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-bd"], ["-bt"], ["-n"], ["-Z"], ["-f"], ["-N", "often"], ["-R", "all"], ["-V", "a\nb"], ["-B", "9BIT"], ["-qX"], ["-qI"]],
+)
+def test_what_is_no_option_is_a_usage_error(words):
+    with pytest.raises(Stop) as stopped:
+        options(*words)
+    assert stopped.value.status == 64
+
+
+def test_the_name_decides(tmp_path):
+    for name, mode in (("mailq", "p"), ("newaliases", "i"), ("sendmail", "m"), ("/usr/sbin/sendmail", "m")):
+        assert parsed([name]).mode == mode
+    link = tmp_path / "newaliases"
+    link.symlink_to(PROGRAM)
+    done = run(program=link)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"a\nb\n", b"a\r\nb\r\n"),
+        (b"a\r\nb", b"a\r\nb"),
+        (b"a\n.\nb\n", b"a\r\n"),
+        (b"a\r\n.\r\nb\n", b"a\r\n"),
+        (b".\nb\n", b""),
+        (b"a\n.", b"a\r\n"),
+        (b"a\n..\nb\n", b"a\r\n..\r\nb\r\n"),
+        (b"", b""),
+        (b"x" * 65535 + b"\n.\nb\n", b"x" * 65535 + b"\r\n"),
+        (b"x" * 65536 + b"\n.\r\nb\n", b"x" * 65536 + b"\r\n"),
+    ],
+)
+def test_a_line_of_a_single_dot_ends_a_message(text, found, monkeypatch):
+    chunks = [text[at : at + 65535] for at in range(0, len(text), 65535)]
+    if len(text) < 60000:
+        chunks = [bytes((one,)) for one in text]  # any split
+    waiting = iter([*chunks, b""])
+    monkeypatch.setattr(os, "read", lambda descriptor, octets: next(waiting))
+    assert read(0, False) == found
+
+
+def test_with_i_it_does_not():
+    assert given(b"a\n.\nb\n", dot=True) == b"a\r\n.\r\nb\r\n"
+
+
+def test_the_end_by_a_dot_is_seen_at_once():
+    """A terminal, or a program that waits for the status, sends no more."""
+    with subprocess.Popen([*BARE, str(PROGRAM), "a@b.example"], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"hello\n.\n")
+        process.stdin.flush()
+        assert process.wait(60) == 75
+        process.stdin.close()
+
+
+class Ann(User):
+    def __init__(self) -> None:
+        self.name, self.full_name = "ann", "Ann Doe"
+
+
+def message(
+    text: bytes, *to: str, header: bool = False, sender: str | None = None, name: str = ""
+) -> tuple[bytes, list[bytes], bytes]:
+    made = enveloped(text, Ann(), sender, list(to), header, name)
+    return made.sender, made.recipients, made.data
+
+
+def test_the_envelope():
+    text = b"From: x\r\nTo: a@x.example\r\nBcc: b@x.example\r\n\r\nCc: c@x.example\r\n"
+    assert message(text, "r@x.example") == (b"ann", [b"r@x.example"], text)
+    assert message(text, header=True) == (b"ann", [b"a@x.example", b"b@x.example"], text)
+    assert message(text, "r@x.example", "a@x.example", header=True)[1] == [b"r@x.example", b"a@x.example", b"b@x.example"]
+    assert message(text, "r@x.example", sender="") == (b"", [b"r@x.example"], text)
+    assert message(text, "<r@x.example>", sender="<s@x.example>")[:2] == (b"s@x.example", [b"r@x.example"])
+
+
+def test_a_message_without_author_gets_one():
+    own = b'From: "Ann Doe" <ann>\r\n'
+    assert message(b"Subject: x\r\n\r\nx", "r")[2] == own + b"Subject: x\r\n\r\nx"
+    assert message(b"no header\r\n", "r")[2] == own + b"\r\nno header\r\n"
+    assert message(b"\r\nFrom: x\r\n", "r")[2] == own + b"\r\nFrom: x\r\n"
+    assert message(b"", "r")[2] == own + b"\r\n"
+    assert message(b"Subject: x\r\n\r\n", "r", name="Bob")[2].startswith(b'From: "Bob" <ann>\r\n')
+    assert message(b"From: z\r\n\r\n", "r", name="Bob")[2] == b"From: z\r\n\r\n"
+
+
+def test_lines_of_a_mailbox_in_front_of_a_message_are_removed():
+    assert message(b"From a Mon\r\n>From b\r\nFrom: x\r\n\r\n", "r")[2] == b"From: x\r\n\r\n"
+
+
+def test_what_debians_cron_writes_for_all_users_is_their_own():
+    cron = b"From: root (Cron Daemon)\r\nTo: ann\r\n\r\nx"
+    assert message(cron, "ann")[2] == b"From: ann (Cron Daemon)\r\nTo: ann\r\n\r\nx"
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["a\nRCPT TO:<b@x.example>", "a\r\nb", "a> SIZE=1", "a b", "a\0b", "", "<>", "a@x.example>", 'x"@y z', "a" * 1001, "a\x7f"],
+)
+def test_what_is_no_address_never_becomes_a_command(given):
+    with pytest.raises(Stop) as stopped:
+        address(given.encode())
+    assert stopped.value.status == 65
+
+
+@pytest.mark.parametrize(
+    "given", ["ann", "ann@x.example", '"a b"@x.example', '"a > \\" b"@x.example', "ä@ö.example", "-x@y.example"]
+)
+def test_addresses(given):
+    assert address(given.encode()) == given.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Ann", b'"Ann" <ann>'),
+        ("", b"ann"),
+        ("Ann\r\nBcc: x@y.example", b'"Ann Bcc: x@y.example" <ann>'),
+        ('A "b" \\', b'"A \\"b\\" \\\\" <ann>'),
+        ("& Doe", b'"ann Doe" <ann>'),
+        ("Käthe", b"=?utf-8?B?S8OkdGhl?= <ann>"),
+        ("Kä\nthe\u2028x", b"=?utf-8?B?S8OkIHRoZSB4?= <ann>"),
+    ],
+)
+def test_no_name_becomes_another_field(name, found):
+    assert author(name, b"ann") == found
+
+
+# Statuses
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "status", "said"),
+    [
+        ([], b"x\n", 64, b"no recipient"),
+        (["-t"], b"Subject: x\n\n", 65, b"names no recipient"),
+        (["-t"], b"To: a b@x.example\n\n", 65, b"no address"),
+        (["-bd"], b"", 64, b"not supported"),
+        (["-n", "a"], b"", 64, b"not supported"),
+        (["-bv"], b"", 64, b"no recipient"),
+        (["-bi"], b"", 0, b""),
+        (["a@x.example"], b"x\n", 75, b"/nonexistent/socket: No such file"),
+    ],
+)
+def test_statuses(words, text, status, said):
+    done = run(*words, text=text)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert done.stderr.count(b"\n") == (1 if said else 0)
+
+
+def test_without_standard_input_there_is_no_message():
+    words = [*BARE, str(PROGRAM), "a@x.example"]
+    done = subprocess.run(words, preexec_fn=lambda: os.close(0), capture_output=True, check=False)
+    assert (done.returncode, b"standard input" in done.stderr) == (66, True)
+
+
+def test_what_it_says_cannot_drive_a_terminal():
+    done = run("\x1b[31m@x.example\n", text=b"x")
+    assert done.returncode == 65
+    assert b"\x1b" not in done.stderr
