@@ -127,6 +127,7 @@ def test_the_name_decides(tmp_path):
         (b"a\n.", b"a\r\n"),
         (b"a\n..\nb\n", b"a\r\n..\r\nb\r\n"),
         (b"", b""),
+        (b"10 %\r20 %\r\0\n", b"10 %\r\n20 %\r\n \r\n"),
         (b"x" * 65535 + b"\n.\nb\n", b"x" * 65535 + b"\r\n"),
         (b"x" * 65536 + b"\n.\r\nb\n", b"x" * 65536 + b"\r\n"),
     ],

@@ -136,7 +136,7 @@ class Intake:
 
     def local_client(self, user: str) -> Client:
         """The rules for a user of this machine, by sendmail(1): those for the machine itself, but that each user is counted by
-        itself. What programs write there has bare LF and long lines."""
+        itself. What programs write there has long lines."""
         found, domain = self.client(THIS_MACHINE), self._config.intake.complete_domain or domain_of_host(self.hostname)
         limits = replace(found.limits, normalize=True, long_lines=True, lenient=True)
         found = replace(found, group=f"user {user}", limits=limits, trusted=True, xclient=False, xforward=False)

@@ -23,8 +23,8 @@ PROXY_SECONDS = 5.0  # seconds for a load balancer's whole header
 
 class Listening:
     """A bound socket whose connections are accepted or, while it is paused, wait in its backlog. `arrived(socket, peer address)`
-    is called for each (of a unix socket the address is ""); `scarce()` when no descriptor is left for the next, which waits in the backlog. (A server of uvloop
-    would accept all that wait then, and close them without a word.)
+    is called for each (of a unix socket the address is ""); `scarce()` when no descriptor is left for the next, which waits in
+    the backlog. (A server of uvloop would accept all that wait then, and close them without a word.)
 
     `resume`, `pause` and `close` may be called at any time and in any order: the last call decides. None of them needs a
     descriptor."""

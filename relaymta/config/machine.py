@@ -54,6 +54,13 @@ class Local(Table):
         "", description='path of the socket of sendmail(1), "off" for none; default: sendmail.sock beside the control socket. '
         "Every user may open it: the system says which one does; docs/sendmail.md",
     )  # fmt: skip
+    drop: Reload[str] = Field(
+        "/var/spool/relaymta/drop", description="folder from which mail is taken that sendmail(1) could not hand over, if it is "
+        'there and belongs to the relay\'s user; "off": none',
+    )  # fmt: skip
+    pickup: Reload[str] = Field(
+        "", description="folder from which files NAME.eml are taken, each a message; empty: none. Who may write there may send"
+    )
     application: Restart[str] = Field("", description="application of this mail, as routes, limits and log records name it")
 
 

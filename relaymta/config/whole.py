@@ -152,13 +152,19 @@ class Config(Table):
         return Path(self.local.socket) if self.local.socket else self.control_path.parent / "sendmail.sock"
 
     @property
-    def listeners(self) -> list[Listener]:
-        """All that mail is accepted on: those of the configuration, then the socket of sendmail(1)."""
+    def local_listener(self) -> Listener | None:
+        """The socket of sendmail(1) as a listener; None: there is none."""
         path = self.local_path
         if path is None:
-            return self.listener
+            return None
         own = Listener.model_construct(None, address=f"unix:{path.absolute()}", submission=True, tls="off")
-        return [*self.listener, own.model_copy(update={"application": self.local.application})]
+        return own.model_copy(update={"application": self.local.application})
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """All that mail is accepted on: those of the configuration, then the socket of sendmail(1)."""
+        local = self.local_listener
+        return self.listener if local is None else [*self.listener, local]
 
     @property
     def tokens_path(self) -> Path:

@@ -53,7 +53,8 @@ def read(descriptor: int, dot: bool) -> bytes:
     except OSError as error:
         missing = error.errno == 9  # EBADF: standard input is closed
         raise Stop(NO_INPUT if missing else IO, f"standard input: {error.strerror}") from None
-    return bytes(data).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    # The relay takes no bare CR, such as a progress bar in the output of a job has, and no NUL.
+    return bytes(data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n").replace(b"\0", b" ")
 
 
 def _end(data: bytearray, begin: int, complete: bool) -> int:

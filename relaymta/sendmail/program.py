@@ -51,7 +51,9 @@ def _send(options: Options) -> int:
     try:
         return hand_over(_socket(), envelope, options)
     except NotNow as error:
-        raise Stop(TEMPFAIL, f"the message was not taken: {error}") from None
+        from relaymta.sendmail.dropping import drop
+
+        return drop(envelope, options, error)
 
 
 def _converse(options: Options) -> int:

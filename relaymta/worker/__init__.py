@@ -21,6 +21,7 @@ import msgspec
 import uvloop
 
 from relaymta.accept.acceptor import Acceptor, Make
+from relaymta.accept.collecting import Collector
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
@@ -144,6 +145,7 @@ class Worker:
         self.mail: Mail | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
+        self.collector: Collector | None = None  # of one worker: it empties the drop folder
         self.reloading = Reloading(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
 
@@ -253,6 +255,9 @@ class Worker:
             await shard.look()
         for listener, descriptor in zip(self.config.listeners, descriptors, strict=True):
             self.acceptor.listen(socket.socket(fileno=descriptor), listener)
+        local = self.config.local_listener
+        if local is not None and self.slot == 0:
+            self.collector = Collector(self.acceptor, local)
 
     def needs(self) -> "Needs":
         """What scanners use."""
@@ -443,6 +448,8 @@ class Worker:
         await self.stopping.wait()
         if self.acceptor is None:
             return
+        if self.collector is not None:
+            await self.collector.end()
         self.acceptor.stop_listening()
         await asyncio.gather(self.acceptor.drained(DRAIN_SECONDS), self._finish_deliveries())
         if self.mail is not None:

@@ -1,0 +1,241 @@
+"""Files that hold messages to be sent: those of the drop folder, where sendmail(1) puts what it cannot hand over, and those of
+the pickup folder, where other programs put theirs. Everything here blocks: it is for a thread.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from relaymta.proto.addressees import addresses, fields, header_octets, recipients
+
+__all__ = ["BAD", "Broken", "Converted", "Folder", "Message", "opened_drop", "opened_pickup"]
+
+BAD = "bad"  # the folder for what cannot be sent
+REASON = ".reason"
+HEAD_MOST = 4 << 20  # octets of the commands of a dropped message, or of the header of one that is picked up
+PIECE = 65536
+LEFT_OVER_SECONDS = 86_400.0  # after this a file that was not completed is removed
+_HAS_X = (b"x-sender", b"x-receiver")
+
+
+class Broken(Exception):
+    """A file is no message that could be sent; str() says why."""
+
+
+class Message(NamedTuple):
+    """An open file with a message. `user`: whose file it is; `mail`, `rcpts`: the commands, without line ends; `head`: what comes
+    before the rest of the file, which has `octets` from the place where it is read on; `converts`: its lines may end otherwise
+    than with CRLF."""
+
+    descriptor: int
+    user: int
+    mail: bytes
+    rcpts: list[bytes]
+    head: bytes
+    octets: int
+    converts: bool
+
+
+class Converted:
+    """Text with CRLF for each line end, and blanks for NUL, whatever it has, piece by piece."""
+
+    def __init__(self) -> None:
+        self._cr = b""  # at the end of the piece before
+
+    def take(self, piece: bytes, last: bool) -> bytes:
+        """What the next piece becomes. `last`: no other follows."""
+        piece, self._cr = self._cr + piece, b""
+        if piece.endswith(b"\r") and not last:
+            piece, self._cr = piece[:-1], b"\r"
+        piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+        return piece.replace(b"\0", b" ")
+
+
+class Folder:
+    """One of the two folders. `names`: how its files end; `own`: only a folder of this process's user counts."""
+
+    def __init__(self, path: str, ends: str, opened: Callable[[int], Message], own: bool) -> None:
+        self.path = Path(path)
+        self._ends = ends
+        self._opened = opened
+        self._own = own
+        self._descriptor = -1
+
+    def place(self, name: str) -> str:
+        """The path of a file."""
+        return f"{self.path}/{name}"
+
+    def begin(self) -> bool:
+        """Whether the folder is there, and this process the one that empties it from now on (until `end`)."""
+        if self._descriptor >= 0:
+            if self._is_same():
+                return True
+            self.end()
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if self._own and os.fstat(descriptor).st_uid != os.geteuid():
+                raise BlockingIOError
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def _is_same(self) -> bool:
+        """Whether the folder is still the one that was opened."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def end(self) -> None:
+        """Leave the folder to others."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def names(self) -> list[str]:
+        """The files that are complete, the oldest name first. Those that were never completed are removed. OSError."""
+        found = []
+        with os.scandir(self._descriptor) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    self._remove_left_over(entry.name)
+                elif entry.name.endswith(self._ends):
+                    found.append(entry.name)
+        return sorted(found)
+
+    def _remove_left_over(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode) and name.endswith(self._ends) and time.time() - found.st_mtime > LEFT_OVER_SECONDS:
+                os.unlink(name, dir_fd=self._descriptor)
+
+    def open(self, name: str) -> Message:
+        """A file of it. Broken; OSError: it cannot be read now. FileNotFoundError: it is gone."""
+        found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            raise Broken("it is not a plain file")
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._descriptor)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                raise Broken("it has another name, too (a hard link)")
+            return self._opened(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def remove(self, name: str) -> None:
+        """The message is in the queue: remove the file, for good. OSError."""
+        os.unlink(name, dir_fd=self._descriptor)
+        os.fsync(self._descriptor)
+
+    def put_aside(self, name: str, reason: str) -> None:
+        """Move a file into BAD, with a file beside it that says why. OSError."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(BAD, 0o700, dir_fd=self._descriptor)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(f"{BAD}/{name}{REASON}", flags, 0o600, dir_fd=self._descriptor)
+        try:
+            os.write(descriptor, reason.encode() + b"\n")
+        finally:
+            os.close(descriptor)
+        os.rename(name, f"{BAD}/{name}", src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        os.fsync(self._descriptor)
+
+
+def opened_drop(descriptor: int) -> Message:
+    """A dropped message (sendmail/dropping.py): its commands, then the message data to the end of the file. Broken."""
+    found = os.fstat(descriptor)
+    lines: list[bytes] = []
+    at = 0
+    for line in _lines(descriptor):
+        at += len(line)
+        verb = line[:10].upper()
+        if verb.startswith(b"BDAT "):
+            break
+        wanted = b"RCPT TO:" if lines else b"MAIL FROM:"
+        if not verb.startswith(wanted[:10]) or b"\r" in line[:-2]:
+            raise Broken("it is not a message that sendmail has dropped")
+        lines.append(line[:-2])
+    else:
+        raise Broken("it is not complete")
+    words = line[:-2].split(b" ")
+    if len(lines) < 2 or len(words) != 3 or not words[1].isdigit() or len(words[1]) > 15 or int(words[1]) != found.st_size - at:
+        raise Broken("it is not complete")
+    os.lseek(descriptor, at, os.SEEK_SET)
+    return Message(descriptor, found.st_uid, lines[0], lines[1:], b"", found.st_size - at, False)
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """The lines with which a file begins, with CRLF; what is behind HEAD_MOST octets is none. Broken: one is too long."""
+    rest, read = b"", 0
+    while read < HEAD_MOST and (piece := os.read(descriptor, PIECE)):
+        read += len(piece)
+        rest += piece
+        *lines, rest = rest.split(b"\r\n")
+        yield from (line + b"\r\n" for line in lines)
+        if len(rest) > PIECE:
+            raise Broken("a line of it is too long")
+
+
+def opened_pickup(descriptor: int) -> Message:
+    """A message as a file, with any line ends. X-Sender and X-Receiver, or else From, and To, Cc and Bcc, say who sends it
+    to whom. Broken."""
+    found = os.fstat(descriptor)
+    start = b""
+    while len(start) < HEAD_MOST and (piece := os.read(descriptor, PIECE)):
+        start += piece
+        if b"\n\n" in start or b"\n\r\n" in start:
+            break
+    if not start:
+        raise Broken("it is empty")
+    if start.endswith(b"\r"):  # of CRLF, perhaps
+        start += os.read(descriptor, 1)
+    text = Converted().take(start, True)
+    end = header_octets(text)
+    if not end:
+        raise Broken("it does not begin with a header")
+    if end == len(text) and len(start) >= HEAD_MOST:
+        raise Broken("its header is too long")
+    given = fields(text[:end])
+    senders = [address for name, value in given if name == _HAS_X[0] for address in addresses(value) or [b""]]
+    receivers = [address for name, value in given if name == _HAS_X[1] for address in addresses(value)]
+    authors = [
+        address for wanted in (b"sender", b"from") for name, value in given if name == wanted for address in addresses(value)
+    ]
+    sender = next(iter(senders or authors), None)
+    receivers = list(dict.fromkeys(receivers)) or recipients(text[:end])
+    if sender is None:
+        raise Broken("it has neither X-Sender nor From")
+    if not receivers:
+        raise Broken("it names no recipient (X-Receiver, or To, Cc, Bcc)")
+    for address in (sender, *receivers):
+        if any(one < 33 or one in b"<>\x7f" for one in address):
+            raise Broken(f"{address[:200]!r} is no address")
+    head = _without(text[:end]) + text[end:]
+    octets = found.st_size - len(start)
+    utf8 = b"" if all(map(bytes.isascii, (sender, *receivers))) else b" SMTPUTF8"
+    mail = b"MAIL FROM:<" + sender + b">" + utf8
+    return Message(descriptor, found.st_uid, mail, [b"RCPT TO:<" + one + b">" for one in receivers], head, octets, True)
+
+
+def _without(header: bytes) -> bytes:
+    """A header without X-Sender and X-Receiver."""
+    kept, drops = [], False
+    for line in header.split(b"\r\n")[:-1]:
+        if line[:1] not in (b" ", b"\t"):
+            drops = line.partition(b":")[0].strip().lower() in _HAS_X
+        if not drops:
+            kept.append(line + b"\r\n")
+    return b"".join(kept)
