@@ -422,7 +422,7 @@ class Supervisor:
             return
         self.local = opened or local_socket(path)
         for row in self._sockets:
-            row.append(self.local.dup())
+            row.append(another(self.local))
 
     def _open_ports(self, workers: int) -> list[list[socket.socket]]:
         """The listening sockets, also those of /metrics. SpoolBusy where they are those of a relay with this spool."""
