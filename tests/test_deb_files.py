@@ -18,7 +18,7 @@ def test_what_was_answered_before_a_purge_without_a_terminal_counts(before, is_l
     """install.md: `debconf-set-selections`."""
     need("debconf-set-selections")
     script = (DEB / "postrm").read_text()
-    for path in ("/var/lib/relaymta", "/etc/relaymta", "/var/log/relaymta", "/opt/relaymta"):
+    for path in ("/var/lib/relaymta", "/var/spool/relaymta", "/etc/relaymta", "/var/log/relaymta", "/opt/relaymta"):
         (tmp_path / path[1:]).mkdir(parents=True)
         script = script.replace(path, f"{tmp_path}{path}")
     for program in ("/usr/bin/deb-systemd-helper", "/usr/sbin/deluser"):

@@ -1,7 +1,7 @@
 /* relaymta-drop OCTETS < MESSAGE: put a message into the drop folder, from which the relay takes it when it is back.
  *
  * sendmail(1) runs it while the relay does not answer. It is set-gid: it alone may write into the folder, which belongs to the
- * relay's user and is closed to all others (mode 0770). The file belongs to whoever runs this, so that the system says who sends.
+ * relay's user and is closed to all others (mode 0770): the file itself may be read by all, so by the relay. It belongs to whoever runs this, so that the system says who sends.
  * Nothing of the environment is looked at, and the name of the file is chosen here.
  *
  * Standard input is what sendmail/dropping.py writes, of exactly OCTETS octets: of less, nothing is kept. The message is safe on
@@ -110,7 +110,7 @@ int main(int count, char **words)
 	if (clock_gettime(CLOCK_REALTIME, &now) != 0)
 		return fail(TEMPFAIL, strerror(errno));
 	snprintf(name, sizeof name, ".%lld.%09ld.%ld.drop", (long long)now.tv_sec, now.tv_nsec, (long)getpid());
-	int file = openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0640);
+	int file = openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
 	if (file < 0)
 		return fail(errno == ENOSPC || errno == EDQUOT ? TEMPFAIL : CANNOT_CREATE, strerror(errno));
 	int status = copy(folder, file, octets);

@@ -46,6 +46,7 @@ class Collector:
         self._folders: dict[str, Folder] = {}  # by their key
         self._later: dict[str, float] = {}  # files that could not be dealt with, and when they are tried again (loop time)
         self._sent: dict[str, list[str]] = {}  # files whose message is in the queue, with the recipients that were refused
+        self._told: dict[str, str] = {}  # what is wrong with a folder, and was logged
         self._ending = asyncio.Event()
         self._task = admission.loop.create_task(self._run())
 
@@ -68,8 +69,12 @@ class Collector:
                 try:
                     if not self._ending.is_set() and await self._thread(folder.begin):
                         await self._empty(folder)
+                        self._told.pop(key, None)
                 except OSError as error:
-                    self._warn(f"{key}: {folder.path}: {error.strerror or error}")
+                    text = f"{key}: {folder.path}: {error.strerror or error}"
+                    if self._told.get(key) != text:
+                        self._told[key] = text
+                        self._warn(text)
 
     def _there(self) -> list[tuple[str, Folder]]:
         """The folders of the current configuration."""

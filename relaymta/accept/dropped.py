@@ -3,6 +3,7 @@ the pickup folder, where other programs put theirs. Everything here blocks: it i
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -71,7 +72,8 @@ class Folder:
         return f"{self.path}/{name}"
 
     def begin(self) -> bool:
-        """Whether the folder is there, and this process the one that empties it from now on (until `end`)."""
+        """Whether the folder is there, and this process the one that empties it from now on (until `end`). OSError: nothing can
+        be removed from it, so that each message would be sent again and again."""
         if self._descriptor >= 0:
             if self._is_same():
                 return True
@@ -87,6 +89,9 @@ class Folder:
         except OSError:
             os.close(descriptor)
             return False
+        if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+            os.close(descriptor)
+            raise OSError(errno.EACCES, "this process may not remove files from it")
         self._descriptor = descriptor
         return True
 

@@ -63,7 +63,7 @@ def _write(folder: str, text: bytes) -> None:
     """Write it here. OSError: that is not possible."""
     name = f"{time.time_ns()}.{os.getpid()}.drop"
     path, final = f"{folder}/.{name}", f"{folder}/{name}"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o640)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     try:
         rest = memoryview(text)
         while rest:

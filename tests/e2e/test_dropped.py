@@ -112,7 +112,7 @@ def test_users_neither_read_nor_change_the_drops_of_others_nor_send_as_them(plac
     assert place.put(batch()).returncode == 0
     [name] = place.names
     found = (place.drop / name).stat()
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (NOBODY, GROUP, 0o640)
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (NOBODY, GROUP, 0o644)
     for uid in (NOBODY, OTHER):
         for command in (["ls", str(place.drop)], ["cat", str(place.drop / name)], ["rm", "-f", str(place.drop / name)],
                         ["touch", str(place.drop / "1.drop")], ["ln", str(place.drop / name), "/tmp/relaymta-link"]):  # fmt: skip

@@ -1,5 +1,6 @@
 """The pickup folder: messages as files."""
 
+import itertools
 import os
 import pwd
 import tempfile
@@ -11,6 +12,7 @@ import pytest
 from tests.support.daemon import Relay, wait_for
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
+_count = itertools.count()
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="acting as other users needs root")
 
 
@@ -35,9 +37,9 @@ def put(relay: Relay, name: str, text: bytes, uid: int | None = None) -> None:
 
 def taken(relay: Relay, name: str, text: bytes, uid: int | None = None) -> tuple[dict[str, object], str]:
     """Put a file there: the log's record and the message."""
-    before = {row["id"] for row in relay.events("queued")}
-    put(relay, name, text, uid)
-    [event] = wait_for(lambda: [row for row in relay.events("queued") if row["id"] not in before])
+    ident = f"<{next(_count)}@test.example>"
+    put(relay, name, f"Message-ID: {ident}\n".encode() + text, uid)
+    [event] = wait_for(lambda: [row for row in relay.events("queued") if row["message_id"] == ident])
     wait_for(lambda: not (relay.folder / "pickup" / name).exists())
     return event, relay.cli("message", "raw", event["id"]).stdout
 

@@ -109,6 +109,31 @@ def test_it_installs_without_a_network_and_runs(machine: Machine) -> None:
     assert machine.run("relaymta", "--version").stdout.startswith("relaymta")
 
 
+def test_users_of_the_machine_send_mail_also_while_the_relay_is_down(machine: Machine) -> None:
+    drop = "/var/spool/relaymta/drop"
+    rights = machine.run("stat", "-c", "%U:%G %a", "/usr/lib/relaymta/relaymta-drop", drop).stdout.splitlines()
+    assert rights == ["root:relaymta-drop 2755", "relaymta:relaymta-drop 770"]
+
+    def nobody(*command: str) -> int:
+        done = machine.run("runuser", "-u", "nobody", "--", *command, given="Subject: x\n\nx\n", check=False)
+        return done.returncode
+
+    for program in ("/usr/sbin/sendmail", "/usr/lib/sendmail"):
+        assert nobody(program, f"up@{Path(program).parent.name}.example") == 0
+    assert nobody("sendmail", "-f", "root", "a@b.example") == 77
+    machine.run("systemctl", "stop", "relaymta")
+    assert nobody("sendmail", "down@b.example") == 0
+    assert nobody("ls", drop) != 0
+    machine.run("systemctl", "start", "relaymta")
+    wait_for(lambda: not list(machine.path(drop).glob("*.drop")), what="what was dropped to be taken")
+    shown = machine.run("mailq").stdout
+    assert all(address in shown for address in ("up@sbin.example", "up@lib.example", "down@b.example"))
+    assert "a@b.example" not in shown
+    assert machine.run("newaliases").stdout == ""
+    assert "Traceback" not in machine.journal(lines=200)
+    machine.run("relaymta", "queue", "delete", "--all")
+
+
 def test_shells_complete_and_manual_pages_are_there(machine: Machine) -> None:
     bash = """
 . /usr/share/bash-completion/bash_completion
@@ -317,6 +342,7 @@ def test_the_units_are_accepted_and_closed(machine: Machine) -> None:
 def test_a_removal_leaves_the_configuration_and_the_queue(machine: Machine) -> None:
     machine.run("dpkg", "-r", "relaymta")
     assert not machine.path("/opt/relaymta").exists()
+    assert not machine.path("/usr/sbin/sendmail").is_symlink()
     assert machine.run("systemctl", "is-active", "relaymta", check=False).stdout != "active\n"
     assert machine.path("/etc/relaymta/relaymta.toml").exists()
     assert machine.path("/var/lib/relaymta/secret").exists()
@@ -339,4 +365,6 @@ def test_a_purge_asks_before_it_removes_the_queue(machine: Machine) -> None:
     said = machine.run("dpkg", "-P", "relaymta", given="yes\n", env={"DEBIAN_FRONTEND": "teletype"})
     assert "Remove queued mail" in said.stdout + said.stderr
     assert not machine.path("/var/lib/relaymta").exists()
+    assert not machine.path("/var/spool/relaymta").exists()
+    assert machine.run("getent", "group", "relaymta-drop", check=False).returncode == 2
     assert machine.run("getent", "passwd", "relaymta", check=False).returncode == 2

@@ -192,7 +192,7 @@ class _Carrying:
     def _note_submission(self) -> None:
         pickup = next((one for one in self.services if one.command == "pickup"), None)
         if pickup is not None:
-            instead = "mail comes by SMTP alone: for cron and scripts install a sendmail(1) that speaks it, such as msmtp-mta"
+            instead = 'it is here, too; but users send as themselves alone, unless relay.local_users names them ("*": all)'
             self.findings.note(pickup.place, "mail by sendmail(1)", instead)
 
     def _check(self, sections: list[Section]) -> None:
