@@ -7,7 +7,8 @@ from concurrent.futures import Executor
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relaymta.accept import tls
+from relaymta.accept import aliases, tls
+from relaymta.accept.aliases import Aliases
 from relaymta.accept.tls import Certificates
 from relaymta.auth import logins
 from relaymta.auth.identity import MailUser
@@ -40,7 +41,7 @@ _offers = lru_cache(64)(Offers)  # every session has one, and few differ
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the files that are read here, read with the rights of the caller."""
-    check_all(partial(one, config) for one in (tls.check, logins.check, _check_keys, _check_recipients))
+    check_all(partial(one, config) for one in (tls.check, logins.check, _check_keys, _check_recipients, _check_aliases))
 
 
 class Parts(NamedTuple):
@@ -50,6 +51,7 @@ class Parts(NamedTuple):
     keys: list[SigningKey]
     logins: Logins
     recipients: Watched[frozenset[str] | None]
+    aliases: Watched[Aliases] | None
     verifier: "Verifier | None"
     chains: "Chains | None"
 
@@ -62,7 +64,8 @@ class Parts(NamedTuple):
     @property
     def watched(self) -> list[Watched[Any]]:
         """Everything that is read again when it changes."""
-        return [*self.certificates.watched, *self.keys, self.logins.watched, self.recipients]
+        aliases = [] if self.aliases is None else [self.aliases]
+        return [*self.certificates.watched, *self.keys, self.logins.watched, self.recipients, *aliases]
 
 
 class Endpoint:
@@ -118,6 +121,7 @@ class Endpoint:
             [SigningKey(one) for one in config.dkim],
             Logins(config, self._checker, self._rates, self._limits, self._counters, self._log, self._mail_user),
             Watched([path] if path else [], lambda: _recipients(path)),
+            _aliases(config),
             self._verifier(config) if config.verify.results or config.verify.no_author == "reject" else None,
             self._chains(config) if config.filter or config.mail_rule else None,
         )
@@ -126,6 +130,7 @@ class Endpoint:
 
     def _use(self, parts: Parts) -> None:
         self._parts = parts
+        self.aliases = parts.aliases  # None: there are none; without a value they are not known (as of `recipient_exists`)
         self.certificates, self.logins, self.verifier = parts.certificates, parts.logins, parts.verifier
         self.signer.configure(parts.keys)
         before, self.chains = self.chains, parts.chains
@@ -233,6 +238,24 @@ def _check_keys(config: Config) -> None:
 def _check_recipients(config: Config) -> None:
     if config.relay.recipients:
         _recipients(config.relay.recipients)
+
+
+def _check_aliases(config: Config) -> None:
+    if config.local.aliases:
+        aliases.read(config.local.aliases, config.alias_domains)
+
+
+def _aliases(config: Config) -> Watched[Aliases] | None:
+    """The aliases of this machine, which are read again when one of their files changes; None: there are none."""
+    path, domains = config.local.aliases, config.alias_domains
+    files = [path]
+
+    def load() -> Aliases:
+        found = aliases.read(path, domains)
+        files[:] = list(dict.fromkeys(found.files))
+        return found
+
+    return Watched(files, load) if path else None
 
 
 def _recipients(path: str) -> frozenset[str] | None:

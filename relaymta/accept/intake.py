@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from relaymta.accept.aliases import Aliases
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
 from relaymta.accept.origin import Client, Origin, Taken, protocol_of, spoken
@@ -209,6 +210,10 @@ class Intake:
         recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
+        elif self._endpoint.aliases is not None and self._aliased(origin, address, self._endpoint.aliases.value):
+            unknown = self._endpoint.aliases.value is None
+            known = origin.may_relay or self.is_local(address)
+            refused = reply.RECIPIENTS_UNKNOWN if unknown else None if known else self._refusal(address)
         elif self.local is not None and self.is_local(address):
             found = self.local.refusal(address, transaction.announced)
             refused = reply.format_reply(*found) if found is not None else None
@@ -221,6 +226,14 @@ class Intake:
             self._rejected("rcpt", origin, session, transaction.sender, [address], refused)
             return refused
         return self._spend(origin.client, origin.identity, transaction)
+
+    def _aliased(self, origin: Origin, address: str, aliases: Aliases | None) -> bool:
+        """Whether an address is an alias of this machine, or (`aliases`: None, nobody knows them) may be one."""
+        if origin.lmtp:
+            return False
+        if aliases is not None:
+            return aliases.has(address, _domain_of_names(origin))
+        return domain_of(address) in map(str.lower, self._config.alias_domains)
 
     def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
@@ -393,8 +406,8 @@ class Intake:
             flags |= UTF8_HEADER
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
-        if self.local is not None or self._staging is not None:
-            recipients = self.expanded(recipients)
+        if self.local is not None or self._staging is not None or self._endpoint.aliases is not None:
+            recipients = self.expanded(recipients, _domain_of_names(origin))
         queue = self.queue
         envelope = Envelope(
             sender=transaction.sender,
@@ -428,8 +441,11 @@ class Intake:
             transaction.held = transaction.held or f"{state.by}: {state.reason}"
             transaction.quarantine = transaction.quarantine or of_abuse(state, self.queue.clock.now())
 
-    def expanded(self, recipients: list[str]) -> list[str]:
-        """Those for whom a message for these is queued: aliases, and redirection while it is tried out, are followed."""
+    def expanded(self, recipients: list[str], names_at: str = "") -> list[str]:
+        """Those for whom a message for these is queued: aliases, and redirection while it is tried out, are followed. `names_at`:
+        the domain that names without one have got."""
+        if self._endpoint.aliases is not None and self._endpoint.aliases.value is not None:
+            recipients = self._endpoint.aliases.value.expanded(recipients, names_at)
         if self.local is not None:
             recipients = self.local.expanded(recipients, self.is_local)
         return recipients if self._staging is None else self._staging.recipients(recipients)
@@ -523,6 +539,11 @@ class Intake:
             return reply.STORE_FULL
         self.counters.add(REFUSED_STORE, 1)
         return reply.STORE_ERROR
+
+
+def _domain_of_names(origin: Origin) -> str:
+    """The domain of names of this machine in mail of its users, who write `root` alone; "" for other clients."""
+    return origin.domain if origin.listener.startswith("unix:") else ""
 
 
 def _without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes | None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from relaymta.config.values import Address, Quota, Reload, Restart, Size, Table
+from relaymta.config.values import Address, Domain, Quota, Reload, Restart, Size, Table
 
 __all__ = ["Control", "LimitsTable", "Local", "Log", "Metrics"]
 
@@ -61,6 +61,11 @@ class Local(Table):
     pickup: Reload[str] = Field(
         "", description="folder from which files NAME.eml are taken, each a message; empty: none. Who may write there may send"
     )
+    aliases: Reload[str] = Field(
+        "", description="file of aliases, such as /etc/aliases, for addresses at `hostname` and, in mail by sendmail(1), for "
+        "names without a domain; empty: none. Mail to programs and files is refused",
+    )  # fmt: skip
+    alias_domains: Reload[list[Domain]] = Field([], description="other domains for whose addresses they hold")
     application: Restart[str] = Field("", description="application of this mail, as routes, limits and log records name it")
 
 

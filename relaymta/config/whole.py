@@ -167,6 +167,11 @@ class Config(Table):
         return self.listener if local is None else [*self.listener, local]
 
     @property
+    def alias_domains(self) -> list[str]:
+        """The domains whose addresses are looked up in local.aliases."""
+        return [self.hostname, *self.local.alias_domains]
+
+    @property
     def tokens_path(self) -> Path:
         """Where the hashes of tokens are."""
         return Path(self.admin.tokens) if self.admin.tokens else Path(self.spool) / "admin-tokens.json"

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import smtplib
 import socket
 import stat
 import subprocess
@@ -260,3 +261,23 @@ def test_users_who_may_send_as_anybody(tmp_path, folder):
         event, _ = taken(relay, "-f", "shop@x.example", "a@x.example", text="From: x@y.example\n\n", uid=NOBODY.pw_uid)
         assert (event["sender"], event["user"], event["application"]) == ("shop@x.example", "nobody", "local")
         assert sendmail(relay, "-f", "shop@x.example", "a@x.example", uid=OTHER).returncode == 77
+
+
+def test_aliases_of_this_machine(tmp_path):
+    file = tmp_path / "aliases"
+    file.write_text("root: ann@x.example, bob@x.example\nhere: carl\n")
+    more = (f"local.aliases={file}", "hostname=mail.relay.example", 'relay.domains=["mail.relay.example"]', "relay.networks=[]")
+    with made(tmp_path, *more) as relay:
+        assert taken(relay, "root")[0]["recipients"] == ["ann@x.example", "bob@x.example"]
+        assert taken(relay, "here", "eve@x.example")[0]["recipients"] == ["carl@relay.example", "eve@x.example"]
+        relay.send("Subject: x\r\n\r\n", "out@x.example", "root@mail.relay.example")
+        found = wait_for(lambda: [one for one in relay.events("queued") if one["sender"] == "out@x.example"])
+        assert found[0]["recipients"] == ["ann@x.example", "bob@x.example"]
+        with pytest.raises(smtplib.SMTPRecipientsRefused):  # others have no rights by it
+            relay.send("Subject: x\r\n\r\n", "out@x.example", "root@relay.example")
+        file.write_text("root: |/bin/sh\n")
+        assert "no mail is given to a program" in relay.cli("reload", check=False).stdout
+        wait_for(lambda: any("no mail is given to a program" in one["text"] for one in relay.events("warning")))
+        assert taken(relay, "root")[0]["recipients"] == ["ann@x.example", "bob@x.example"]
+        file.write_text("root: dora@x.example\n")
+        wait_for(lambda: taken(relay, "root")[0]["recipients"] == ["dora@x.example"])

@@ -289,6 +289,8 @@ class Machine(Admission):
 
     # As the endpoint.
 
+    aliases = None
+
     def offers(self, listener: Listener, xclient: bool, xforward: bool = False) -> Offers:
         lmtp = listener.protocol == "lmtp"
         return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient, xforward=xforward, lmtp=lmtp)

@@ -1,0 +1,208 @@
+"""The aliases of this machine, in the file form of Sendmail (aliases(5)): to whom mail for its users and functions goes.
+
+    name: target, target ...     a line that begins with a blank goes on with the one before; # begins a line of no meaning
+
+A target is an address, a name (an alias, or who it is at this machine; behind a backslash it is no alias), or :include:/path, a
+file of more targets. Programs and files, which others have as targets, too, are refused: mail to them would run as the relay's
+user.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from relaymta.errors import ConfigError
+from relaymta.files import read_text
+from relaymta.proto.address import comparable, domain_of, plain
+
+__all__ = ["Aliases", "read"]
+
+DEEPEST = 20  # aliases of aliases, files that include files
+MOST = 5000  # addresses that an alias leads to, or that the recipients of a message become
+PROBLEMS_MOST = 20
+INCLUDE = ":include:"
+
+
+class Aliases:
+    """`files`: all that were read. The targets of each name are addresses, and names without a domain that are no aliases."""
+
+    def __init__(self, domains: frozenset[str], targets: dict[str, list[str]], files: list[str]) -> None:
+        """`domains`: those whose addresses are looked up here."""
+        self._domains = domains
+        self._targets = targets
+        self.files = files
+
+    def has(self, address: str, more: str = "") -> bool:
+        """Whether an address is an alias. `more`: another domain whose addresses are looked up."""
+        return self._of(address, more) is not None
+
+    def expanded(self, recipients: list[str], more: str = "") -> list[str]:
+        """A message's recipients, with aliases replaced by what they lead to, each address once. The same list when there is
+        none."""
+        found: list[str] = []
+        changed = False
+        for address in recipients:
+            targets = self._of(address, more) if len(found) < MOST else None
+            changed |= targets is not None
+            found += [address] if targets is None else targets
+        return list(dict.fromkeys(found)) if changed else recipients
+
+    def _of(self, address: str, more: str) -> list[str] | None:
+        domain = domain_of(address)
+        if domain not in self._domains and domain != more:
+            return None
+        targets = self._targets.get(address.rpartition("@")[0].lower())
+        return None if targets is None else [one if "@" in one else f"{one}@{domain}" for one in targets]
+
+
+class _Target(NamedTuple):
+    """`word`: an address, or a name; `final`: it is no alias."""
+
+    word: str
+    final: bool
+
+
+def read(path: str, domains: Iterable[str]) -> Aliases:
+    """The aliases in a file. ConfigError names each line that is wrong (PROBLEMS_MOST at most), and circles."""
+    own = frozenset(domain.lower() for domain in domains)
+    reader = _Reader(own)
+    table = reader.table(path)
+    targets = reader.flat(table)
+    if reader.problems:
+        raise ConfigError(list(dict.fromkeys(reader.problems))[:PROBLEMS_MOST])
+    return Aliases(own, targets, reader.files)
+
+
+class _Reader:
+    """Reads the files, and collects what is wrong with them."""
+
+    def __init__(self, domains: frozenset[str]) -> None:
+        self._domains = domains
+        self.problems: list[str] = []
+        self.files: list[str] = []
+
+    def table(self, path: str) -> dict[str, list[_Target]]:
+        """The targets of each name, as they are written."""
+        found: dict[str, list[_Target]] = {}
+        for place, line in self._lines(path, "local.aliases"):
+            name, colon, value = _divided(line)
+            if not colon or not name or "@" in name or any(one.isspace() for one in name):
+                self.problems.append(f"{place}: {line[:80]!r} is not of the form `name: target, target`")
+            elif name.lower() in found:
+                self.problems.append(f"{place}: {name!r} is there twice")
+            else:
+                found[name.lower()] = list(self._targets(value, place, [path]))
+        return found
+
+    def _lines(self, path: str, what: str) -> Iterator[tuple[str, str]]:
+        """(place, line) of each logical line."""
+        self.files.append(path)
+        try:
+            lines = read_text(path).splitlines()
+        except OSError as error:
+            self.problems.append(f"{what}: {path}: {error.strerror}")
+            return
+        place, text = "", ""
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            if line[0] in " \t":
+                text += " " + line.strip()
+                continue
+            if text:
+                yield place, text
+            place, text = f"{path}:{number}", line.strip()
+        if text:
+            yield place, text
+
+    def _targets(self, value: str, place: str, way: list[str]) -> Iterator[_Target]:
+        """The targets in a list of them, those of included files among them. `way`: the files that lead there."""
+        for word in _words(value):
+            if word.lower().startswith(INCLUDE):
+                yield from self._included(word[len(INCLUDE) :].strip(), place, way)
+            elif word.startswith(("|", "/")):
+                what = "a program" if word[0] == "|" else "a file"
+                instead = "keep it in a mailbox, or send it on to a host that does this"
+                self.problems.append(f"{place}: {word[:80]!r}: no mail is given to {what}: {instead}")
+            elif "@" in word:
+                address = plain(word)
+                if address is None:
+                    self.problems.append(f"{place}: {word[:80]!r} is no address")
+                elif domain_of(word) in self._domains:
+                    yield _Target(comparable(word).rpartition("@")[0], False)
+                else:
+                    yield _Target(address, True)
+            elif not word.isprintable() or any(one in word for one in ' "<>,:;()'):
+                self.problems.append(f"{place}: {word[:80]!r} is neither an address nor a name")
+            else:
+                yield _Target(word.removeprefix("\\").lower(), word.startswith("\\"))
+
+    def _included(self, path: str, place: str, way: list[str]) -> Iterator[_Target]:
+        if not path.startswith("/"):
+            self.problems.append(f"{place}: {INCLUDE}{path}: expected the whole path of a file")
+        elif path in way:
+            self.problems.append(f"{place}: a circle: {' -> '.join([*way[way.index(path) :], path])}")
+        elif len(way) > DEEPEST:
+            self.problems.append(f"{place}: files include others more than {DEEPEST} deep")
+        else:
+            for inner, line in self._lines(path, place):
+                yield from self._targets(line, inner, [*way, path])
+
+    def flat(self, table: dict[str, list[_Target]]) -> dict[str, list[str]]:
+        """What each name leads to in the end."""
+        done: dict[str, list[str]] = {}
+        for name in table:
+            self._flatten(name, table, done, [])
+        return done
+
+    def _flatten(self, name: str, table: dict[str, list[_Target]], done: dict[str, list[str]], way: list[str]) -> list[str]:
+        if name in done:
+            return done[name]
+        if name in way:
+            self.problems.append(f"local.aliases: a circle: {' -> '.join([*way[way.index(name) :], name])}")
+            return []
+        if len(way) > DEEPEST:
+            self.problems.append(f"local.aliases: {way[0]} leads to others more than {DEEPEST} deep")
+            return []
+        found: dict[str, None] = {}
+        for word, final in table[name]:
+            if final or word == name or word not in table:  # `root: root, ann@x.example`: also root's own
+                found[word] = None
+            else:
+                found |= dict.fromkeys(self._flatten(word, table, done, [*way, name]))
+        if len(found) > MOST:
+            self.problems.append(f"local.aliases: {name} leads to more than {MOST} addresses")
+        elif not found and not table[name] and not self.problems:
+            self.problems.append(f"local.aliases: {name} leads to nobody")
+        done[name] = list(found)
+        return done[name]
+
+
+def _divided(line: str) -> tuple[str, str, str]:
+    """(name, colon, value) of a line; the name may be in quotes."""
+    if line.startswith('"'):
+        name, quote, rest = line[1:].partition('"')
+        rest = rest.lstrip()
+        return (name, ":", rest[1:]) if quote and rest.startswith(":") else (line, "", "")
+    name, colon, value = line.partition(":")
+    return name.strip(), colon, value
+
+
+def _words(value: str) -> Iterator[str]:
+    """The parts between commas outside of quotes; those around a part are taken away."""
+    word, inside, at = "", False, 0
+    while at <= len(value):
+        one = value[at] if at < len(value) else ","
+        at += 1
+        if one == "\\" and inside and at < len(value):
+            word += value[at - 1 : at + 1]
+            at += 1
+        elif one == "," and (not inside or at > len(value)):
+            word = word.strip()
+            if word[:1] == word[-1:] == '"' and len(word) > 1:
+                word = word[1:-1]
+            if word:
+                yield word
+            word = ""
+        else:
+            inside ^= one == '"'
+            word += one

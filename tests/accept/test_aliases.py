@@ -1,0 +1,105 @@
+"""The aliases of this machine: their file, and what they lead to."""
+
+from pathlib import Path
+
+import pytest
+
+from relaymta.accept.aliases import read
+from relaymta.errors import ConfigError
+
+HOST = "host.example"
+
+
+def made(tmp_path: Path, text: str, **files: str):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "aliases").write_text(text.replace("@@", str(tmp_path)))
+    return read(str(tmp_path / "aliases"), [HOST, "Other.example"])
+
+
+def leads(tmp_path: Path, text: str, name: str, **files: str) -> list[str]:
+    return made(tmp_path, text, **files).expanded([f"{name}@{HOST}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("root: ann@x.example\n", "root", ["ann@x.example"]),
+        ("Root: ann@x.example\n", "rOOT", ["ann@x.example"]),
+        ("root:ann@x.example,bob@x.example\n", "root", ["ann@x.example", "bob@x.example"]),
+        (
+            "# comment\n\nroot: ann@x.example,\n  bob@x.example\n\t,carl\n",
+            "root",
+            ["ann@x.example", "bob@x.example", "carl@host.example"],
+        ),
+        ("postmaster: root\nroot: admin\nadmin: ann@x.example, bob\n", "postmaster", ["ann@x.example", "bob@host.example"]),
+        ("root: root, ann@x.example\n", "root", ["root@host.example", "ann@x.example"]),
+        ("root: \\root, ann@x.example\n", "root", ["root@host.example", "ann@x.example"]),
+        ("a: \\b\nb: ann@x.example\n", "a", ["b@host.example"]),
+        ("a: B@HOST.example, c@other.example\nb: ann@x.example\nc: d\n", "a", ["ann@x.example", "d@host.example"]),
+        ("a: b, c\nb: d@x.example\nc: d@x.example\n", "a", ["d@x.example"]),
+        ('"a": "ann@x.example", \'b\'\n', "a", ["ann@x.example", "'b'@host.example"]),
+        ('a: "b, c"@x.example, d@x.example\n', "a", ['"b, c"@x.example', "d@x.example"]),
+        ("a: Ann@X.Example\n", "a", ["Ann@X.Example"]),
+        ("a: b\n", "none", ["none@host.example"]),
+        ("", "a", ["a@host.example"]),
+    ],
+)
+def test_what_an_alias_leads_to(tmp_path, text, name, found):
+    assert leads(tmp_path, text, name) == found
+
+
+def test_lists_in_files(tmp_path):
+    text = "team: :include:@@/team, eve@x.example\nroot: bob@x.example\n"
+    inner = f"# ours\nann@x.example, carl@x.example\nroot\n\n:include:{tmp_path}/more\n"
+    found = leads(tmp_path, text, "team", team=inner, more="dora@x.example\nann@x.example\n")
+    assert found == ["ann@x.example", "carl@x.example", "bob@x.example", "dora@x.example", "eve@x.example"]
+    assert [Path(path).name for path in made(tmp_path, text).files] == ["aliases", "team", "more"]
+
+
+def test_which_addresses_are_looked_up(tmp_path):
+    aliases = made(tmp_path, "root: ann@x.example\n")
+    given = ["root@host.example", "root@x.example", "root@OTHER.example", "Root@host.example.", "root@b.example"]
+    assert aliases.expanded(given) == ["ann@x.example", "root@x.example", "root@b.example"]
+    assert aliases.expanded(given, "b.example") == ["ann@x.example", "root@x.example"]
+    assert aliases.has("root@host.example") and not aliases.has("root@b.example") and aliases.has("root@b.example", "b.example")
+    assert not aliases.has("none@host.example")
+    others = ["none@host.example"]
+    assert aliases.expanded(others) is others
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("root: |/bin/program -x\n", ":1: '|/bin/program -x': no mail is given to a program"),
+        ('root: "|/bin/program, x"\n', ":1: '|/bin/program, x': no mail is given to a program"),
+        ("root: ann@x.example,\n /var/mail/root\n", ":1: '/var/mail/root': no mail is given to a file"),
+        ("\nroot\n", ":2: 'root' is not of the form"),
+        ("root@x.example: ann\n", "is not of the form"),
+        ("two words: ann\n", "is not of the form"),
+        ("root: ann\nROOT: bob\n", ":2: 'ROOT' is there twice"),
+        ("root: a b\n", ":1: 'a b' is neither an address nor a name"),
+        ("root: <ann>\n", "is neither an address nor a name"),
+        ("root: ann@\n", ":1: 'ann@' is no address"),
+        ("root:\n", "root leads to nobody"),
+        ("root: :include:list\n", "expected the whole path"),
+        ("root: :include:@@/none\n", "No such file"),
+        ("a: b\nb: c\nc: a\n", "a circle: a -> b -> c -> a"),
+        ("a: :include:@@/one\n", "a circle: @@/one -> @@/two -> @@/one"),
+        ("a: :include:@@/bad\n", "@@/bad:2: '|x': no mail is given to a program"),
+        ("\n".join(f"a{number}: a{number + 1}" for number in range(40)), "leads to others more than 20 deep"),
+        ("a: " + ",".join(f"u{number}" for number in range(6000)), "leads to more than 5000 addresses"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, said):
+    files = {"one": f":include:{tmp_path}/two", "two": f":include:{tmp_path}/one", "bad": "ann\n|x\n"}
+    with pytest.raises(ConfigError) as found:
+        made(tmp_path, text, **files)
+    assert any(said.replace("@@", str(tmp_path)) in problem for problem in found.value.problems), found.value.problems
+
+
+def test_many_aliases_of_each_other_take_no_long(tmp_path):
+    text = "".join(
+        f"a{number}: {', '.join(f'a{more}' for more in range(number + 1, number + 15))}, x{number}\n" for number in range(18)
+    )
+    assert len(leads(tmp_path, text, "a0")) == 18 + 14
