@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relaymta.proto.addressees import addresses, fields, header_octets, recipients
+from relaymta.proto.mailbox import Malformed, authors
 
 __all__ = ["BAD", "Broken", "Converted", "Folder", "Message", "opened_drop", "opened_pickup"]
 
@@ -72,8 +73,8 @@ class Folder:
         return f"{self.path}/{name}"
 
     def begin(self) -> bool:
-        """Whether the folder is there, and this process the one that empties it from now on (until `end`). OSError: nothing can
-        be removed from it, so that each message would be sent again and again."""
+        """Whether the folder is there, and this process the one that empties it from now on (until `end`). OSError: it
+        is not of the right kind; where nothing can be removed, each message would be sent again and again."""
         if self._descriptor >= 0:
             if self._is_same():
                 return True
@@ -84,14 +85,16 @@ class Folder:
             return False
         try:
             if self._own and os.fstat(descriptor).st_uid != os.geteuid():
-                raise BlockingIOError
+                raise PermissionError(errno.EACCES, "it does not belong to the user of the relay: nothing is taken from it")
+            if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, "the relay may not remove files from it: nothing is taken from it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:  # another program has it
             os.close(descriptor)
             return False
-        if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+        except BaseException:
             os.close(descriptor)
-            raise OSError(errno.EACCES, "this process may not remove files from it")
+            raise
         self._descriptor = descriptor
         return True
 
@@ -213,26 +216,37 @@ def opened_pickup(descriptor: int) -> Message:
         raise Broken("it does not begin with a header")
     if end == len(text) and len(start) >= HEAD_MOST:
         raise Broken("its header is too long")
-    given = fields(text[:end])
-    senders = [address for name, value in given if name == _HAS_X[0] for address in addresses(value) or [b""]]
+    header = text[:end] if text.endswith(b"\r\n", 0, end) else text[:end] + b"\r\n"
+    given = fields(header, _HAS_X)
     receivers = [address for name, value in given if name == _HAS_X[1] for address in addresses(value)]
-    authors = [
-        address for wanted in (b"sender", b"from") for name, value in given if name == wanted for address in addresses(value)
-    ]
-    sender = next(iter(senders or authors), None)
-    receivers = list(dict.fromkeys(receivers)) or recipients(text[:end])
-    if sender is None:
-        raise Broken("it has neither X-Sender nor From")
-    if not receivers:
+    envelope = [_sender(header, given), *(dict.fromkeys(receivers) or recipients(header))]
+    if len(envelope) == 1:
         raise Broken("it names no recipient (X-Receiver, or To, Cc, Bcc)")
-    for address in (sender, *receivers):
+    for address in envelope:
         if any(one < 33 or one in b"<>\x7f" for one in address):
             raise Broken(f"{address[:200]!r} is no address")
-    head = _without(text[:end]) + text[end:]
+    utf8 = b"" if all(map(bytes.isascii, envelope)) else b" SMTPUTF8"
+    mail, *rcpts = (b"<" + address + b">" for address in envelope)
     octets = found.st_size - len(start)
-    utf8 = b"" if all(map(bytes.isascii, (sender, *receivers))) else b" SMTPUTF8"
-    mail = b"MAIL FROM:<" + sender + b">" + utf8
-    return Message(descriptor, found.st_uid, mail, [b"RCPT TO:<" + one + b">" for one in receivers], head, octets, True)
+    rest = _without(header) + text[end:]
+    return Message(
+        descriptor, found.st_uid, b"MAIL FROM:" + mail + utf8, [b"RCPT TO:" + one for one in rcpts], rest, octets, True
+    )  # fmt: skip
+
+
+def _sender(header: bytes, given: list[tuple[bytes, bytes]]) -> bytes:
+    """The sender of a message with this header: that of X-Sender (empty: the null sender), or the first one of Sender or From.
+    Broken."""
+    for name, value in given:
+        if name == _HAS_X[0]:
+            return next(iter(addresses(value)), b"")
+    try:
+        found = authors(header, (b"sender",)) or authors(header, (b"from",))
+    except Malformed as error:
+        raise Broken(f"From or Sender: {error}") from None
+    if not found:
+        raise Broken("it has neither X-Sender nor From")
+    return str(found[0]).encode()
 
 
 def _without(header: bytes) -> bytes:

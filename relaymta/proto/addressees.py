@@ -36,24 +36,27 @@ def _name(line: bytes) -> bytes:
     return name.lower() if colon and name and not name.translate(None, _PRINTABLE) else b""
 
 
-def fields(header: bytes) -> list[tuple[bytes, bytes]]:
-    """The (name in lower case, value on one line) of each field."""
+def fields(header: bytes, names: tuple[bytes, ...]) -> list[tuple[bytes, bytes]]:
+    """The (name in lower case, value on one line) of each field with one of these names (lower case)."""
     found: list[tuple[bytes, list[bytes]]] = []
+    wanted = False
     for line in header.split(b"\r\n"):
         if line[:1] in (b" ", b"\t"):
-            if found:
+            if wanted:
                 found[-1][1].append(line)
         elif line:
-            found.append((_name(line), [line.partition(b":")[2]]))
+            name = _name(line)
+            wanted = name in names
+            if wanted:
+                found.append((name, [line.partition(b":")[2]]))
     return [(name, b"".join(lines)) for name, lines in found]
 
 
 def recipients(header: bytes) -> list[bytes]:
     """The addresses in To, Cc and Bcc; in a message that was sent on (one of Resent-To, Resent-Cc and Resent-Bcc is there), those
     in these alone (RFC 5322 3.6.6). Each address once, in the order of the header."""
-    found = fields(header)
-    names = _RESENT if any(name in _RESENT for name, _ in found) else _TO
-    return list(dict.fromkeys(address for name, value in found if name in names for address in addresses(value)))
+    found = fields(header, _RESENT) or fields(header, _TO)
+    return list(dict.fromkeys(address for _, value in found for address in addresses(value)))
 
 
 def addresses(value: bytes) -> list[bytes]:

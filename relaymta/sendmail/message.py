@@ -85,7 +85,7 @@ def enveloped(data: bytes, user: User, sender: str | None, given: list[str], fro
     own = os.fsencode(user.name)
     if user.name != "root" and data.startswith(CRONS):  # it would be refused: the user is not root
         data = data.replace(b"From: root", b"From: " + own, 1)
-    elif all(name != b"from" for name, _ in fields(header)):
+    elif not fields(header, (b"from",)):
         field = b"From: " + author(full_name or user.full_name, own) + b"\r\n"
         data = field + (data if header or data.startswith(b"\r\n") else b"\r\n" + data)
     return Envelope(envelope_sender, list(dict.fromkeys(found)), data)

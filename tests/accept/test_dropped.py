@@ -88,6 +88,12 @@ def test_a_message_that_is_picked_up(tmp_path):
     assert (message.head + rest, message.octets) == (b"From: b@x.example\r\n\r\nX-Sender: e\r\n", 0)
 
 
+def test_a_header_without_a_last_line_end_is_whole(tmp_path):
+    message, _ = opened(tmp_path, b"From: b@x.example\nTo: a@x.example", ".eml")
+    assert message.rcpts == [b"RCPT TO:<a@x.example>"]
+    assert message.head == b"From: b@x.example\r\nTo: a@x.example\r\n"
+
+
 @pytest.mark.parametrize(
     "text", [b"X-Sender: a@x>\r\nRCPT TO:<b\nTo: a@x\n\n", b"From: a\rTo: b\n\n", b"From: a@x\nTo: <b@x> NOTIFY=x <c>d@x\n\n"]
 )

@@ -28,6 +28,7 @@ NOBODY = pwd.getpwnam("nobody").pw_uid
 OTHER = 31_777  # a user without a name
 GROUP = 31_778  # that of the drop folder
 MANY = 1000 if PROVE else 120
+SIDE_BY_SIDE = MANY if PROVE else 24
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="acting as other users needs root")
 
 
@@ -256,6 +257,8 @@ def test_a_folder_of_others_is_not_looked_at(place):
         relay.send()
         time.sleep(5)
         assert [event["user"] for event in relay.events("queued")] == [""]
+        [text] = [event["text"] for event in relay.events("warning") if "local.drop" in event["text"]]
+        assert "does not belong to the user of the relay" in text
     assert len(place.names) == 1
 
 
@@ -274,7 +277,7 @@ def test_of_many_that_start_side_by_side_none_is_lost(place, ledger, state):
         if state != "down":
             relay.start()
         stack.callback(lambda: relay.process is not None and relay.process.poll() is None and relay.kill())
-        with ThreadPoolExecutor(24) as pool:
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
             futures = [pool.submit(send, number) for number in range(MANY)]
             if state == "killed":
                 for at in (MANY // 6, MANY // 2, 3 * MANY // 4):

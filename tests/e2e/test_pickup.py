@@ -87,6 +87,7 @@ def test_a_large_file_arrives_whole(relay, end):
         (b"hello\n\nTo: a@x.example\n", "does not begin with a header"),
         (b"To: b@x.example\n\n", "neither X-Sender nor From"),
         (b"From: a@x.example\nSubject: x\n\n", "no recipient"),
+        (b"From: a@@x.example\nTo: b@x.example\n\n", "From or Sender"),
         (b"From: a@x.example\nTo: b c@x.example\n\n", "no address"),
         (b"From: a@x.example\nTo: b@x.example\n" + b"X-Long: x\n" * 500_000, "too long"),
         (b"From: a@x.example\nX-Receiver: b@\n\n", "501"),

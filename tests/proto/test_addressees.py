@@ -78,7 +78,8 @@ def test_where_a_header_ends(data, header):
 
 
 def test_fields_are_unfolded():
-    assert fields(b"To: a,\r\n b\r\nSUBJECT: x\r\n") == [(b"to", b" a, b"), (b"subject", b" x")]
+    header = b"To: a,\r\n b\r\nSUBJECT: x\r\nCc: c\r\n d\r\nto : e\r\n"
+    assert fields(header, (b"to", b"subject")) == [(b"to", b" a, b"), (b"subject", b" x"), (b"to", b" e")]
 
 
 def test_recipients_of_a_header():

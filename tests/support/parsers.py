@@ -16,6 +16,7 @@ from relaymta.filter import dmarc, rspamd, signatures, spf
 from relaymta.filter.judgement import FilterFailure
 from relaymta.proto import (
     address,
+    addressees,
     attachments,
     authres,
     clamd,
@@ -955,6 +956,10 @@ def _parsers() -> Iterable[Parser]:
     yield Parser(
         "proto.mailbox.authors", _authors, {**_BLOCKS, **_FROMS, **fields}, "8 kB of all fields: refused", 8000, header.too_long
     )
+    yield Parser("proto.addressees.addresses", addressees.addresses, _ADDRESS_LISTS)
+    yield Parser("proto.addressees.header_octets", addressees.header_octets, _BLOCKS)
+    to = {name: lambda n, make=make: b"To: " + make(n) + b"\r\n" for name, make in _ADDRESS_LISTS.items()}
+    yield Parser("proto.addressees.recipients", addressees.recipients, {**_BLOCKS, **to})
     yield Parser("proto.header.header_end", header.header_end, _BLOCKS)
     yield Parser("proto.header.count_received", header.count_received, _BLOCKS)
     yield Parser("proto.header.field_names", header.field_names, _BLOCKS)
