@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.dropped import BAD, Broken, Converted, Folder, Message, opened_drop, opened_pickup
-from relaymta.accept.user import UserConnection
+from relaymta.accept.user import UserConnection, name_of
 from relaymta.config import Listener
 
 __all__ = ["Collector"]
@@ -25,6 +25,26 @@ AGAIN_SECONDS = 60.0  # before a message is tried again that was refused for now
 PIECE = 65536
 OVERALL_SECONDS = 900.0  # for one message
 END_SECONDS = 10.0  # for messages under way, at the end
+NOTICE = """\
+From: MAILER-DAEMON
+To: {user}
+Subject: Mail that was not sent
+Auto-Submitted: auto-replied
+MIME-Version: 1.0
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: 8bit
+
+While the mail relay of this machine did not answer, `sendmail` has kept a
+message of yours. The relay refuses it now:
+
+{reason}
+
+Its recipients:
+
+{commands}
+
+The administrator of this machine has the message.
+"""
 T = TypeVar("T")
 
 
@@ -116,15 +136,38 @@ class Collector:
         path = folder.place(name)
         try:
             if path not in self._sent:  # else it is only to be removed, which has failed before
-                self._sent[path] = await self._queue(await self._thread(folder.open, name))
-        except (Broken, _Refused) as error:
+                message = await self._thread(folder.open, name)
+                self._sent[path] = await self._queue(message)
+        except Broken as error:
             await self._put_aside(folder, name, str(error))
             return
+        except _Refused as error:
+            await self._put_aside(folder, name, str(error))
+            await self._tell(folder, message, str(error))
+            return
         if refused := self._sent[path]:
-            await self._put_aside(folder, name, "it was sent, but not to these recipients:\n" + "\n".join(refused))
+            reason = "it was sent, but not to these recipients:\n" + "\n".join(refused)
+            await self._put_aside(folder, name, reason)
+            await self._tell(folder, message, reason)
         else:
             await self._thread(folder.remove, name)
         del self._sent[path]
+
+    async def _tell(self, folder: Folder, message: Message, reason: str) -> None:
+        """Tell the user who has dropped a message that it was not sent: the program that did it said that it would be."""
+        if not folder.drops:
+            return
+        user = name_of(message.user)
+        text = NOTICE.format(
+            user=user, reason=reason, commands="\n".join(one.decode("utf-8", "replace") for one in message.rcpts)
+        )
+        rcpt = f"RCPT TO:<{user}>".encode()
+        notice = Message(-1, os.geteuid(), b"MAIL FROM:<>", [rcpt], Converted().take(text.encode(), True), 0, False)
+        try:
+            async with asyncio.timeout(OVERALL_SECONDS):
+                await self._send(notice)
+        except (_Refused, _Later, OSError, EOFError) as error:
+            self._warn(f"{user} could not be told of a message that was not sent: {error or type(error).__name__}")
 
     async def _put_aside(self, folder: Folder, name: str, reason: str) -> None:
         await self._thread(folder.put_aside, name, reason)

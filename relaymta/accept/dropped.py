@@ -59,13 +59,14 @@ class Converted:
 
 
 class Folder:
-    """One of the two folders. `names`: how its files end; `own`: only a folder of this process's user counts."""
+    """One of the two folders. `names`: how its files end; `drops`: it is the drop folder, which counts only if it
+    belongs to the user of this process."""
 
-    def __init__(self, path: str, ends: str, opened: Callable[[int], Message], own: bool) -> None:
+    def __init__(self, path: str, ends: str, opened: Callable[[int], Message], drops: bool) -> None:
         self.path = Path(path)
         self._ends = ends
         self._opened = opened
-        self._own = own
+        self.drops = drops
         self._descriptor = -1
 
     def place(self, name: str) -> str:
@@ -84,7 +85,7 @@ class Folder:
         except OSError:
             return False
         try:
-            if self._own and os.fstat(descriptor).st_uid != os.geteuid():
+            if self.drops and os.fstat(descriptor).st_uid != os.geteuid():
                 raise PermissionError(errno.EACCES, "it does not belong to the user of the relay: nothing is taken from it")
             if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
                 raise PermissionError(errno.EACCES, "the relay may not remove files from it: nothing is taken from it")

@@ -128,8 +128,23 @@ def test_users_neither_read_nor_change_the_drops_of_others_nor_send_as_them(plac
         reasons = wait_for(lambda: len(place.reasons()) == 2 and place.reasons())
         assert all("relay.local_users" in text for text in reasons.values())
         wait_for(lambda: not place.names)
-        assert len(relay.cli("queue", "list", "--json").stdout.splitlines()) == 1
+        wait_for(lambda: len(relay.events("queued")) == 3)  # the good one, and two notices
         assert stat.S_IMODE((place.drop / "bad").stat().st_mode) == 0o700
+
+
+@root_only
+def test_who_has_dropped_what_is_refused_is_told(place):
+    assert place.put(batch(data="From: boss@x.example\r\n\r\n"), uid=NOBODY).returncode == 0
+    partly = "MAIL FROM:<nobody>\r\nRCPT TO:<ok@x.example>\r\nRCPT TO:<bad@>\r\nBDAT 2 LAST\r\n\r\n"
+    assert place.put(partly, uid=NOBODY).returncode == 0
+    with place.relay() as relay:
+        found = wait_for(lambda: len(relay.events("queued")) == 3 and relay.events("queued"))
+        told = [event for event in found if event["sender"] == ""]
+        assert [event["recipients"] for event in told] == [["nobody@relay.example"]] * 2
+        texts = [relay.cli("message", "raw", event["id"]).stdout for event in told]
+        assert all("\nAuto-Submitted: auto-replied\n" in text and "MAILER-DAEMON@relay.example" in text for text in texts)
+        assert sum("relay.local_users" in text and "RCPT TO:<a@x.example>" in text for text in texts) == 1
+        assert sum("not to these recipients" in text and "<bad@> 5" in text for text in texts) == 1
 
 
 @root_only

@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import shutil
 import smtplib
 import socket
 import stat
@@ -190,21 +189,23 @@ def test_swaks_speaks_to_the_socket(relay):
     assert queued(relay) == before + 1
 
 
-def test_programs_that_call_it(relay, tmp_path):
-    """git send-email and mutt, as far as they are installed."""
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["mutt", "-n", "-F", "/dev/null", "-e", "set sendmail={0}", "-e", "set copy=no", "-s", "x", "b@x.example"],
+        ["s-nail", "-n", "-S", "mta={0}", "-S", "v15-compat=y", "-s", "x", "b@x.example"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_mail_programs_call_it(relay, tmp_path, program):
     wrapper = tmp_path / "sendmail"
     wrapper.write_text(f'#!/bin/sh\nRELAYMTA_SENDMAIL_SOCKET={socket_of(relay)} exec {sys.executable} -IS {PROGRAM} "$@"\n')
     wrapper.chmod(0o755)
     before = queued(relay)
-    if shutil.which("mail"):
-        call = ["mail", "-S", f"mta={wrapper}", "-S", f"sendmail={wrapper}", "-s", "x", "b@x.example"]
-        subprocess.run(call, input=b"hello\n", check=True, env={**os.environ, "HOME": str(tmp_path)})
-        wait_for(lambda: queued(relay) == before + 1)
-    if shutil.which("mutt"):
-        call = ["mutt", "-n", "-F", "/dev/null", "-e", f"set sendmail='{wrapper}'", "-e", "set copy=no", "-s", "x", "b@x.example"]
-        before = queued(relay)
-        subprocess.run(call, input=b"hello\n", check=True, env={**os.environ, "HOME": str(tmp_path)})
-        wait_for(lambda: queued(relay) == before + 1)
+    call = [need(program[0]), *(word.format(wrapper) for word in program[1:])]
+    done = subprocess.run(call, input=b"hello\n", check=False, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: queued(relay) == before + 1)
 
 
 def test_the_queue_is_shown_flushed_and_explained(relay, tmp_path):
