@@ -152,6 +152,8 @@ echo "${COMPREPLY[@]}"
     for name, told in (("relaymta-queue-list", "--unseen"), ("relaymta", "EXIT STATUS"), ("relaymta.toml", "message_size")):
         assert told in machine.run("man", name).stdout
     assert machine.run("man", "--warnings", "relaymta.toml").stderr == ""
+    for name in ("sendmail", "mailq", "newaliases"):
+        assert "hand mail to the relay" in machine.run("man", "--warnings", name).stdout
     assert machine.run("whatis", "relaymta.toml").stdout.startswith("relaymta.toml (5)")
 
 
