@@ -93,9 +93,12 @@ def enveloped(data: bytes, user: User, sender: str | None, given: list[str], fro
 
 def _without_separator(data: bytes) -> bytes:
     """A message without the lines in front of it with which a mailbox of mbox form separates messages."""
-    while data.startswith((b"From ", b">From ")):
-        data = data.partition(b"\r\n")[2]
-    return data
+    at = 0
+    while data.startswith((b"From ", b">From "), at):
+        at = data.find(b"\r\n", at) + 2
+        if at == 1:
+            return b""
+    return data[at:]
 
 
 def address(given: bytes) -> bytes:
