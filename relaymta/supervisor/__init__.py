@@ -393,6 +393,7 @@ class Supervisor:
         """What only root may open (the control socket and that of the HTTP API, where they are in root's folders; the listening
         sockets); from then on root's rights are gone."""
         config = self.config
+        self._await_the_killed()
         control, admin = prepare_as_root(config)
         try:
             sockets = self._open_ports(workers)
@@ -409,7 +410,6 @@ class Supervisor:
 
     def _open_ports(self, workers: int) -> list[list[socket.socket]]:
         """The listening sockets, also those of /metrics. SpoolBusy where they are those of a relay with this spool."""
-        self._await_the_killed()
         try:
             found = bound(self.config.listener, workers)
             self._open_http()
