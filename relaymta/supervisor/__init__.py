@@ -34,6 +34,7 @@ from relaymta.node import SiteState, SiteStates, keep_secret
 from relaymta.queue.snapshot import remove_stale
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import (
+    ENDING_SECONDS,
     another,
     bound,
     control_socket,
@@ -422,12 +423,15 @@ class Supervisor:
 
     def _await_the_killed(self) -> None:
         """Wait for the end of processes of a relay that was killed: they have its ports, and its shards, until then."""
-        spool, until = Path(self.config.spool), time.monotonic() + OWNER_SECONDS
+        spool, began = Path(self.config.spool), time.monotonic()
         addresses = [listener.address for listener in self.config.listener]
-        while locked_shard(spool) is not None and any(map(in_use, addresses)) and time.monotonic() < until:
+        while any(map(in_use, addresses)) and "LISTEN_FDS" not in os.environ:  # systemd has the ports then
             with contextlib.suppress(OSError):
                 if listens(self.config.control_path):
                     return  # it is alive
+            most = OWNER_SECONDS if locked_shard(spool) is not None else ENDING_SECONDS
+            if time.monotonic() - began > most:
+                return
             time.sleep(TRY_SECONDS)
 
     def _prepare_spool(self, spool: Path) -> None:
