@@ -221,11 +221,14 @@ class Resolver:
         number = numeric(host)
         if number is not None:
             return [number]
-        known = self._hosts.addresses(host, families)
+        try:
+            known, names = self._hosts.addresses(host, families), self._hosts.candidates(host)
+        except OSError as failure:
+            raise NoDescriptor(f"{host}: {failure}") from None
         if known:
             return known
         error: NoSuchName | NoData | None = None
-        for name in self._hosts.candidates(host):
+        for name in names:
             try:
                 return await self.addresses(name, families)
             except (NoSuchName, NoData) as failure:

@@ -5,6 +5,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from relaymta.errors import is_scarce
+
 __all__ = ["HOSTS", "RESOLV_CONF", "Hosts", "Stamp", "numeric", "stamp"]
 
 HOSTS = "/etc/hosts"
@@ -48,7 +50,7 @@ class _Search:
 
 class Hosts:
     """The files are read again when they have changed, which is looked at whenever they are used. What cannot be read is as if it
-    were empty."""
+    were empty; without a descriptor to read it, both methods end with OSError."""
 
     def __init__(self, hosts: str = "", resolv_conf: str = "") -> None:
         self._hosts = hosts or HOSTS
@@ -60,8 +62,9 @@ class Hosts:
     def addresses(self, host: str, families: str) -> list[str]:
         """The addresses of a name in /etc/hosts, in the order of `families` (as of `dns.Resolver.addresses`); those of localhost
         and names below it, also where they are not listed (RFC 6761 6.3). Empty: ask the DNS."""
-        if self._changed(self._hosts):
-            self._names = _names(_read(self._hosts))
+        lines = self._changed(self._hosts)
+        if lines is not None:
+            self._names = _names(lines)
         name = host.lower().rstrip(".")
         found = self._names.get(name, [])
         if not found and (name == "localhost" or name.endswith(".localhost")):
@@ -72,25 +75,30 @@ class Hosts:
         """The names to ask the DNS for, in order, as the search list has it. A name that ends with a dot is complete."""
         if host.endswith("."):
             return [host.rstrip(".")]
-        if self._changed(self._resolv_conf):
-            self._search = _search(_read(self._resolv_conf))
+        lines = self._changed(self._resolv_conf)
+        if lines is not None:
+            self._search = _search(lines)
         longer = [f"{host}.{domain}" for domain in self._search.domains]
         return [host, *longer] if host.count(".") >= self._search.ndots else [*longer, host]
 
-    def _changed(self, path: str) -> bool:
+    def _changed(self, path: str) -> list[list[str]] | None:
+        """What `_read` finds in a file that has changed; None: it has not. OSError: it has, and no descriptor is left."""
         now = stamp(path)
         if path in self._stamps and self._stamps[path] == now:
-            return False
+            return None
+        lines = _read(path)
         self._stamps[path] = now
-        return True
+        return lines
 
 
 def _read(path: str) -> list[list[str]]:
-    """The words of each line, without comments."""
+    """The words of each line, without comments; none of a file that cannot be read. OSError: no descriptor is left for it."""
     try:
         with Path(path).open("rb") as file:
             text = file.read(LARGEST).decode("utf-8", "replace")
-    except OSError:
+    except OSError as error:
+        if is_scarce(error):
+            raise
         return []
     return [line.partition("#")[0].split() for line in text.splitlines()]
 

@@ -17,7 +17,7 @@ from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
 __all__ = [
-    "another", "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "key_of", "listens",
+    "ENDING_SECONDS", "another", "bind", "bound", "check_free", "control_socket", "http_sockets", "in_use", "key_of", "listens",
     "local_socket", "notify", "notify_wait", "reason", "remove_socket", "watchdog_seconds",
 ]  # fmt: skip
 
@@ -26,7 +26,7 @@ BACKLOG = 1024
 LOCAL = "local.socket"
 HTTP_BACKLOG = 128
 PROBE_SECONDS = 10.0
-ENDING_SECONDS = 0.25
+ENDING_SECONDS = 1.0  # for a process that was killed to end
 BARRIER_SECONDS = 5.0
 
 

@@ -12,12 +12,13 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 class Watched(Generic[T]):
     """The result of `load()`, which reads the files `paths`. `value`: of its last success (None: there was none). `problem`: why
-    the current files are not in use, "" if they are. `refresh` is called on a thread, by one caller at a time; the attributes may
-    be read anywhere."""
+    the current files are not in use, "" if they are; `error`: that of the last load, None if it succeeded. `refresh` is called on
+    a thread, by one caller at a time; the attributes may be read anywhere."""
 
     def __init__(self, paths: list[str], load: Callable[[], T]) -> None:
         self.value: T | None = None
         self.problem = ""
+        self.error: Exception | None = None
         self._paths = paths
         self._load = load
         self._stamp: Stamp | None = None  # not loaded yet: `load` is called once even without files
@@ -38,9 +39,9 @@ class Watched(Generic[T]):
         self._stamp = stamp
         try:
             self.value = self._load()
-            self.problem = ""
+            self.problem, self.error = "", None
         except Exception as error:  # any content of the files must not end the caller
-            self.problem = str(error) or type(error).__name__
+            self.problem, self.error = str(error) or type(error).__name__, error.with_traceback(None)
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:

@@ -17,16 +17,16 @@ def least_seconds(parser: Parser, data: bytes, repeats: int) -> float:
     return parser.seconds(data, LEAST_SECONDS, repeats, time.thread_time)
 
 
-def growth(parser: Parser, what: str, octets: int) -> float:
-    """How much more time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square. The longer one is
-    measured once: what disturbs that makes the growth too large, and is measured again."""
+def growth(parser: Parser, what: str, octets: int, repeats: int = REPEATS) -> float:
+    """How much more time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square. `repeats`: of the
+    longer one; what disturbs it makes the growth too large, and is measured again."""
     short, long = parser.worst[what](octets // TIMES), parser.worst[what](octets)
-    return (least_seconds(parser, long, 1) / len(long)) / (least_seconds(parser, short, REPEATS) / len(short))
+    return (least_seconds(parser, long, repeats) / len(long)) / (least_seconds(parser, short, REPEATS) / len(short))
 
 
 def least_growth(parser: Parser, what: str, octets: int) -> float:
     """The least `growth` of several measurements; the first that is within MARGIN."""
-    found = [growth(parser, what, octets)]
+    found = [growth(parser, what, octets, 1)]
     while found[-1] > MARGIN and len(found) < TRIES:
         time.sleep(0.02)  # what shares the processor's caches at this moment is gone at another
         found.append(growth(parser, what, octets))

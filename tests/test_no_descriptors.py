@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from relaymta import memory
 from relaymta.disk.big import BigBody
 from relaymta.disk.segments import Segments
 from relaymta.dns import DnsFailure, NoDescriptor, Resolver
 from relaymta.errors import US, StoreError, is_scarce
+from relaymta.hosts import Hosts
 from relaymta.log import History
 from relaymta.proto.envelope import Body
 from relaymta.route.mx import NoRoute, mx_hosts
 from relaymta.route.ourselves import Ourselves, is_local
+from relaymta.send import trust
 from relaymta.send.connect import Peer, _failure
+from relaymta.send.trust import Files, TrustFailed, context_of
 
 
 @contextlib.contextmanager
@@ -119,3 +123,25 @@ def test_a_history_goes_on_in_its_file_until_the_next_can_be_opened(tmp_path):
     assert (tmp_path / "other").read_bytes() == b""
     os.close(other)
     os.close(history._descriptor)
+
+
+def test_the_hosts_file_is_not_taken_for_empty(tmp_path):
+    (tmp_path / "hosts").write_text("192.0.2.7 smart.internal\n")
+    hosts = Hosts(str(tmp_path / "hosts"), str(tmp_path / "resolv.conf"))
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        hosts.addresses("smart.internal", "64")
+    assert hosts.addresses("smart.internal", "64") == ["192.0.2.7"]
+
+
+def test_no_context_of_tls_that_trusts_nobody_is_kept(tmp_path, monkeypatch):
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_bytes(trustme.CA().cert_pem.bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    own = tmp_path / "ca.pem"
+    own.write_bytes(bundle.read_bytes())
+    for files in (Files(), Files(ca=str(own))):
+        monkeypatch.setattr(trust, "_known", {})
+        with no_descriptors(), pytest.raises(TrustFailed) as failed:
+            context_of("verify", files)
+        assert is_scarce(failed.value)
+        assert context_of("verify", files).cert_store_stats()["x509_ca"] == 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.dns import DnsFailure, NoData, NoDescriptor, NoSuchName, Resolver
 from relaymta.filter.judgement import Answer, FilterFailure, FilterSession, Mail
 from relaymta.proto.address import domain_of, in_a_labels, in_dns, is_host
 from relaymta.proto.dnsbl import Codes, reversed_address
@@ -151,6 +151,8 @@ class Dnsbl:
                 answers: list[str] = await self._resolver.values(name, "A")
         except (NoSuchName, NoData):
             return "clean", ()
+        except NoDescriptor:  # it was not asked
+            return "failed", ()
         except (DnsFailure, TimeoutError):
             one.silent += 1
             return "failed", ()

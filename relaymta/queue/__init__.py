@@ -246,11 +246,14 @@ class Queue:
         return self.segments.big_limit
 
     def big_file(self, entry: Entry) -> BigFile | None:
-        """Where a large message's data lies until the entry is ended; None for any other."""
+        """Where a large message's data lies until the entry is ended; None for any other. StoreError: it cannot be looked at."""
         body = entry.envelope.body
         if body is None or body.segment:
             return None
-        return BigFile(str(self.segments.body_path(entry.ident, body)), entry.ident, body)
+        try:
+            return BigFile(str(self.segments.body_path(entry.ident, body)), entry.ident, body)
+        except OSError as error:
+            raise StoreError(f"cannot read the body of {entry.ident:016x}: {error}") from error
 
     def big_body(self, ident: int, room: int = 0) -> BigBody:
         """A file for a large body, with `room` octets reserved in front of it. Blocks: call it on a thread."""

@@ -279,11 +279,12 @@ def _still(store: Store, ident: int, body: Body) -> bool:
 
 def missing_body(bodies: Path, ident: int, body: Body) -> str:
     """What is wrong with the data of a message; "": nothing. Blocks."""
-    path = body_file(bodies, ident, body)
+    path = bodies
     try:
+        path = body_file(bodies, ident, body)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        return f"{path}: {error.strerror}"
+        return f"{error.filename or path}: {error.strerror}"
     try:
         if body.segment:
             read_frame(descriptor, ident, body)

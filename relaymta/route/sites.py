@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from relaymta.config import Config, Route, parse_hostport
 from relaymta.dns import Resolver
-from relaymta.errors import US
+from relaymta.errors import US, is_scarce
 from relaymta.proto.address import domain_matches, same_host
 from relaymta.proto.envelope import QueueName
 from relaymta.route.lookup import LookupFailed, ask
@@ -109,7 +109,9 @@ class Sites:
             _allow(route, found.hosts)
         except LookupFailed as error:
             cause = f"look-up of {name.domain} at {route.lookup}: {error}"
-            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", cause, US) from None
+            raise NoRoute(
+                False, "4.4.3", f"the route of {name.domain} could not be looked up", cause, US, scarce=is_scarce(error)
+            ) from None
         if found.hosts:
             given = self._given.get((route.label, found.hosts))
             if given is None:

@@ -204,7 +204,8 @@ async def _connect(
         if phase == WITHIN_TLS:  # a peer that closes without a word may have refused our certificate (RFC 8446 4.4.2.4)
             phase = "starttls" if client is not None and not client.heard and not _timed_out(error) else "ehlo"
         failure = _failure(phase, peer, error, via, client.secrets if client is not None else ())
-        failure.in_tls = phase == "starttls" or (client is not None and client.shaking) or _of_tls(failure)
+        in_tls = phase == "starttls" or (client is not None and client.shaking) or _of_tls(failure)
+        failure.in_tls = in_tls and not failure.scarce
         _tell_end(client, f"failed: {failure}")
         raise failure from None
 

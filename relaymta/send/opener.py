@@ -218,7 +218,7 @@ class Opener:
         try:
             session = await self._once(site, peer, tls, source, timeout)
         except ConnectFailed as error:
-            if tls == "may" and error.phase == "starttls":  # a failed handshake, where TLS is optional
+            if tls == "may" and error.phase == "starttls" and not error.scarce:  # a failed handshake, where TLS is optional
                 session = await self._once(site, peer, "off", source, timeout)
                 session.fell_back = True
                 return session

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relaymta.config import Route
-from relaymta.errors import US, Failure
+from relaymta.errors import US, Failure, is_scarce
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.watch import Watched
 
@@ -110,7 +110,7 @@ def context_of(tls: str, files: Files = NO_FILES) -> Context:
         watched = _known[verified, files] = Watched(paths, lambda: _made(verified, files))
     watched.refresh()
     if watched.value is None:
-        raise TrustFailed(watched.problem)
+        raise TrustFailed(watched.problem) from watched.error  # which may be that no descriptor is left
     return watched.value
 
 
@@ -120,7 +120,10 @@ def problems(route: Route) -> Iterator[tuple[str, str]]:
     if files == NO_FILES:
         return
     for key, path in files.named:
-        why = _unreadable(path)
+        try:
+            why = _unreadable(path)
+        except OSError as error:
+            why = error.strerror or str(error)
         if why:
             yield key, f"{path}: {why}"
             return
@@ -132,10 +135,13 @@ def problems(route: Route) -> Iterator[tuple[str, str]]:
 
 
 def _unreadable(path: str) -> str:
+    """Why a file cannot be used; "": it can. OSError: no descriptor is left, which says nothing of the file."""
     try:
         with Path(path).open("rb") as file:
             return "" if file.read(1) else "is empty"
     except OSError as error:
+        if is_scarce(error):
+            raise
         return error.strerror or str(error)
 
 
@@ -150,6 +156,9 @@ def _made(verified: bool, files: Files) -> Context:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if not files.ca:
+        bundle = ssl.get_default_verify_paths().cafile
+        if verified and bundle:
+            _unreadable(bundle)  # without a descriptor the context would trust nobody, and not say so
         context.load_default_certs()
     elif verified:
         _load_authorities(context, files.ca)

@@ -34,6 +34,7 @@ from relaymta.node import SiteState, SiteStates, keep_secret
 from relaymta.queue.snapshot import remove_stale
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import (
+    ENDING_SECONDS,
     another,
     bound,
     control_socket,
@@ -404,6 +405,7 @@ class Supervisor:
         """What only root may open (the unix sockets, where they are in root's folders; the listening sockets); from then on
         root's rights are gone."""
         config = self.config
+        self._await_the_killed()
         opened = prepare_as_root(config)
         try:
             sockets = self._open_ports(workers)
@@ -426,7 +428,6 @@ class Supervisor:
 
     def _open_ports(self, workers: int) -> list[list[socket.socket]]:
         """The listening sockets, also those of /metrics. SpoolBusy where they are those of a relay with this spool."""
-        self._await_the_killed()
         try:
             found = bound(self.config.listener, workers)
             self._open_http()
@@ -439,13 +440,20 @@ class Supervisor:
 
     def _await_the_killed(self) -> None:
         """Wait for the end of processes of a relay that was killed: they have its ports, and its shards, until then."""
-        spool, until = Path(self.config.spool), time.monotonic() + OWNER_SECONDS
-        addresses = [listener.address for listener in self.config.listener]
-        while locked_shard(spool) is not None and any(map(in_use, addresses)) and time.monotonic() < until:
-            with contextlib.suppress(OSError):
-                if listens(self.config.control_path):
-                    return  # it is alive
+        spool, began = Path(self.config.spool), time.monotonic()
+        while self._is_taken():
+            if _answers(self.config.control_path):
+                return  # it is alive
+            most = OWNER_SECONDS if locked_shard(spool) is not None else ENDING_SECONDS
+            if time.monotonic() - began > most:
+                return
             time.sleep(TRY_SECONDS)
+
+    def _is_taken(self) -> bool:
+        """Whether others have a port, or the socket of sendmail(1). (Ports that systemd passes are its own.)"""
+        addresses = [] if "LISTEN_FDS" in os.environ else [listener.address for listener in self.config.listener]
+        local = self.config.local_path
+        return any(map(in_use, addresses)) or (local is not None and _answers(local))
 
     def _prepare_spool(self, spool: Path) -> None:
         make_folder(spool)
@@ -539,6 +547,14 @@ async def _signs_of_life(period: float) -> None:
     while period > 0:
         notify("WATCHDOG=1")
         await asyncio.sleep(period / 3)
+
+
+def _answers(path: Path) -> bool:
+    """Whether a process listens at a unix socket, as far as that can be found out."""
+    try:
+        return listens(path)
+    except OSError:
+        return False
 
 
 def _raise_descriptor_limit() -> None:

@@ -66,6 +66,7 @@ class FakeMx:
         self.resumed: list[bool] = []  # of each connection with TLS
         self.certificates: list[dict[str, Any]] = []  # the clients', where `tls` asks for them
         self.connections = self.most_open = 0
+        self.patience = 0.0  # seconds in which a client may close other connections, until it has one more than ever
         if path:
             self._server = socket.socket(socket.AF_UNIX)
             self._server.bind(path)
@@ -102,6 +103,9 @@ class FakeMx:
                 return
             self.connections += 1
             self._open.append(sock)
+            until = time.monotonic() + self.patience
+            while self.now_open > self.most_open and time.monotonic() < until:
+                time.sleep(0.005)
             self.most_open = max(self.most_open, self.now_open)
             if address:
                 self.clients.append(address[0])
