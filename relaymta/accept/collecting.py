@@ -104,8 +104,9 @@ class _State:
         """Forget all but those that are there."""
         known: dict[str, object]
         for known in (self.later, self.works, self.warned):  # type: ignore[assignment]
-            for name in known.keys() - there:
-                del known[name]
+            for name in list(known):  # one by one: a difference of sets would keep the event loop waiting
+                if name not in there:
+                    del known[name]
 
 
 class Collector:
