@@ -125,6 +125,17 @@ def test_what_is_put_aside_keeps_its_name_and_reason(tmp_path):
     }  # fmt: skip
 
 
+def test_what_is_put_aside_is_kept_without_its_reason_too(tmp_path):
+    one = folder(tmp_path)
+    for number in range(2):
+        (tmp_path / "1.drop").write_text(f"{number}")
+        one.put_aside("1.drop", "why")
+        (tmp_path / "bad/1.drop.reason").unlink(missing_ok=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "bad").iterdir()} == {
+        "1.drop": "0", "1.drop.2": "1", "1.drop.2.reason": "why\n",
+    }  # fmt: skip
+
+
 def test_a_long_name_is_put_aside_too(tmp_path):
     one, name = folder(tmp_path), "ä" * 125 + ".drop"
     for number in range(2):
