@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.dropped import BAD, Broken, Converted, Folder, Message, opened_drop, opened_pickup
+from relaymta.accept.dropped import BAD, Broken, Converted, Folder, Identity, Message, opened_drop, opened_pickup
 from relaymta.accept.user import UserConnection, name_of
 from relaymta.config import Listener
 
@@ -25,6 +27,8 @@ AGAIN_SECONDS = 60.0  # before a message is tried again that was refused for now
 PIECE = 65536
 OVERALL_SECONDS = 900.0  # for one message
 END_SECONDS = 10.0  # for messages under way, at the end
+REFUSALS_MOST = 10  # of recipients, before a new connection is made: it would be closed (intake.errors)
+SHOWN_LINES, SHOWN = 100, 2000  # lines of a notice, and characters of a log record, about recipients
 NOTICE = """\
 From: MAILER-DAEMON
 To: {user}
@@ -56,6 +60,55 @@ class _Later(Exception):
     """It is refused for now."""
 
 
+@dataclass(slots=True)
+class _Work:
+    """What has become of a message. `left`: the commands for the recipients that neither have it nor were refused; `refused`: one
+    line for each that was refused for good; `text`: why all of it was."""
+
+    identity: Identity
+    rcpts: list[bytes]
+    left: list[bytes]
+    refused: list[str] = field(default_factory=list)
+    text: str = ""
+
+    def refuse(self, at: int, reply: str) -> None:
+        """One of those that are left is refused."""
+        self.refused.append(f"{self.left.pop(at).decode('utf-8', 'replace').partition(':')[2]} {reply}")
+
+    def refuse_rest(self, text: str) -> None:
+        """Those that are left are refused."""
+        if len(self.left) == len(self.rcpts):
+            self.text = text
+        self.refused += [f"{rcpt.decode('utf-8', 'replace').partition(':')[2]} {text}" for rcpt in self.left]
+        self.left.clear()
+
+    @property
+    def reason(self) -> str:
+        """Why the file is put aside; empty: nobody was refused."""
+        if self.text or not self.refused:
+            return self.text
+        lines = "\n".join(self.refused)
+        return lines if len(self.refused) == len(self.rcpts) else "it was sent, but not to these recipients:\n" + lines
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of the files of a folder, by their names. `later`: when those are tried again that could not be dealt with
+    (loop time); `works`: of messages that some recipients have, or all, but that are still there; `warned`: what was logged."""
+
+    later: dict[str, float] = field(default_factory=dict)
+    works: dict[str, _Work] = field(default_factory=dict)
+    warned: dict[str, str] = field(default_factory=dict)
+
+    def forget(self, there: set[str]) -> None:
+        """Forget all but those that are there."""
+        known: dict[str, object]
+        for known in (self.later, self.works, self.warned):  # type: ignore[assignment]
+            for name in list(known):  # one by one: a difference of sets would keep the event loop waiting
+                if name not in there:
+                    del known[name]
+
+
 class Collector:
     """What one worker does about the two folders."""
 
@@ -63,9 +116,7 @@ class Collector:
         """`listener`: that of sendmail(1)."""
         self._admission = admission
         self._listener = listener
-        self._folders: dict[str, Folder] = {}  # by their key
-        self._later: dict[str, float] = {}  # files that could not be dealt with, and when they are tried again (loop time)
-        self._sent: dict[str, list[str]] = {}  # files whose message is in the queue, with the recipients that were refused
+        self._folders: dict[str, tuple[Folder, _State]] = {}  # by their key
         self._told: dict[str, str] = {}  # what is wrong with a folder, and was logged
         self._ending = asyncio.Event()
         self._task = admission.loop.create_task(self._run())
@@ -75,9 +126,8 @@ class Collector:
         self._ending.set()
         await asyncio.wait({self._task}, timeout=END_SECONDS)
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        for folder in self._folders.values():
+        await asyncio.wait({self._task}, timeout=END_SECONDS)
+        for folder, _ in self._folders.values():
             folder.end()
 
     async def _run(self) -> None:
@@ -85,114 +135,144 @@ class Collector:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._ending.wait()
-            for key, folder in self._there():
+            for key, folder, state in self._there():
                 try:
                     if not self._ending.is_set() and await self._thread(folder.begin):
-                        await self._empty(folder)
+                        await self._empty(folder, state)
                         self._told.pop(key, None)
-                except OSError as error:
-                    text = f"{key}: {folder.path}: {error.strerror or error}"
+                except Exception as error:  # nothing ends this but the end of the process
+                    text = f"{key}: {folder.path}: {_said(error)}"
                     if self._told.get(key) != text:
                         self._told[key] = text
                         self._warn(text)
 
-    def _there(self) -> list[tuple[str, Folder]]:
+    def _there(self) -> list[tuple[str, Folder, _State]]:
         """The folders of the current configuration."""
         local = self._admission.config.local
         for key, path, ends, opened in (
             ("local.drop", local.drop, ".drop", opened_drop), ("local.pickup", local.pickup, ".eml", opened_pickup),
         ):  # fmt: skip
             known = self._folders.get(key)
-            if known is not None and str(known.path) != path:
-                self._folders.pop(key).end()
+            if known is not None and str(known[0].path) != path:
+                self._folders.pop(key)[0].end()
+                self._told.pop(key, None)
             if path and path != "off" and key not in self._folders:
-                self._folders[key] = Folder(path, ends, opened, key == "local.drop")
-        return list(self._folders.items())
+                self._folders[key] = Folder(path, ends, opened, key == "local.drop"), _State()
+        return [(key, *found) for key, found in self._folders.items()]
 
-    async def _empty(self, folder: Folder) -> None:
+    async def _empty(self, folder: Folder, state: _State) -> None:
         """Take what is there now."""
-        now, names = self._admission.now(), await self._thread(folder.names)
-        there = {folder.place(name) for name in names}
-        self._later = {path: at for path, at in self._later.items() if path in there or not path.startswith(folder.place(""))}
-        due = iter([name for name in names if self._later.get(folder.place(name), 0.0) <= now])
-        await asyncio.gather(*(self._take_each(folder, due) for _ in range(TOGETHER)))
+        due = iter(await self._thread(_due, folder, state, self._admission.now()))
+        await asyncio.gather(*(self._take_each(folder, state, due) for _ in range(TOGETHER)))
 
-    async def _take_each(self, folder: Folder, names: Iterator[str]) -> None:
+    async def _take_each(self, folder: Folder, state: _State, names: Iterator[str]) -> None:
         for name in names:
             if self._ending.is_set() or self._admission.intake.draining:
                 return
             try:
-                await self._take(folder, name)
+                await self._take(folder, state, name)
+                continue
             except FileNotFoundError:  # somebody has removed it
-                self._sent.pop(folder.place(name), None)
+                continue
             except _Later:
-                self._later[folder.place(name)] = self._admission.now() + AGAIN_SECONDS
-            except (OSError, EOFError) as error:
-                self._later[folder.place(name)] = self._admission.now() + AGAIN_SECONDS
-                self._warn(f"{folder.place(name)} stays where it is for now: {error or type(error).__name__}")
+                pass
+            except Exception as error:  # one file keeps no other from being sent
+                text = f"{folder.place(name)} stays where it is for now: {_said(error)}"
+                if state.warned.get(name) != text:
+                    state.warned[name] = text
+                    self._warn(text)
+            state.later[name] = self._admission.now() + AGAIN_SECONDS
 
-    async def _take(self, folder: Folder, name: str) -> None:
-        """One file: to the queue, or aside. `_Later`, OSError or EOFError: it stays where it is."""
-        path = folder.place(name)
+    async def _take(self, folder: Folder, state: _State, name: str) -> None:
+        """One file: to the queue, or aside. An exception: it stays where it is."""
         try:
-            if path not in self._sent:  # else it is only to be removed, which has failed before
-                message = await self._thread(folder.open, name)
-                self._sent[path] = await self._queue(message)
+            message = await self._thread(folder.open, name)
         except Broken as error:
-            await self._put_aside(folder, name, str(error))
+            await self._put_aside(folder, name, str(error), None)
             return
-        except _Refused as error:
-            await self._put_aside(folder, name, str(error))
-            await self._tell(folder, message, str(error))
-            return
-        if refused := self._sent[path]:
-            reason = "it was sent, but not to these recipients:\n" + "\n".join(refused)
-            await self._put_aside(folder, name, reason)
-            await self._tell(folder, message, reason)
-        else:
-            await self._thread(folder.remove, name)
-        del self._sent[path]
-
-    async def _tell(self, folder: Folder, message: Message, reason: str) -> None:
-        """Tell the user who has dropped a message that it was not sent: the program that did it said that it would be."""
-        if not folder.drops:
-            return
-        user = name_of(message.user)
-        text = NOTICE.format(
-            user=user, reason=reason, commands="\n".join(one.decode("utf-8", "replace") for one in message.rcpts)
-        )
-        rcpt = f"RCPT TO:<{user}>".encode()
-        notice = Message(-1, os.geteuid(), b"MAIL FROM:<>", [rcpt], Converted().take(text.encode(), True), 0, False)
         try:
-            async with asyncio.timeout(OVERALL_SECONDS):
-                await self._send(notice)
-        except (_Refused, _Later, OSError, EOFError) as error:
-            self._warn(f"{user} could not be told of a message that was not sent: {error or type(error).__name__}")
-
-    async def _put_aside(self, folder: Folder, name: str, reason: str) -> None:
-        await self._thread(folder.put_aside, name, reason)
-        self._warn(f"{folder.place(name)} was moved to {BAD}/: {reason}")
-
-    async def _queue(self, message: Message) -> list[str]:
-        """Send a message, and close its file; as `_send`."""
-        try:
-            async with asyncio.timeout(OVERALL_SECONDS):
-                return await self._send(message)
+            work = state.works.get(name)
+            if work is None or work.identity != message.identity:
+                work = _Work(message.identity, message.rcpts, list(message.rcpts))
+            try:
+                await self._queue(message, work)
+            finally:
+                if len(work.left) < len(work.rcpts):
+                    state.works[name] = work
         finally:
             os.close(message.descriptor)
+        if reason := work.reason:
+            await self._put_aside(folder, name, reason, work.identity)
+        else:
+            await self._thread(folder.remove, name, work.identity)
+        state.works.pop(name, None)
+        if reason and folder.drops:
+            await self._tell(message, reason)
 
-    async def _send(self, message: Message) -> list[str]:
-        """Send it; the recipients that are refused for good, each with the reply. `_Refused` of the message, or all of them."""
-        loop = self._admission.loop
+    async def _tell(self, message: Message, reason: str) -> None:
+        """Tell the user who has dropped a message that it was not sent: the program that did it said that it would be."""
+        user = name_of(message.user)
+        text = NOTICE.format(
+            user=user, reason=_some(reason.split("\n")),
+            commands=_some([one.decode("utf-8", "replace") for one in message.rcpts]),
+        )  # fmt: skip
+        data, rcpts = Converted().take(text.encode("utf-8", "replace"), True), [f"RCPT TO:<{user}>".encode()]
+        notice = message._replace(
+            user=os.geteuid(), mail=b"MAIL FROM:<>", rcpts=rcpts, head=data, octets=0, converts=False, since=time.time()
+        )
+        work = _Work(notice.identity, rcpts, list(rcpts))
+        try:
+            await self._queue(notice, work)
+            failed = work.reason
+        except (_Later, OSError, EOFError) as error:
+            failed = _said(error)
+        if failed:
+            self._warn(f"{user} could not be told of a message that was not sent: {failed}")
+
+    async def _put_aside(self, folder: Folder, name: str, reason: str, identity: Identity | None) -> None:
+        await self._thread(folder.put_aside, name, reason, identity)
+        self._warn(f"{folder.place(name)} was moved to {BAD}/: {reason[:SHOWN]}")
+
+    async def _queue(self, message: Message, work: _Work) -> None:
+        """Send a message to those who are left. `_Later`, EOFError or OSError: not all of them have it, or are refused, and it is
+        not too old to be tried again."""
+        try:
+            async with asyncio.timeout(OVERALL_SECONDS):
+                await self._send(message, work)
+        except _Refused as error:
+            work.refuse_rest(str(error))
+        except (_Later, EOFError, TimeoutError) as error:
+            if time.time() - message.since < self._admission.config.queue.max_age:
+                raise
+            work.refuse_rest(f"it is too old (queue.max_age); the last that was said: {_said(error)}")
+
+    async def _send(self, message: Message, work: _Work) -> None:
+        """As `_queue`, of any age, by as many connections as it takes. `_Refused`: those who are left are refused."""
+        while work.left:
+            left = len(work.left)
+            try:
+                reader, writer = await self._connected(message.user)
+                try:
+                    await _Dialogue(reader, writer, self._thread).all(message, work)
+                finally:
+                    writer.close()
+            except (_Later, EOFError, ConnectionError):
+                if len(work.left) == left:  # else some progress was made: after many errors a connection is closed
+                    raise
+
+    async def _connected(self, user: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of this user with ourselves."""
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
             sock.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
-            await loop.connect_accepted_socket(lambda: UserConnection(self._admission, self._listener, message.user), theirs)
-            return await _spoken(reader, writer, message, self._thread)
-        finally:
+            make = lambda: UserConnection(self._admission, self._listener, user)  # noqa: E731
+            await self._admission.loop.connect_accepted_socket(make, theirs)
+        except BaseException:
             writer.close()
+            raise
+        return reader, writer
 
     def _thread(self, work: Callable[..., T], *arguments: object) -> "asyncio.Future[T]":
         return self._admission.loop.run_in_executor(self._admission.threads, work, *arguments)
@@ -201,39 +281,78 @@ class Collector:
         self._admission.intake.log.event("warning", text=text)
 
 
-async def _spoken(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: Message, thread: Callable[..., "asyncio.Future[bytes]"]
-) -> list[str]:
-    """The dialogue of one message; as `Collector._send`."""
+def _due(folder: Folder, state: _State, now: float) -> list[str]:
+    """The names of files that are to be taken now. It blocks: there may be very many. OSError."""
+    due, there = folder.names(state.later, now)
+    state.forget(there)
+    return due
 
-    async def ask(line: bytes, end: bytes = b"\r\n") -> tuple[int, str]:
-        writer.write(line + end)
-        return await _reply(reader)
 
-    _positive(await _reply(reader))
-    _positive(await ask(b"EHLO localhost"))
-    _positive(await ask(message.mail))
-    refused = []
-    for rcpt in message.rcpts:
-        code, text = await ask(rcpt)
-        if code >= 500:
-            refused.append(f"{rcpt.decode('utf-8', 'replace').partition(':')[2]} {code} {text}")
-        else:
+def _said(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__) or type(error).__name__
+
+
+def _some(lines: list[str]) -> str:
+    more = [f"and {len(lines) - SHOWN_LINES} more"] if len(lines) > SHOWN_LINES else []
+    return "\n".join(lines[:SHOWN_LINES] + more)
+
+
+class _Dialogue:
+    """One connection that a message is sent by."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, thread: Callable[..., "asyncio.Future[bytes]"]
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._thread = thread
+        self._refusals = 0
+
+    async def all(self, message: Message, work: _Work) -> None:
+        """Send it to those who are left, or as many as one connection is good for."""
+        _positive(await _reply(self._reader))
+        _positive(await self._ask(b"EHLO localhost"))
+        while work.left and self._refusals < REFUSALS_MOST:
+            await self._transaction(message, work)
+        self._writer.write(b"QUIT\r\n")
+        while await self._reader.read(PIECE):  # to its end: then it counts no more among those of the user
+            pass
+
+    async def _transaction(self, message: Message, work: _Work) -> None:
+        """Send it to the first of those who are left. 452 4.5.3 says that they are enough for this time (RFC 5321 4.5.3.1.10)."""
+        _positive(await self._ask(message.mail))
+        taken = 0
+        while taken < len(work.left) and self._refusals < REFUSALS_MOST:
+            code, text = await self._ask(work.left[taken])
+            if code >= 500:
+                work.refuse(taken, f"{code} {text}")
+                self._refusals += 1
+                continue
+            if taken and code == 452 and text.startswith("4.5.3"):
+                break
             _positive((code, text))
-    if len(refused) == len(message.rcpts):
-        raise _Refused("\n".join(refused))
-    converted, left, piece = Converted(), message.octets, message.head
-    while left:
-        _positive(await ask(b"BDAT %d\r\n%b" % (len(piece), piece), b""))
-        piece = await _whole(thread(os.read, message.descriptor, min(PIECE, left)))
-        if not piece:
-            raise _Refused("the file has become shorter")
-        left -= len(piece)
-        if message.converts:
-            piece = converted.take(piece, not left)
-    _positive(await ask(b"BDAT %d LAST\r\n%b" % (len(piece), piece), b""))
-    writer.write(b"QUIT\r\n")
-    return refused
+            taken += 1
+        if taken:
+            await self._data(message)
+            del work.left[:taken]
+        elif work.left:
+            _positive(await self._ask(b"RSET"))
+
+    async def _data(self, message: Message) -> None:
+        converted, at, left, piece = Converted(), message.at, message.octets, message.head
+        while left:
+            _positive(await self._ask(b"BDAT %d\r\n%b" % (len(piece), piece), b""))
+            piece = await _whole(self._thread(os.pread, message.descriptor, min(PIECE, left), at))
+            if not piece:
+                raise _Refused("the file has become shorter")
+            at, left = at + len(piece), left - len(piece)
+            if message.converts:
+                piece = converted.take(piece, not left)
+        _positive(await self._ask(b"BDAT %d LAST\r\n%b" % (len(piece), piece), b""))
+
+    async def _ask(self, line: bytes, end: bytes = b"\r\n") -> tuple[int, str]:
+        self._writer.write(line + end)
+        return await _reply(self._reader)
 
 
 async def _whole(reading: "asyncio.Future[bytes]") -> bytes:

@@ -5,21 +5,26 @@ the pickup folder, where other programs put theirs. Everything here blocks: it i
 import contextlib
 import errno
 import fcntl
+import heapq
+import itertools
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from relaymta.proto.addressees import addresses, fields, header_octets, recipients
 from relaymta.proto.mailbox import Malformed, authors
 
-__all__ = ["BAD", "Broken", "Converted", "Folder", "Message", "opened_drop", "opened_pickup"]
+__all__ = ["BAD", "Broken", "Converted", "Folder", "Identity", "Message", "opened_drop", "opened_pickup"]
 
 BAD = "bad"  # the folder for what cannot be sent
-REASON = ".reason"
-HEAD_MOST = 4 << 20  # octets of the commands of a dropped message, or of the header of one that is picked up
+REASON = b".reason"
+NAME_MOST = 255  # octets of a name (NAME_MAX of Linux)
+COMMANDS_MOST = 4 << 20  # octets of the commands of a dropped message
+HEADER_MOST = 256 << 10  # octets of the header of a message that is picked up
+AT_ONCE = 1000  # names that are returned at once
 PIECE = 65536
 LEFT_OVER_SECONDS = 86_400.0  # after this a file that was not completed is removed
 _HAS_X = (b"x-sender", b"x-receiver")
@@ -29,18 +34,33 @@ class Broken(Exception):
     """A file is no message that could be sent; str() says why."""
 
 
+class Identity(NamedTuple):
+    """What tells a file from another one that has, or had, the same name."""
+
+    inode: int
+    changed: int  # st_mtime_ns
+    size: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Identity":
+        return cls(found.st_ino, found.st_mtime_ns, found.st_size)
+
+
 class Message(NamedTuple):
     """An open file with a message. `user`: whose file it is; `mail`, `rcpts`: the commands, without line ends; `head`: what comes
-    before the rest of the file, which has `octets` from the place where it is read on; `converts`: its lines may end otherwise
-    than with CRLF."""
+    before the rest of the file, which has `octets` from `at` on; `converts`: its lines may end otherwise than with CRLF; `since`:
+    when it was put there, by the system's clock (seconds)."""
 
     descriptor: int
     user: int
     mail: bytes
     rcpts: list[bytes]
     head: bytes
+    at: int
     octets: int
     converts: bool
+    identity: Identity
+    since: float
 
 
 class Converted:
@@ -70,12 +90,13 @@ class Folder:
         self._descriptor = -1
 
     def place(self, name: str) -> str:
-        """The path of a file."""
-        return f"{self.path}/{name}"
+        """The path of a file, to be shown."""
+        return f"{self.path}/{os.fsencode(name).decode('utf-8', 'backslashreplace')}"
 
     def begin(self) -> bool:
         """Whether the folder is there, and this process the one that empties it from now on (until `end`). OSError: it
-        is not of the right kind; where nothing can be removed, each message would be sent again and again."""
+        is not of the right kind; where nothing can be removed, each message would be sent again and again. A pickup folder
+        that cannot be opened is an OSError, too."""
         if self._descriptor >= 0:
             if self._is_same():
                 return True
@@ -83,12 +104,11 @@ class Folder:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            return False
+            if self.drops:  # the default: many machines have none
+                return False
+            raise
         try:
-            if self.drops and os.fstat(descriptor).st_uid != os.geteuid():
-                raise PermissionError(errno.EACCES, "it does not belong to the user of the relay: nothing is taken from it")
-            if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
-                raise PermissionError(errno.EACCES, "the relay may not remove files from it: nothing is taken from it")
+            self._check(os.fstat(descriptor))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another program has it
             os.close(descriptor)
@@ -98,6 +118,18 @@ class Folder:
             raise
         self._descriptor = descriptor
         return True
+
+    def _check(self, found: os.stat_result) -> None:
+        """PermissionError: nothing may be taken from the folder."""
+        own = os.geteuid()
+        if self.drops and found.st_uid != own:
+            raise PermissionError(errno.EACCES, "it does not belong to the user of the relay: nothing is taken from it")
+        if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, "the relay may not remove files from it: nothing is taken from it")
+        if found.st_mode & stat.S_ISVTX and own not in (0, found.st_uid):
+            raise PermissionError(
+                errno.EACCES, "it is sticky: the relay may not remove files of others: nothing is taken from it"
+            )
 
     def _is_same(self) -> bool:
         """Whether the folder is still the one that was opened."""
@@ -112,22 +144,27 @@ class Folder:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def names(self) -> list[str]:
-        """The files that are complete, the oldest name first. Those that were never completed are removed. OSError."""
-        found = []
+    def names(self, later: Mapping[str, float], now: float) -> tuple[list[str], set[str]]:
+        """The files that are complete and due, AT_ONCE at most: those that are not in `later` first, by name, then those that
+        are due (by it and `now`) for the longest time; and the names of all that are complete. What was never completed is
+        removed from a drop folder. OSError."""
+        found = set()
         with os.scandir(self._descriptor) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     self._remove_left_over(entry.name)
                 elif entry.name.endswith(self._ends):
-                    found.append(entry.name)
-        return sorted(found)
+                    found.add(entry.name)
+        due = ((at, name) for name in found if (at := later.get(name, 0.0)) <= now)
+        return [name for _, name in heapq.nsmallest(AT_ONCE, due)], found
 
     def _remove_left_over(self, name: str) -> None:
+        """By the time that no user can set. Files of a pickup folder are those of others."""
         with contextlib.suppress(OSError):
-            found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-            if stat.S_ISREG(found.st_mode) and name.endswith(self._ends) and time.time() - found.st_mtime > LEFT_OVER_SECONDS:
-                os.unlink(name, dir_fd=self._descriptor)
+            if self.drops and name.endswith(self._ends):
+                found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode) and time.time() - found.st_ctime > LEFT_OVER_SECONDS:
+                    os.unlink(name, dir_fd=self._descriptor)
 
     def open(self, name: str) -> Message:
         """A file of it. Broken; OSError: it cannot be read now. FileNotFoundError: it is gone."""
@@ -144,23 +181,62 @@ class Folder:
             os.close(descriptor)
             raise
 
-    def remove(self, name: str) -> None:
-        """The message is in the queue: remove the file, for good. OSError."""
-        os.unlink(name, dir_fd=self._descriptor)
+    def remove(self, name: str, identity: Identity) -> None:
+        """The message is in the queue: remove the file, for good, unless the name is that of another file now. OSError."""
+        if Identity.of(os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)) == identity:
+            os.unlink(name, dir_fd=self._descriptor)
+            os.fsync(self._descriptor)
+
+    def put_aside(self, name: str, reason: str, identity: Identity | None = None) -> None:
+        """Move a file into BAD, with a file beside it that says why. What is there keeps its name, and its reason. `identity`:
+        of the file that is meant. OSError; FileNotFoundError: it is gone, also if another one has its name now."""
+        found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        if identity is not None and Identity.of(found) != identity:
+            raise FileNotFoundError(errno.ENOENT, "another file has its name now")
+        bad = self._bad()
+        try:
+            free, beside = _free(bad, os.fsencode(name), reason)
+            try:
+                os.rename(os.fsencode(name), free, src_dir_fd=self._descriptor, dst_dir_fd=bad)
+            except BaseException:
+                os.unlink(beside, dir_fd=bad)
+                raise
+            os.fsync(bad)
+        finally:
+            os.close(bad)
         os.fsync(self._descriptor)
 
-    def put_aside(self, name: str, reason: str) -> None:
-        """Move a file into BAD, with a file beside it that says why. OSError."""
+    def _bad(self) -> int:
+        """A descriptor of BAD. OSError: it is not a folder of ours."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(BAD, 0o700, dir_fd=self._descriptor)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(f"{BAD}/{name}{REASON}", flags, 0o600, dir_fd=self._descriptor)
-        try:
-            os.write(descriptor, reason.encode() + b"\n")
-        finally:
+        descriptor = os.open(BAD, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._descriptor)
+        if os.fstat(descriptor).st_uid != os.geteuid():
             os.close(descriptor)
-        os.rename(name, f"{BAD}/{name}", src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
-        os.fsync(self._descriptor)
+            raise PermissionError(errno.EACCES, f"{BAD}/ does not belong to the user of the relay")
+        return descriptor
+
+
+def _free(bad: int, name: bytes, reason: str) -> tuple[bytes, bytes]:
+    """A name like this one that is free in `bad`, and that of a new file beside it with the reason. OSError."""
+    for number in itertools.count(1):
+        more = b".%d" % number if number > 1 else b""
+        free = name[: NAME_MOST - len(more)] + more
+        beside = free[: NAME_MOST - len(REASON)] + REASON
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(free, dir_fd=bad, follow_symlinks=False)
+            continue
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(beside, flags, 0o600, dir_fd=bad)
+            break
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(reason.encode("utf-8", "backslashreplace") + b"\n")
+    except BaseException:
+        os.unlink(beside, dir_fd=bad)
+        raise
+    return free, beside
 
 
 def opened_drop(descriptor: int) -> Message:
@@ -182,14 +258,15 @@ def opened_drop(descriptor: int) -> Message:
     words = line[:-2].split(b" ")
     if len(lines) < 2 or len(words) != 3 or not words[1].isdigit() or len(words[1]) > 15 or int(words[1]) != found.st_size - at:
         raise Broken("it is not complete")
-    os.lseek(descriptor, at, os.SEEK_SET)
-    return Message(descriptor, found.st_uid, lines[0], lines[1:], b"", found.st_size - at, False)
+    return Message(
+        descriptor, found.st_uid, lines[0], lines[1:], b"", at, found.st_size - at, False, Identity.of(found), found.st_ctime
+    )  # fmt: skip
 
 
 def _lines(descriptor: int) -> Iterator[bytes]:
-    """The lines with which a file begins, with CRLF; what is behind HEAD_MOST octets is none. Broken: one is too long."""
+    """The lines with which a file begins, with CRLF; what is behind COMMANDS_MOST octets is none. Broken: one is too long."""
     rest, read = b"", 0
-    while read < HEAD_MOST and (piece := os.read(descriptor, PIECE)):
+    while read < COMMANDS_MOST and (piece := os.read(descriptor, PIECE)):
         read += len(piece)
         rest += piece
         *lines, rest = rest.split(b"\r\n")
@@ -203,7 +280,7 @@ def opened_pickup(descriptor: int) -> Message:
     to whom. Broken."""
     found = os.fstat(descriptor)
     start = b""
-    while len(start) < HEAD_MOST and (piece := os.read(descriptor, PIECE)):
+    while len(start) < HEADER_MOST and (piece := os.read(descriptor, PIECE)):
         start += piece
         if b"\n\n" in start or b"\n\r\n" in start:
             break
@@ -215,7 +292,7 @@ def opened_pickup(descriptor: int) -> Message:
     end = header_octets(text)
     if not end:
         raise Broken("it does not begin with a header")
-    if end == len(text) and len(start) >= HEAD_MOST:
+    if end == len(text) and len(start) >= HEADER_MOST:
         raise Broken("its header is too long")
     header = text[:end] if text.endswith(b"\r\n", 0, end) else text[:end] + b"\r\n"
     given = fields(header, _HAS_X)
@@ -228,10 +305,11 @@ def opened_pickup(descriptor: int) -> Message:
             raise Broken(f"{address[:200]!r} is no address")
     utf8 = b"" if all(map(bytes.isascii, envelope)) else b" SMTPUTF8"
     mail, *rcpts = (b"<" + address + b">" for address in envelope)
-    octets = found.st_size - len(start)
+    octets = max(0, found.st_size - len(start))
     rest = _without(header) + text[end:]
     return Message(
-        descriptor, found.st_uid, b"MAIL FROM:" + mail + utf8, [b"RCPT TO:" + one for one in rcpts], rest, octets, True
+        descriptor, found.st_uid, b"MAIL FROM:" + mail + utf8, [b"RCPT TO:" + one for one in rcpts], rest, len(start), octets,
+        True, Identity.of(found), found.st_ctime,
     )  # fmt: skip
 
 

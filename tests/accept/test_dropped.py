@@ -1,6 +1,8 @@
 """Files that hold messages: what they say, without a relay."""
 
 import os
+import stat
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,13 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relaymta.accept.dropped import Broken, Converted, Folder, Message, opened_drop, opened_pickup
+from relaymta.accept import dropped
+from relaymta.accept.dropped import Broken, Converted, Folder, Identity, Message, opened_drop, opened_pickup
 
 
 def folder(path: Path, ends: str = ".drop") -> Folder:
-    made = Folder(str(path), ends, opened_drop if ends == ".drop" else opened_pickup, True)
+    made = Folder(str(path), ends, opened_drop if ends == ".drop" else opened_pickup, ends == ".drop")
     assert made.begin()
     return made
+
+
+def names(one: Folder) -> list[str]:
+    return one.names({}, 0.0)[0]
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=4))
@@ -42,34 +49,161 @@ def test_a_folder_that_is_replaced_or_gone_is_noticed(tmp_path):
     path.mkdir()
     one = folder(path)
     (path / "1.drop").write_text("x")
-    assert one.names() == ["1.drop"]
+    assert names(one) == ["1.drop"]
     path.rename(tmp_path / "old")
     assert not one.begin()
     path.mkdir()
     assert one.begin()
-    assert one.names() == []
+    assert names(one) == []
 
 
 def test_files_in_their_order_without_those_that_are_not_complete(tmp_path):
     one = folder(tmp_path)
-    for name in ("2.drop", "1.drop", ".3.drop", "note", ".old.drop", ".old.note"):
+    for name in ("2.drop", "1.drop", ".3.drop", "note"):
         (tmp_path / name).write_text("x")
-    for name in (".old.drop", ".old.note"):
-        os.utime(tmp_path / name, (0, 0))
-    assert one.names() == ["1.drop", "2.drop"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".3.drop", ".old.note", "1.drop", "2.drop", "note"]
-    assert one.names() == ["1.drop", "2.drop"]  # the same descriptor is read again
+    assert names(one) == ["1.drop", "2.drop"]
+    assert names(one) == ["1.drop", "2.drop"]  # the same descriptor is read again
     one.put_aside("1.drop", "why")
-    one.remove("2.drop")
-    assert one.names() == []
+    one.remove("2.drop", Identity.of((tmp_path / "2.drop").stat()))
+    assert names(one) == []
     assert (tmp_path / "bad/1.drop").read_text() == "x"
     assert (tmp_path / "bad/1.drop.reason").read_text() == "why\n"
+
+
+def test_what_was_never_completed_is_removed_from_a_drop_folder(tmp_path, monkeypatch):
+    for ends in (".drop", ".eml"):
+        (tmp_path / f".old{ends}").write_text("x")
+    (tmp_path / ".old.note").write_text("x")
+    os.utime(tmp_path / ".old.drop", (0, 0))  # as its user can
+    there = [".old.drop", ".old.eml", ".old.note"]
+    one = folder(tmp_path)
+    assert names(one) == [] and sorted(os.listdir(tmp_path)) == there
+    one.end()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 90_000)
+    assert names(folder(tmp_path, ".eml")) == [] and sorted(os.listdir(tmp_path)) == there
+    (tmp_path / "new").mkdir()
+    (tmp_path / ".old.drop").rename(tmp_path / "new/.old.drop")
+    assert names(folder(tmp_path / "new")) == [] and os.listdir(tmp_path / "new") == []
+
+
+def test_some_of_many_files_those_first_that_were_never_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(dropped, "AT_ONCE", 3)
+    for number in range(6):
+        (tmp_path / f"{number}.drop").write_text("x")
+    due, there = folder(tmp_path).names({"0.drop": 9.0, "1.drop": 2.0, "2.drop": 1.0, "4.drop": 10.5}, 10.0)
+    assert due == ["3.drop", "5.drop", "2.drop"]
+    assert there == {f"{number}.drop" for number in range(6)}
+
+
+def test_a_file_that_takes_the_name_of_another_is_neither_removed_nor_put_aside(tmp_path):
+    one = folder(tmp_path)
+    path = tmp_path / "1.drop"
+    path.write_text("old")
+    identity = Identity.of(path.stat())
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "new").rename(path)
+    one.remove("1.drop", identity)
+    with pytest.raises(FileNotFoundError):
+        one.put_aside("1.drop", "why", identity)
+    assert path.read_text() == "new"
+    one.remove("1.drop", Identity.of(path.stat()))
+    assert not path.exists()
+
+
+def test_what_is_put_aside_keeps_its_name_and_reason(tmp_path):
+    one = folder(tmp_path)
+    for number in range(3):
+        (tmp_path / "1.drop").write_text(f"{number}")
+        one.put_aside("1.drop", f"why {number}")
+    (tmp_path / "1.drop.2.drop").write_text("other")
+    one.put_aside("1.drop.2.drop", "other")
+    found = {path.name: path.read_text() for path in (tmp_path / "bad").iterdir()}
+    assert found == {
+        "1.drop": "0", "1.drop.reason": "why 0\n", "1.drop.2": "1", "1.drop.2.reason": "why 1\n",
+        "1.drop.3": "2", "1.drop.3.reason": "why 2\n", "1.drop.2.drop": "other", "1.drop.2.drop.reason": "other\n",
+    }  # fmt: skip
+
+
+def test_what_is_put_aside_is_kept_without_its_reason_too(tmp_path):
+    one = folder(tmp_path)
+    for number in range(2):
+        (tmp_path / "1.drop").write_text(f"{number}")
+        one.put_aside("1.drop", "why")
+        (tmp_path / "bad/1.drop.reason").unlink(missing_ok=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "bad").iterdir()} == {
+        "1.drop": "0", "1.drop.2": "1", "1.drop.2.reason": "why\n",
+    }  # fmt: skip
+
+
+def test_a_long_name_is_put_aside_too(tmp_path):
+    one, name = folder(tmp_path), "ä" * 125 + ".drop"
+    for number in range(2):
+        (tmp_path / name).write_text(f"{number}")
+        one.put_aside(name, f"why {number}")
+    found = {path.read_text() for path in (tmp_path / "bad").iterdir()}
+    assert found == {"0", "1", "why 0\n", "why 1\n"}
+    assert names(one) == []
+
+
+def test_only_a_folder_of_ours_becomes_that_of_what_is_put_aside(tmp_path, monkeypatch):
+    path, elsewhere = tmp_path / "drop", tmp_path / "elsewhere"
+    path.mkdir()
+    elsewhere.mkdir()
+    one = folder(path)
+    (path / "1.drop").write_text("x")
+    (path / "bad").symlink_to(elsewhere)
+    with pytest.raises(OSError):
+        one.put_aside("1.drop", "why")
+    (path / "bad").unlink()
+    (path / "bad").mkdir()
+    own = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: own + 1)
+        with pytest.raises(PermissionError, match="bad/ does not belong"):
+            one.put_aside("1.drop", "why")
+    os.mkfifo(path / "bad/1.drop.reason")
+    (path / "bad/1.drop.2.reason").symlink_to(elsewhere / "x")
+    one.put_aside("1.drop", "why")
+    assert os.listdir(elsewhere) == []
+    assert (path / "bad/1.drop.3.reason").read_text() == "why\n"
+    assert names(one) == []
+
+
+def test_no_reason_is_left_of_what_cannot_be_moved(tmp_path, monkeypatch):
+    one = folder(tmp_path)
+    (tmp_path / "1.drop").write_text("x")
+
+    def fails(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(PermissionError):
+        one.put_aside("1.drop", "why")
+    assert os.listdir(tmp_path / "bad") == []
+
+
+def test_a_pickup_folder_that_is_not_there_is_an_error(tmp_path):
+    assert not Folder(str(tmp_path / "none"), ".drop", opened_drop, True).begin()
+    with pytest.raises(FileNotFoundError):
+        Folder(str(tmp_path / "none"), ".eml", opened_pickup, False).begin()
+
+
+def test_nothing_is_taken_from_a_sticky_folder_of_somebody_else(tmp_path, monkeypatch):
+    tmp_path.chmod(0o1777)
+    own = os.geteuid()
+    folder(tmp_path, ".eml").end()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with pytest.raises(PermissionError, match="sticky"):
+        folder(tmp_path, ".eml")
+    tmp_path.chmod(stat.S_IMODE(0o777))
+    folder(tmp_path, ".eml")
 
 
 def opened(tmp_path: Path, text: bytes, ends: str) -> tuple[Message, bytes]:
     (tmp_path / f"1{ends}").write_bytes(text)
     message = folder(tmp_path, ends).open(f"1{ends}")
-    rest = os.read(message.descriptor, 1 << 20)
+    rest = os.pread(message.descriptor, 1 << 20, message.at)
     os.close(message.descriptor)
     return message, rest
 
@@ -92,6 +226,17 @@ def test_a_header_without_a_last_line_end_is_whole(tmp_path):
     message, _ = opened(tmp_path, b"From: b@x.example\nTo: a@x.example", ".eml")
     assert message.rcpts == [b"RCPT TO:<a@x.example>"]
     assert message.head == b"From: b@x.example\r\nTo: a@x.example\r\n"
+
+
+def test_a_long_header_is_not_read(tmp_path):
+    text = b"From: b@x.example\nTo: a@x.example\n" + b"X-Long: x\n" * 40_000
+    with pytest.raises(Broken, match="too long"):
+        opened(tmp_path, text, ".eml")
+
+
+def test_many_recipients_are_read(tmp_path):
+    commands = b"MAIL FROM:<>\r\n" + b"RCPT TO:<a@x.example>\r\n" * 40_000 + b"BDAT 0 LAST\r\n"
+    assert len(opened(tmp_path, commands, ".drop")[0].rcpts) == 40_000
 
 
 @pytest.mark.parametrize(
