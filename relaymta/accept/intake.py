@@ -63,6 +63,7 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
 TRUSTED_CONNECTIONS = 200  # of one client that may relay, at least
+LOCAL_ERRORS = 1_000_000  # of a user of this machine: each recipient that is refused is one
 FILTER_GROWTH = 1 << 20  # octets by which content filters may let a message grow
 THIS_MACHINE = "127.0.0.1"
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
@@ -137,9 +138,9 @@ class Intake:
 
     def local_client(self, user: str) -> Client:
         """The rules for a user of this machine, by sendmail(1): those for the machine itself, but that each user is counted by
-        itself. What programs write there has long lines."""
+        itself. What programs write there has long lines, and addresses that are none: the other recipients get the message."""
         found, domain = self.client(THIS_MACHINE), self._config.intake.complete_domain or domain_of_host(self.hostname)
-        limits = replace(found.limits, normalize=True, long_lines=True, lenient=True)
+        limits = replace(found.limits, errors=LOCAL_ERRORS, normalize=True, long_lines=True, lenient=True)
         found = replace(found, group=f"user {user}", limits=limits, trusted=True, xclient=False, xforward=False)
         return replace(found, connection_rate="", domain=domain, connections=max(found.connections, TRUSTED_CONNECTIONS))
 

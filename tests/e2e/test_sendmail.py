@@ -157,6 +157,23 @@ def test_what_is_refused_is_named(relay):
     assert queued(relay) == before + 1
 
 
+def test_recipients_that_are_refused_keep_nobody_else_from_it(relay):
+    """As many as a client from elsewhere would be sent away for."""
+    before = queued(relay)
+    done = sendmail(relay, *(f"b{number}@" for number in range(30)), "a@x.example", text="Subject: x\n\n")
+    assert done.returncode == 65
+    assert all(f"b{number}@" in done.stderr for number in range(30)), done.stderr
+    assert queued(relay) == before + 1
+
+
+def test_more_recipients_than_a_message_may_have(relay):
+    before = len(relay.events("queued"))
+    many = [f"a{number}@x.example" for number in range(2500)]
+    assert sendmail(relay, *many, text="Subject: x\n\n").returncode == 0
+    events = wait_for(lambda: len(found := relay.events("queued")[before:]) == 3 and found)
+    assert [address for event in events for address in event["recipients"]] == many
+
+
 def test_smtp_on_standard_input(relay):
     before = queued(relay)
     text = "EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\n".replace("\n", "\r\n")
