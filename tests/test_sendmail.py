@@ -1,6 +1,7 @@
 """sendmail(1) without a relay: options, messages, statuses, and what it imports."""
 
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -346,6 +347,24 @@ def test_statuses(words, text, status, said):
     assert done.returncode == status
     assert said in done.stderr
     assert done.stderr.count(b"\n") == (1 if said else 0)
+
+
+def test_the_relay_can_read_what_is_dropped_whatever_the_umask_is(tmp_path):
+    words = ["sh", "-c", 'umask 077; exec "$@"', "sh", *BARE, str(PROGRAM), "a@x.example"]
+    environment = {
+        "PATH": os.environ["PATH"], "RELAYMTA_SENDMAIL_SOCKET": "/nonexistent/socket", "RELAYMTA_DROP": str(tmp_path),
+        "RELAYMTA_DROP_PROGRAM": "/nonexistent/program",
+    }  # fmt: skip
+    subprocess.run(words, input=b"x\n", env=environment, check=True)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o644]
+
+
+@pytest.mark.parametrize(("name", "own"), [("CORP\\ann", "ann"), ("ann@corp.example", "ann@corp.example")])
+def test_names_of_users_of_a_directory(name, own, monkeypatch):
+    """As Winbind and SSSD have them."""
+    found = pwd.struct_passwd((name, "x", 1000, 1000, "Ann,,,", "/", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: found)
+    assert (User().name, User().full_name) == (own, "Ann")
 
 
 def test_without_standard_input_there_is_no_message():

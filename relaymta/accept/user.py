@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 import struct
+import time
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.connection import Connection
@@ -20,14 +21,23 @@ __all__ = ["UserConnection", "identified", "name_of"]
 
 _CREDENTIALS = struct.Struct("iII")  # ucred (unix(7)): process, user, group
 EVERYBODY = "*"
+KEPT_SECONDS, KEPT_MOST = 60.0, 1000
+_known: dict[int, tuple[str, float]] = {}  # names of users, and until when they count (monotonic seconds)
 
 
 def name_of(uid: int) -> str:
-    """The name of a user; without one the number."""
+    """The name of a user; without one the number. What the system has said counts for KEPT_SECONDS."""
+    known, now = _known.get(uid), time.monotonic()
+    if known is not None and now < known[1]:
+        return known[0]
     try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:  # it may be that its directory does not answer now
+        name = str(uid)
+    if len(_known) >= KEPT_MOST:
+        _known.clear()
+    _known[uid] = name, now + KEPT_SECONDS
+    return name
 
 
 def identified(config: Config, uid: int, domain: str) -> Identity:
@@ -36,8 +46,14 @@ def identified(config: Config, uid: int, domain: str) -> Identity:
     name, anybody = name_of(uid), config.relay.local_users
     if uid in (0, os.geteuid()) or name in anybody or EVERYBODY in anybody:
         return Identity(name)
-    own = tuple(dict.fromkeys(f"{name}@{one}".lower() for one in (domain, config.hostname)))
-    return Identity(name, senders=own, said_by="relay.local_users")
+    return Identity(name, senders=_addresses(name, (domain, config.hostname)), said_by="relay.local_users")
+
+
+def _addresses(name: str, domains: tuple[str, ...]) -> tuple[str, ...]:
+    """The addresses of a user at these domains. A name that is an address itself (`ann@corp.example`, as SSSD has them) is the
+    only one; of `CORP\\ann`, as Winbind has them, the name is `ann` (as in sendmail/message.py)."""
+    local = name.rpartition("\\")[2].lower()
+    return (local,) if "@" in local else tuple(dict.fromkeys(f"{local}@{one}".lower() for one in domains))
 
 
 class UserConnection(Connection):

@@ -1,0 +1,50 @@
+"""Users of this machine: who they are, and as whom they send."""
+
+import pwd
+from types import SimpleNamespace
+
+import pytest
+
+from relaymta.accept import user
+from relaymta.config import Config
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    monkeypatch.setattr(user, "_known", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "others"),
+    [
+        ("ann", ["ann@x.example", "ann@mail.x.example"], ["bob@x.example", "ann@y.example"]),
+        ("ann@corp.example", ["ann@corp.example"], ["ann@x.example", "ann@corp.example@x.example"]),
+        ("CORP\\Ann", ["ann@x.example", "ann@mail.x.example"], ["corp@x.example", "ann@corp"]),
+    ],
+)
+def test_as_whom_a_user_sends(name, own, others, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name=name))
+    config = Config(hostname="mail.x.example", listener=[{"address": "127.0.0.1:25"}])
+    identity = user.identified(config, 4242, "x.example")
+    assert identity.name == name
+    assert [one for one in own + others if identity.may_send_as(one)] == own
+
+
+def test_the_system_is_asked_once_a_minute_for_a_name(monkeypatch):
+    asked, now = [], [100.0]
+
+    def look_up(uid):
+        asked.append(uid)
+        if uid == 2:
+            raise KeyError
+        return SimpleNamespace(pw_name=f"u{uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", look_up)
+    monkeypatch.setattr(user.time, "monotonic", lambda: now[0])
+    assert [user.name_of(uid) for uid in (1, 2, 1, 2)] == ["u1", "2", "u1", "2"]
+    assert asked == [1, 2]
+    now[0] += user.KEPT_SECONDS
+    assert user.name_of(1) == "u1" and asked == [1, 2, 1]
+    for uid in range(5000):
+        user.name_of(uid)
+    assert len(user._known) <= user.KEPT_MOST
