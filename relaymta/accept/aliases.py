@@ -7,17 +7,18 @@ file of more targets. Programs and files, which others have as targets, too, are
 user.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
 from relaymta.proto.address import comparable, domain_of, plain
+from relaymta.proto.transaction import NO_NAMES
 
 __all__ = ["Aliases", "read"]
 
 DEEPEST = 20  # aliases of aliases, files that include files
-MOST = 5000  # addresses that an alias leads to, or that the recipients of a message become
+MOST = 5000  # addresses that an alias leads to, or those of a message's recipients together
 PROBLEMS_MOST = 20
 INCLUDE = ":include:"
 
@@ -31,24 +32,27 @@ class Aliases:
         self._targets = targets
         self.files = files
 
-    def has(self, address: str, more: str = "") -> bool:
-        """Whether an address is an alias. `more`: another domain whose addresses are looked up."""
-        return self._of(address, more) is not None
+    def leads(self, address: str, named: bool = False) -> int:
+        """To how many addresses an address leads; 0: it is no alias. `named`: it was given as a name, without its domain."""
+        found = self._of(address, named)
+        return 0 if found is None else max(len(found), 1)
 
-    def expanded(self, recipients: list[str], more: str = "") -> list[str]:
+    def expanded(self, recipients: list[str], names: Mapping[str, bool] = NO_NAMES) -> list[str]:
         """A message's recipients, with aliases replaced by what they lead to, each address once. The same list when there is
-        none."""
+        none. `names`: as of `Transaction.names`."""
         found: list[str] = []
         changed = False
         for address in recipients:
-            targets = self._of(address, more) if len(found) < MOST else None
+            targets = self._of(address, address in names)
             changed |= targets is not None
             found += [address] if targets is None else targets
+            if targets is not None and names.get(address) and domain_of(address) not in self._domains:
+                found.append(address)
         return list(dict.fromkeys(found)) if changed else recipients
 
-    def _of(self, address: str, more: str) -> list[str] | None:
+    def _of(self, address: str, named: bool) -> list[str] | None:
         domain = domain_of(address)
-        if domain not in self._domains and domain != more:
+        if domain not in self._domains and not named:
             return None
         targets = self._targets.get(address.rpartition("@")[0].lower())
         return None if targets is None else [one if "@" in one else f"{one}@{domain}" for one in targets]
