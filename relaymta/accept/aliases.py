@@ -7,11 +7,13 @@ file of more targets. Programs and files, which others have as targets, too, are
 user.
 """
 
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from relaymta.errors import ConfigError
-from relaymta.files import read_text
+from relaymta.files import Unreadable, read_text
 from relaymta.proto.address import comparable, domain_of, plain
 from relaymta.proto.transaction import NO_NAMES
 
@@ -21,6 +23,7 @@ DEEPEST = 20  # aliases of aliases, files that include files
 MOST = 5000  # addresses that an alias leads to, or those of a message's recipients together
 PROBLEMS_MOST = 20
 INCLUDE = ":include:"
+INCLUDED_OCTETS = 1 << 20  # of a file
 
 
 class Aliases:
@@ -83,6 +86,7 @@ class _Reader:
         self._domains = domains
         self.problems: list[str] = []
         self.files: list[str] = []
+        self._lists: dict[str, list[_Target]] = {}  # of included files, by their path: each is read once
 
     def table(self, path: str) -> dict[str, list[_Target]]:
         """The targets of each name, as they are written."""
@@ -94,14 +98,14 @@ class _Reader:
             elif name.lower() in found:
                 self.problems.append(f"{place}: {name!r} is there twice")
             else:
-                found[name.lower()] = list(self._targets(value, place, [path]))
+                found[name.lower()] = self._bounded(self._targets(value, place, [path]), place)
         return found
 
     def _lines(self, path: str, what: str) -> Iterator[tuple[str, str]]:
         """(place, line) of each logical line."""
         self.files.append(path)
         try:
-            lines = read_text(path).splitlines()
+            lines = _text(path, INCLUDED_OCTETS if len(self.files) > 1 else 0).splitlines()
         except OSError as error:
             self.problems.append(f"{what}: {path}: {error.strerror}")
             return
@@ -120,7 +124,7 @@ class _Reader:
 
     def _targets(self, value: str, place: str, way: list[str]) -> Iterator[_Target]:
         """The targets in a list of them, those of included files among them. `way`: the files that lead there."""
-        for word in _words(value):
+        for word in dict.fromkeys(_words(value)):
             if word.lower().startswith(INCLUDE):
                 yield from self._included(word[len(INCLUDE) :].strip(), place, way)
             elif word.startswith(("|", "/")):
@@ -148,8 +152,20 @@ class _Reader:
         elif len(way) > DEEPEST:
             self.problems.append(f"{place}: files include others more than {DEEPEST} deep")
         else:
-            for inner, line in self._lines(path, place):
-                yield from self._targets(line, inner, [*way, path])
+            if path not in self._lists:
+                inner = (one for where, line in self._lines(path, place) for one in self._targets(line, where, [*way, path]))
+                self._lists[path] = self._bounded(inner, place)
+            yield from self._lists[path]
+
+    def _bounded(self, targets: Iterator[_Target], place: str) -> list[_Target]:
+        """Targets, each once; a problem where there are more than MOST: lists of lists may grow without end."""
+        found: dict[_Target, None] = {}
+        for one in targets:
+            found[one] = None
+            if len(found) > MOST:
+                self.problems.append(f"{place}: leads to more than {MOST} addresses")
+                break
+        return list(found)
 
     def flat(self, table: dict[str, list[_Target]]) -> dict[str, list[str]]:
         """What each name leads to in the end."""
@@ -179,6 +195,21 @@ class _Reader:
             self.problems.append(f"local.aliases: {name} leads to nobody")
         done[name] = list(found)
         return done[name]
+
+
+def _text(path: str, most: int) -> str:
+    """The text of a file of at most so many octets (0: any number). OSError: it is no such file, as of `read_text`. A pipe, which
+    whoever may write an included file could put in its place, keeps nobody waiting."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise Unreadable(path, "is not a plain file")
+        if most and found.st_size > most:
+            raise Unreadable(path, f"has more than {most} octets")
+        return read_text(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def _divided(line: str) -> tuple[str, str, str]:
