@@ -222,9 +222,17 @@ def test_lines_of_a_mailbox_in_front_of_a_message_are_removed():
     assert message(b"From a Mon\r\n>From b\r\nFrom: x\r\n\r\n", "r")[2] == b"From: x\r\n\r\n"
 
 
-def test_what_debians_cron_writes_for_all_users_is_their_own():
-    cron = b"From: root (Cron Daemon)\r\nTo: ann\r\n\r\nx"
-    assert message(cron, "ann")[2] == b"From: ann (Cron Daemon)\r\nTo: ann\r\n\r\nx"
+@pytest.mark.parametrize(
+    ("field", "own"),
+    [
+        (b"From: root (Cron Daemon)", b"From: ann (Cron Daemon)"),
+        (b'From: "(Cron Daemon)" <root>', b'From: "(Cron Daemon)" <ann>'),
+        (b"From: root", b"From: root"),
+    ],
+)
+def test_what_crons_write_for_all_users_is_their_own(field, own):
+    rest = b"\r\nTo: root\r\n\r\nroot"
+    assert message(field + rest, "ann")[2] == own + rest
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from relaymta.sendmail.status import DATA, IO, NO_INPUT, USAGE, Stop
 __all__ = ["Envelope", "User", "address", "enveloped", "read"]
 
 PIECE = 65536
-CRONS = b"From: root (Cron Daemon)\r\n"  # as Debian's cron begins the output of every user's jobs
+# As Debian's cron, and cronie, begin the output of every user's jobs.
+CRONS = (b"From: root (Cron Daemon)\r\n", b'From: "(Cron Daemon)" <root>\r\n')
 _DOTS = (b"\n.\n", b"\n.\r\n")
 
 
@@ -84,7 +85,7 @@ def enveloped(data: bytes, user: User, sender: str | None, given: list[str], fro
     own = os.fsencode(user.name)
     envelope_sender = address(own) if sender is None else _sender(sender) if sender else b""
     if user.name != "root" and data.startswith(CRONS):  # it would be refused: the user is not root
-        data = data.replace(b"From: root", b"From: " + own, 1)
+        data = data.replace(b"root", own, 1)
     elif not fields(header, (b"from",)):
         field = b"From: " + author(full_name or user.full_name, own) + b"\r\n"
         data = field + (data if header or data.startswith(b"\r\n") else b"\r\n" + data)
