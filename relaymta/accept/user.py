@@ -59,11 +59,12 @@ def _addresses(name: str, domains: tuple[str, ...]) -> tuple[str, ...]:
 class UserConnection(Connection):
     """The connection of a user. `uid`: whose it is; None: the system says it."""
 
-    __slots__ = ("_uid",)
+    __slots__ = ("_later", "_uid")
 
     def __init__(self, admission: Admission, listener: Listener, uid: int | None = None) -> None:
         super().__init__(admission, listener)
         self._uid = uid
+        self._later = uid is not None  # the message was left here: nobody waits for the reply who could be told
 
     def connected(self, transport: asyncio.BaseTransport) -> Client | None:
         if self._uid is None:
@@ -73,5 +74,7 @@ class UserConnection(Connection):
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         assert self._uid is not None
-        rights.log_in(identified(self.admission.config, self._uid, rights.client.domain))
+        identity = identified(self.admission.config, self._uid, rights.client.domain)
+        # The program knew the user's name. Where the directory of users does not, now, nothing is refused for good.
+        rights.log_in(identity._replace(unsure=self._later and identity.name == str(self._uid)))
         return super().begin_session(rights, secure)

@@ -3,13 +3,18 @@
 A reply is bytes, ready to be written, CRLF included.
 """
 
-__all__ = ["format_reply"]
+__all__ = ["format_reply", "not_allowed"]
 
 
 def format_reply(code: int, enhanced: str, text: str) -> bytes:
     """One reply line as bytes. `enhanced` is empty only for banner, EHLO/HELO and 354 (RFC 2034 4)."""
     clean = text.replace("\r", " ").replace("\n", " ")
     return f"{code} {enhanced} {clean}\r\n".encode() if enhanced else f"{code} {clean}\r\n".encode()
+
+
+def not_allowed(for_now: bool, text: str, said_by: str) -> bytes:
+    """The reply to a user who may not send as somebody; `said_by`: what says so. `for_now`: that may be otherwise later."""
+    return format_reply(451 if for_now else 550, "4.7.1" if for_now else "5.7.1", f"{text} ({said_by})")
 
 
 GO_AHEAD = format_reply(354, "", "End data with <CR><LF>.<CR><LF>")

@@ -7,6 +7,7 @@ import pytest
 
 from relaymta.accept import user
 from relaymta.config import Config
+from relaymta.proto.reply import not_allowed
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,24 @@ def test_the_system_is_asked_once_a_minute_for_a_name(monkeypatch):
     for uid in range(5000):
         user.name_of(uid)
     assert len(user._known) <= user.KEPT_MOST
+
+
+@pytest.mark.parametrize(("uid", "known", "unsure"), [(4242, False, True), (4242, True, False), (None, False, False)])
+def test_a_user_without_a_name_is_refused_only_for_now_where_nobody_waits(uid, known, unsure, monkeypatch):
+    """Of a message in the drop folder, while the directory of users does not answer."""
+
+    def look_up(number):
+        if known:
+            return SimpleNamespace(pw_name="ann")
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", look_up)
+    monkeypatch.setattr(user.Connection, "__init__", lambda *_: None)
+    monkeypatch.setattr(user.Connection, "begin_session", lambda *_: None)
+    logged_in = []
+    connection = user.UserConnection(None, None, uid)
+    connection.admission = SimpleNamespace(config=Config(hostname="mail.x.example", listener=[{"address": "127.0.0.1:25"}]))
+    connection._uid = 4242
+    connection.begin_session(SimpleNamespace(client=SimpleNamespace(domain="x.example"), log_in=logged_in.append), False)
+    assert logged_in[0].unsure == unsure
+    assert not_allowed(unsure, "no", "x").startswith(b"451 4.7.1" if unsure else b"550 5.7.1")
