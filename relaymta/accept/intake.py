@@ -246,6 +246,10 @@ class Intake:
         transaction.led += 0 if refused is not None else led
         return refused
 
+    def checks(self, address: str) -> bool:
+        """Whether an address has to be looked at at RCPT, whoever the client is: it may be an alias, or its mail is kept here."""
+        return self._endpoint.aliases is not None or (self.local is not None and self.is_local(address))
+
     def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
         domain = domain_of(address)
