@@ -600,7 +600,8 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     foreign = next((author for author in found if not identity.may_send_as(author)), None)
     if foreign is None:
         return None
-    return reply.not_allowed(identity.unsure, f"{identity.name} may not write as <{foreign[:320]}>", identity.said_by)
+    denied = reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> ({identity.said_by})")
+    return reply.for_now(denied) if identity.unsure else denied
 
 
 def _own_or_general(own: T | None, general: T) -> T:

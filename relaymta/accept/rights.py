@@ -138,7 +138,8 @@ class Rights(Host):
             return reply.LMTP_DENIED
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
             identity = login.identity
-            return reply.not_allowed(identity.unsure, f"{identity.name} may not send as <{sender}>", identity.said_by)
+            denied = reply.format_reply(550, "5.7.1", f"{identity.name} may not send as <{sender}> ({identity.said_by})")
+            return reply.for_now(denied) if identity.unsure else denied
         refused = intake.accept_sender(self.origin, size)
         if refused is not None:
             return refused

@@ -3,7 +3,7 @@
 A reply is bytes, ready to be written, CRLF included.
 """
 
-__all__ = ["format_reply", "not_allowed"]
+__all__ = ["for_now", "format_reply"]
 
 
 def format_reply(code: int, enhanced: str, text: str) -> bytes:
@@ -12,9 +12,9 @@ def format_reply(code: int, enhanced: str, text: str) -> bytes:
     return f"{code} {enhanced} {clean}\r\n".encode() if enhanced else f"{code} {clean}\r\n".encode()
 
 
-def not_allowed(for_now: bool, text: str, said_by: str) -> bytes:
-    """The reply to a user who may not send as somebody; `said_by`: what says so. `for_now`: that may be otherwise later."""
-    return format_reply(451 if for_now else 550, "4.7.1" if for_now else "5.7.1", f"{text} ({said_by})")
+def for_now(answer: bytes) -> bytes:
+    """A 550 5.7.1 as one that may be otherwise later: 451 4.7.1."""
+    return answer.replace(b"550 5.", b"451 4.", 1)
 
 
 GO_AHEAD = format_reply(354, "", "End data with <CR><LF>.<CR><LF>")

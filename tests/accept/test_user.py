@@ -7,7 +7,7 @@ import pytest
 
 from relaymta.accept import user
 from relaymta.config import Config
-from relaymta.proto.reply import not_allowed
+from relaymta.proto.reply import for_now
 
 
 @pytest.fixture(autouse=True)
@@ -69,4 +69,4 @@ def test_a_user_without_a_name_is_refused_only_for_now_where_nobody_waits(uid, k
     connection._uid = 4242
     connection.begin_session(SimpleNamespace(client=SimpleNamespace(domain="x.example"), log_in=logged_in.append), False)
     assert logged_in[0].unsure == unsure
-    assert not_allowed(unsure, "no", "x").startswith(b"451 4.7.1" if unsure else b"550 5.7.1")
+    assert for_now(b"550 5.7.1 no\r\n") == b"451 4.7.1 no\r\n"
