@@ -37,6 +37,25 @@ def test_what_was_answered_before_a_purge_without_a_terminal_counts(before, is_l
     assert not (tmp_path / "etc/relaymta").exists()
 
 
+@pytest.mark.parametrize("left", ["", "var/lib/relaymta", "var/spool/relaymta/drop"])
+def test_the_user_stays_while_files_of_it_do(left, tmp_path):
+    """Else another user could get its number, and the mail."""
+    script = (DEB / "postrm").read_text()
+    begin = script.index("\trmdir")
+    lines = script[begin : script.index("\t;;", begin)]
+    if left:
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "mail").touch()
+    for path in ("/var/lib/relaymta", "/var/spool/relaymta"):
+        lines = lines.replace(path, f"{tmp_path}{path}")
+    lines = lines.replace("/usr/sbin/deluser", "/bin/sh")
+    said = subprocess.run(
+        ["sh", "-ec", f'deluser() {{ echo "$@" >&2; }}\ndelgroup() {{ deluser "$@"; }}\n{lines}'],
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    assert ("relaymta" in said) == (not left)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives folders away")
 def test_rights_that_an_administrator_has_changed_stay_over_a_boot(tmp_path):
     need("systemd-tmpfiles")

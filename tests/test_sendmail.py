@@ -1,14 +1,18 @@
 """sendmail(1) without a relay: options, messages, statuses, and what it imports."""
 
 import os
+import pwd
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import relaymta
-from relaymta.sendmail.message import User, address, author, enveloped, read
+from relaymta.sendmail.handing import NotNow, hand_over
+from relaymta.sendmail.message import Envelope, User, address, author, enveloped, read
 from relaymta.sendmail.options import parsed
 from relaymta.sendmail.status import Stop
 
@@ -175,6 +179,35 @@ def test_the_envelope():
     assert message(text, "<r@x.example>", sender="<s@x.example>")[:2] == (b"s@x.example", [b"r@x.example"])
 
 
+@pytest.mark.parametrize(
+    ("to", "found"),
+    [
+        (["ann,bob"], [b"ann", b"bob"]),
+        (["ann, bob@x.example,"], [b"ann", b"bob@x.example"]),
+        (["Bob <b@y.example>", "b@y.example"], [b"b@y.example"]),
+        (['"Doe, Bob" <b@y.example>'], [b"b@y.example"]),
+        (['"a, b"@y.example'], [b'"a, b"@y.example']),
+        (["b@y.example (Bob)"], [b"b@y.example"]),
+    ],
+)
+def test_an_argument_is_read_as_in_a_header(to, found):
+    assert message(b"From: x\r\n\r\n", *to)[1] == found
+
+
+def test_a_sender_may_have_a_name():
+    assert message(b"From: x\r\n\r\n", "r", sender="Ann <ann@x.example>")[0] == b"ann@x.example"
+
+
+@pytest.mark.parametrize("wrong", ["ann bob", ",", "Bob <>", "x\n<b@y.example>", "ann, b c", "x\0,b"])
+def test_what_is_no_address_on_the_command_line_is_refused(wrong):
+    for to, sender in (wrong, None), ("r", wrong):
+        with pytest.raises(Stop) as stopped:
+            message(b"From: x\r\n\r\n", to, sender=sender)
+        assert stopped.value.status == 65
+    with pytest.raises(Stop):
+        message(b"From: x\r\n\r\n", "r", sender="ann,bob")
+
+
 def test_a_message_without_author_gets_one():
     own = b'From: "Ann Doe" <ann>\r\n'
     assert message(b"Subject: x\r\n\r\nx", "r")[2] == own + b"Subject: x\r\n\r\nx"
@@ -189,9 +222,17 @@ def test_lines_of_a_mailbox_in_front_of_a_message_are_removed():
     assert message(b"From a Mon\r\n>From b\r\nFrom: x\r\n\r\n", "r")[2] == b"From: x\r\n\r\n"
 
 
-def test_what_debians_cron_writes_for_all_users_is_their_own():
-    cron = b"From: root (Cron Daemon)\r\nTo: ann\r\n\r\nx"
-    assert message(cron, "ann")[2] == b"From: ann (Cron Daemon)\r\nTo: ann\r\n\r\nx"
+@pytest.mark.parametrize(
+    ("field", "own"),
+    [
+        (b"From: root (Cron Daemon)", b"From: ann (Cron Daemon)"),
+        (b'From: "(Cron Daemon)" <root>', b'From: "(Cron Daemon)" <ann>'),
+        (b"From: root", b"From: root"),
+    ],
+)
+def test_what_crons_write_for_all_users_is_their_own(field, own):
+    rest = b"\r\nTo: root\r\n\r\nroot"
+    assert message(field + rest, "ann")[2] == own + rest
 
 
 @pytest.mark.parametrize(
@@ -227,6 +268,72 @@ def test_no_name_becomes_another_field(name, found):
     assert author(name, b"ann") == found
 
 
+# Handing over
+
+
+def dialogue(
+    folder: Path, replies: list[tuple[bytes, bytes]], recipients: list[bytes]
+) -> tuple[object, list[bytes], list[bytes]]:
+    """Hand a message over to a relay that answers commands that begin with these words so, each time once, and the others by 250.
+    What comes of it, the recipients that are left, and the commands."""
+    commands: list[bytes] = []
+    path = str(folder / "socket")
+
+    def relay(listening: socket.socket) -> None:
+        with listening.accept()[0] as sock, sock.makefile("rwb", buffering=0) as file:
+            file.write(b"220 x\r\n")
+            while (line := file.readline().strip()) and line != b"QUIT":
+                commands.append(line)
+                if line.startswith(b"BDAT"):
+                    file.read(int(line.split()[1]))
+                found = next((one for one in replies if line.startswith(one[0])), None)
+                if found is not None:
+                    replies.remove(found)
+                file.write((b"250 ok" if found is None else found[1]) + b"\r\n")
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        thread = threading.Thread(target=relay, args=(listening,))
+        thread.start()
+        envelope = Envelope(b"s", recipients, b"x")
+        try:
+            found: object = hand_over(path, envelope, parsed(["sendmail"]))
+        except (NotNow, Stop) as error:
+            found = type(error)  # the error itself would keep the connection open
+        thread.join()
+    return found, envelope.recipients, commands[1:]
+
+
+TOO_MANY = b"452 4.5.3 too many"
+
+
+def test_more_recipients_than_the_relay_takes_at_once_are_several_messages(tmp_path):
+    replies = [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<a>", b"550 5.1.1 no")]
+    found, left, commands = dialogue(tmp_path, replies, [b"a", b"b", b"c", b"d"])
+    words = [b"MAIL", b"RCPT TO:<a>", b"RCPT TO:<b>", b"RCPT TO:<c>", b"BDAT", b"MAIL", b"RCPT TO:<c>", b"RCPT TO:<d>", b"BDAT"]
+    assert [command.startswith(word) for command, word in zip(commands, words, strict=True)] == [True] * 9
+    assert (found, left) == (65, [b"a"])
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<c>", TOO_MANY)],
+        [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<d>", b"450 4.3.0 later")],
+        [(b"RCPT TO:<c>", TOO_MANY), (b"BDAT", b"250 ok"), (b"BDAT", b"451 4.3.0 later")],
+    ],
+)
+def test_what_is_refused_for_now_later_on_is_left_for_those_who_do_not_have_it(replies, tmp_path):
+    found, left, _ = dialogue(tmp_path, replies, [b"a", b"b", b"c", b"d"])
+    assert (found, left) == (NotNow, [b"c", b"d"])
+
+
+def test_what_is_full_for_the_first_recipient_is_refused_for_now(tmp_path):
+    found, left, _ = dialogue(tmp_path, [(b"RCPT TO:<a>", TOO_MANY)], [b"a", b"b"])
+    assert (found, left) == (NotNow, [b"a", b"b"])
+
+
 # Statuses
 
 
@@ -248,6 +355,24 @@ def test_statuses(words, text, status, said):
     assert done.returncode == status
     assert said in done.stderr
     assert done.stderr.count(b"\n") == (1 if said else 0)
+
+
+def test_the_relay_can_read_what_is_dropped_whatever_the_umask_is(tmp_path):
+    words = ["sh", "-c", 'umask 077; exec "$@"', "sh", *BARE, str(PROGRAM), "a@x.example"]
+    environment = {
+        "PATH": os.environ["PATH"], "RELAYMTA_SENDMAIL_SOCKET": "/nonexistent/socket", "RELAYMTA_DROP": str(tmp_path),
+        "RELAYMTA_DROP_PROGRAM": "/nonexistent/program",
+    }  # fmt: skip
+    subprocess.run(words, input=b"x\n", env=environment, check=True)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o644]
+
+
+@pytest.mark.parametrize(("name", "own"), [("CORP\\ann", "ann"), ("ann@corp.example", "ann@corp.example")])
+def test_names_of_users_of_a_directory(name, own, monkeypatch):
+    """As Winbind and SSSD have them."""
+    found = pwd.struct_passwd((name, "x", 1000, 1000, "Ann,,,", "/", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: found)
+    assert (User().name, User().full_name) == (own, "Ann")
 
 
 def test_without_standard_input_there_is_no_message():

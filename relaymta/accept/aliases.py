@@ -7,19 +7,23 @@ file of more targets. Programs and files, which others have as targets, too, are
 user.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from relaymta.errors import ConfigError
-from relaymta.files import read_text
+from relaymta.files import Unreadable, read_text
 from relaymta.proto.address import comparable, domain_of, plain
+from relaymta.proto.transaction import NO_NAMES
 
 __all__ = ["Aliases", "read"]
 
 DEEPEST = 20  # aliases of aliases, files that include files
-MOST = 5000  # addresses that an alias leads to, or that the recipients of a message become
+MOST = 5000  # addresses that an alias leads to, or those of a message's recipients together
 PROBLEMS_MOST = 20
 INCLUDE = ":include:"
+INCLUDED_OCTETS = 1 << 20  # of a file
 
 
 class Aliases:
@@ -31,24 +35,27 @@ class Aliases:
         self._targets = targets
         self.files = files
 
-    def has(self, address: str, more: str = "") -> bool:
-        """Whether an address is an alias. `more`: another domain whose addresses are looked up."""
-        return self._of(address, more) is not None
+    def leads(self, address: str, named: bool = False) -> int:
+        """To how many addresses an address leads; 0: it is no alias. `named`: it was given as a name, without its domain."""
+        found = self._of(address, named)
+        return 0 if found is None else max(len(found), 1)
 
-    def expanded(self, recipients: list[str], more: str = "") -> list[str]:
+    def expanded(self, recipients: list[str], names: Mapping[str, bool] = NO_NAMES) -> list[str]:
         """A message's recipients, with aliases replaced by what they lead to, each address once. The same list when there is
-        none."""
+        none. `names`: as of `Transaction.names`."""
         found: list[str] = []
         changed = False
         for address in recipients:
-            targets = self._of(address, more) if len(found) < MOST else None
+            targets = self._of(address, address in names)
             changed |= targets is not None
             found += [address] if targets is None else targets
+            if targets is not None and names.get(address) and domain_of(address) not in self._domains:
+                found.append(address)
         return list(dict.fromkeys(found)) if changed else recipients
 
-    def _of(self, address: str, more: str) -> list[str] | None:
+    def _of(self, address: str, named: bool) -> list[str] | None:
         domain = domain_of(address)
-        if domain not in self._domains and domain != more:
+        if domain not in self._domains and not named:
             return None
         targets = self._targets.get(address.rpartition("@")[0].lower())
         return None if targets is None else [one if "@" in one else f"{one}@{domain}" for one in targets]
@@ -79,6 +86,7 @@ class _Reader:
         self._domains = domains
         self.problems: list[str] = []
         self.files: list[str] = []
+        self._lists: dict[str, list[_Target]] = {}  # of included files, by their path: each is read once
 
     def table(self, path: str) -> dict[str, list[_Target]]:
         """The targets of each name, as they are written."""
@@ -90,14 +98,14 @@ class _Reader:
             elif name.lower() in found:
                 self.problems.append(f"{place}: {name!r} is there twice")
             else:
-                found[name.lower()] = list(self._targets(value, place, [path]))
+                found[name.lower()] = self._bounded(self._targets(value, place, [path]), place)
         return found
 
     def _lines(self, path: str, what: str) -> Iterator[tuple[str, str]]:
         """(place, line) of each logical line."""
         self.files.append(path)
         try:
-            lines = read_text(path).splitlines()
+            lines = _text(path, INCLUDED_OCTETS if len(self.files) > 1 else 0).splitlines()
         except OSError as error:
             self.problems.append(f"{what}: {path}: {error.strerror}")
             return
@@ -116,7 +124,7 @@ class _Reader:
 
     def _targets(self, value: str, place: str, way: list[str]) -> Iterator[_Target]:
         """The targets in a list of them, those of included files among them. `way`: the files that lead there."""
-        for word in _words(value):
+        for word in dict.fromkeys(_words(value)):
             if word.lower().startswith(INCLUDE):
                 yield from self._included(word[len(INCLUDE) :].strip(), place, way)
             elif word.startswith(("|", "/")):
@@ -144,8 +152,20 @@ class _Reader:
         elif len(way) > DEEPEST:
             self.problems.append(f"{place}: files include others more than {DEEPEST} deep")
         else:
-            for inner, line in self._lines(path, place):
-                yield from self._targets(line, inner, [*way, path])
+            if path not in self._lists:
+                inner = (one for where, line in self._lines(path, place) for one in self._targets(line, where, [*way, path]))
+                self._lists[path] = self._bounded(inner, place)
+            yield from self._lists[path]
+
+    def _bounded(self, targets: Iterator[_Target], place: str) -> list[_Target]:
+        """Targets, each once; a problem where there are more than MOST: lists of lists may grow without end."""
+        found: dict[_Target, None] = {}
+        for one in targets:
+            found[one] = None
+            if len(found) > MOST:
+                self.problems.append(f"{place}: leads to more than {MOST} addresses")
+                break
+        return list(found)
 
     def flat(self, table: dict[str, list[_Target]]) -> dict[str, list[str]]:
         """What each name leads to in the end."""
@@ -175,6 +195,21 @@ class _Reader:
             self.problems.append(f"local.aliases: {name} leads to nobody")
         done[name] = list(found)
         return done[name]
+
+
+def _text(path: str, most: int) -> str:
+    """The text of a file of at most so many octets (0: any number). OSError: it is no such file, as of `read_text`. A pipe, which
+    whoever may write an included file could put in its place, keeps nobody waiting."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise Unreadable(path, "is not a plain file")
+        if most and found.st_size > most:
+            raise Unreadable(path, f"has more than {most} octets")
+        return read_text(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def _divided(line: str) -> tuple[str, str, str]:

@@ -3,11 +3,11 @@
 import contextlib
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from relaymta.accept.aliases import Aliases
+from relaymta.accept.aliases import MOST
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
 from relaymta.accept.origin import Client, Origin, Taken, protocol_of, spoken
@@ -33,7 +33,7 @@ from relaymta.proto.header import (
     too_long,
 )  # fmt: skip
 from relaymta.proto.session import Session
-from relaymta.proto.transaction import Limits, Transaction
+from relaymta.proto.transaction import NO_NAMES, Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
@@ -63,6 +63,8 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
 TRUSTED_CONNECTIONS = 200  # of one client that may relay, at least
+LOCAL_ERRORS = 1_000_000  # of a user of this machine: each recipient that is refused is one
+UNKNOWN_ALIAS = -1
 FILTER_GROWTH = 1 << 20  # octets by which content filters may let a message grow
 THIS_MACHINE = "127.0.0.1"
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
@@ -137,9 +139,9 @@ class Intake:
 
     def local_client(self, user: str) -> Client:
         """The rules for a user of this machine, by sendmail(1): those for the machine itself, but that each user is counted by
-        itself. What programs write there has long lines."""
+        itself. What programs write there has long lines, and addresses that are none: the other recipients get the message."""
         found, domain = self.client(THIS_MACHINE), self._config.intake.complete_domain or domain_of_host(self.hostname)
-        limits = replace(found.limits, normalize=True, long_lines=True, lenient=True)
+        limits = replace(found.limits, errors=LOCAL_ERRORS, normalize=True, long_lines=True, lenient=True)
         found = replace(found, group=f"user {user}", limits=limits, trusted=True, xclient=False, xforward=False)
         return replace(found, connection_rate="", domain=domain, connections=max(found.connections, TRUSTED_CONNECTIONS))
 
@@ -210,10 +212,8 @@ class Intake:
         recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
-        elif self._endpoint.aliases is not None and self._aliased(origin, address, self._endpoint.aliases.value):
-            unknown = self._endpoint.aliases.value is None
-            known = origin.may_relay or self.is_local(address)
-            refused = reply.RECIPIENTS_UNKNOWN if unknown else None if known else self._refusal(address)
+        elif led := self._led(origin, address, transaction):
+            refused = self._alias_refusal(origin, address, transaction, led)
         elif self.local is not None and self.is_local(address):
             found = self.local.refusal(address, transaction.announced)
             refused = reply.format_reply(*found) if found is not None else None
@@ -227,13 +227,28 @@ class Intake:
             return refused
         return self._spend(origin.client, origin.identity, transaction)
 
-    def _aliased(self, origin: Origin, address: str, aliases: Aliases | None) -> bool:
-        """Whether an address is an alias of this machine, or (`aliases`: None, nobody knows them) may be one."""
-        if origin.lmtp:
-            return False
+    def _led(self, origin: Origin, address: str, transaction: Transaction) -> int:
+        """To how many addresses an address leads as an alias of this machine; 0: it is none, UNKNOWN_ALIAS: it may be one."""
+        if self._endpoint.aliases is None or origin.lmtp:
+            return 0
+        aliases = self._endpoint.aliases.value
         if aliases is not None:
-            return aliases.has(address, _domain_of_names(origin))
-        return domain_of(address) in map(str.lower, self._config.alias_domains)
+            return aliases.leads(address, address in _names(origin, transaction))
+        return UNKNOWN_ALIAS if domain_of(address) in map(str.lower, self._config.alias_domains) else 0
+
+    def _alias_refusal(self, origin: Origin, address: str, transaction: Transaction, led: int) -> bytes | None:
+        """The reply that rejects an alias, or None. `led`: as of `_led`."""
+        if led == UNKNOWN_ALIAS:
+            return reply.RECIPIENTS_UNKNOWN
+        refused = None if origin.may_relay or self.is_local(address) else self._refusal(address)
+        if refused is None and transaction.led and transaction.led + led > MOST:
+            return reply.TOO_MANY_RECIPIENTS  # the client sends the message again for this one
+        transaction.led += 0 if refused is not None else led
+        return refused
+
+    def checks(self, address: str) -> bool:
+        """Whether an address has to be looked at at RCPT, whoever the client is: it may be an alias, or its mail is kept here."""
+        return self._endpoint.aliases is not None or (self.local is not None and self.is_local(address))
 
     def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
@@ -404,10 +419,12 @@ class Intake:
             flags |= SMTPUTF8
         if transaction.utf8_header:
             flags |= UTF8_HEADER
+        names = _names(origin, transaction)
         if len(recipients) > 1 or "@" not in recipients[0]:
+            names = _with_postmaster(names, origin, recipients)
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
         if self.local is not None or self._staging is not None or self._endpoint.aliases is not None:
-            recipients = self.expanded(recipients, _domain_of_names(origin))
+            recipients = self.expanded(recipients, names)
         queue = self.queue
         envelope = Envelope(
             sender=transaction.sender,
@@ -441,11 +458,11 @@ class Intake:
             transaction.held = transaction.held or f"{state.by}: {state.reason}"
             transaction.quarantine = transaction.quarantine or of_abuse(state, self.queue.clock.now())
 
-    def expanded(self, recipients: list[str], names_at: str = "") -> list[str]:
-        """Those for whom a message for these is queued: aliases, and redirection while it is tried out, are followed. `names_at`:
-        the domain that names without one have got."""
+    def expanded(self, recipients: list[str], names: Mapping[str, bool] = NO_NAMES) -> list[str]:
+        """Those for whom a message for these is queued: aliases, and redirection while it is tried out, are followed. `names`: as
+        of `Transaction.names`."""
         if self._endpoint.aliases is not None and self._endpoint.aliases.value is not None:
-            recipients = self._endpoint.aliases.value.expanded(recipients, names_at)
+            recipients = self._endpoint.aliases.value.expanded(recipients, names)
         if self.local is not None:
             recipients = self.local.expanded(recipients, self.is_local)
         return recipients if self._staging is None else self._staging.recipients(recipients)
@@ -541,9 +558,16 @@ class Intake:
         return reply.STORE_ERROR
 
 
-def _domain_of_names(origin: Origin) -> str:
-    """The domain of names of this machine in mail of its users, who write `root` alone; "" for other clients."""
-    return origin.domain if origin.listener.startswith("unix:") else ""
+def _names(origin: Origin, transaction: Transaction) -> Mapping[str, bool]:
+    """Recipients who are names of this machine, in mail of its users, who write `root` alone; none for other clients."""
+    return transaction.names if origin.listener.startswith("unix:") else NO_NAMES
+
+
+def _with_postmaster(names: Mapping[str, bool], origin: Origin, recipients: list[str]) -> Mapping[str, bool]:
+    """`_names` of a message for these, of which `postmaster` is one, too, unless relay.postmaster says which address that is."""
+    if origin.client.postmaster or not origin.listener.startswith("unix:") or all("@" in one for one in recipients):
+        return names
+    return {**names, origin.postmaster: origin.postmaster in recipients}
 
 
 def _without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes | None:
@@ -576,7 +600,8 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     foreign = next((author for author in found if not identity.may_send_as(author)), None)
     if foreign is None:
         return None
-    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> ({identity.said_by})")
+    denied = reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> ({identity.said_by})")
+    return reply.for_now(denied) if identity.unsure else denied
 
 
 def _own_or_general(own: T | None, general: T) -> T:

@@ -41,7 +41,7 @@ class Client:
 class Origin(NamedTuple):
     """Where a message comes from, and what follows for it. `identity`: the authenticated user, and `user` its name, "": nobody;
     `may_relay`: the client is authenticated or in a network that may relay; `free`: its recipients need no check, but for those
-    whose mail is kept here; `submission`: Date and Message-ID are added; `submitted`: its header may be changed
+    whose mail is kept here and aliases; `submission`: Date and Message-ID are added; `submitted`: its header may be changed
     (submitted.py); `domain`: completes addresses without one, "": they are refused; `postmaster`: the address that this means
     without a domain, "": it is rejected; `trusted`: Authentication-Results in our name are kept, since the client is of our own
     network and has not logged in, such as a filter that hands back what we have verified (RFC 8601 5); `lmtp`: it goes into

@@ -137,8 +137,9 @@ class Rights(Host):
         if self.origin.lmtp and not self.origin.may_relay:
             return reply.LMTP_DENIED
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
-            name = login.identity.name
-            return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> ({login.identity.said_by})")
+            identity = login.identity
+            denied = reply.format_reply(550, "5.7.1", f"{identity.name} may not send as <{sender}> ({identity.said_by})")
+            return reply.for_now(denied) if identity.unsure else denied
         refused = intake.accept_sender(self.origin, size)
         if refused is not None:
             return refused

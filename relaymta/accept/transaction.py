@@ -95,7 +95,7 @@ class IncomingTransaction(Transaction):
 
     def accept(self, address: str) -> bytes | None:
         intake = self._admission.intake
-        if self.origin.free and "@" in address and (intake.local is None or not intake.is_local(address)):
+        if self.origin.free and "@" in address and not intake.checks(address):
             return None
         return intake.accept_recipient(self.origin, address, self, self._session)
 

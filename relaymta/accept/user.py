@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 import struct
+import time
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.connection import Connection
@@ -20,14 +21,23 @@ __all__ = ["UserConnection", "identified", "name_of"]
 
 _CREDENTIALS = struct.Struct("iII")  # ucred (unix(7)): process, user, group
 EVERYBODY = "*"
+KEPT_SECONDS, KEPT_MOST = 60.0, 1000
+_known: dict[int, tuple[str, float]] = {}  # names of users, and until when they count (monotonic seconds)
 
 
 def name_of(uid: int) -> str:
-    """The name of a user; without one the number."""
+    """The name of a user; without one the number. What the system has said counts for KEPT_SECONDS."""
+    known, now = _known.get(uid), time.monotonic()
+    if known is not None and now < known[1]:
+        return known[0]
     try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:  # it may be that its directory does not answer now
+        name = str(uid)
+    if len(_known) >= KEPT_MOST:
+        _known.clear()
+    _known[uid] = name, now + KEPT_SECONDS
+    return name
 
 
 def identified(config: Config, uid: int, domain: str) -> Identity:
@@ -36,18 +46,25 @@ def identified(config: Config, uid: int, domain: str) -> Identity:
     name, anybody = name_of(uid), config.relay.local_users
     if uid in (0, os.geteuid()) or name in anybody or EVERYBODY in anybody:
         return Identity(name)
-    own = tuple(dict.fromkeys(f"{name}@{one}".lower() for one in (domain, config.hostname)))
-    return Identity(name, senders=own, said_by="relay.local_users")
+    return Identity(name, senders=_addresses(name, (domain, config.hostname)), said_by="relay.local_users")
+
+
+def _addresses(name: str, domains: tuple[str, ...]) -> tuple[str, ...]:
+    """The addresses of a user at these domains. A name that is an address itself (`ann@corp.example`, as SSSD has them) is the
+    only one; of `CORP\\ann`, as Winbind has them, the name is `ann` (as in sendmail/message.py)."""
+    local = name.rpartition("\\")[2].lower()
+    return (local,) if "@" in local else tuple(dict.fromkeys(f"{local}@{one}".lower() for one in domains))
 
 
 class UserConnection(Connection):
     """The connection of a user. `uid`: whose it is; None: the system says it."""
 
-    __slots__ = ("_uid",)
+    __slots__ = ("_later", "_uid")
 
     def __init__(self, admission: Admission, listener: Listener, uid: int | None = None) -> None:
         super().__init__(admission, listener)
         self._uid = uid
+        self._later = uid is not None  # the message was left here: nobody waits for the reply who could be told
 
     def connected(self, transport: asyncio.BaseTransport) -> Client | None:
         if self._uid is None:
@@ -57,5 +74,7 @@ class UserConnection(Connection):
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         assert self._uid is not None
-        rights.log_in(identified(self.admission.config, self._uid, rights.client.domain))
+        identity = identified(self.admission.config, self._uid, rights.client.domain)
+        # The program knew the user's name. Where the directory of users does not, now, nothing is refused for good.
+        rights.log_in(identity._replace(unsure=self._later and identity.name == str(self._uid)))
         return super().begin_session(rights, secure)

@@ -31,6 +31,7 @@ class Identity(NamedTuple):
     hold: bool = False  # hold messages above a quota instead of rejecting them
     connections: int = 0  # connections at the same time; 0: no limit
     said_by: str = "senders of its account"  # what says `senders`
+    unsure: bool = False  # the directory of users may know more later: what `senders` does not allow is refused for now
 
     def may_send_as(self, address: str) -> bool:
         """Whether `senders` allows an address, its domain in U-labels or A-labels. A malformed address is not allowed."""

@@ -3,13 +3,18 @@
 A reply is bytes, ready to be written, CRLF included.
 """
 
-__all__ = ["format_reply"]
+__all__ = ["for_now", "format_reply"]
 
 
 def format_reply(code: int, enhanced: str, text: str) -> bytes:
     """One reply line as bytes. `enhanced` is empty only for banner, EHLO/HELO and 354 (RFC 2034 4)."""
     clean = text.replace("\r", " ").replace("\n", " ")
     return f"{code} {enhanced} {clean}\r\n".encode() if enhanced else f"{code} {clean}\r\n".encode()
+
+
+def for_now(answer: bytes) -> bytes:
+    """A 550 5.7.1 as one that may be otherwise later: 451 4.7.1."""
+    return answer.replace(b"550 5.", b"451 4.", 1)
 
 
 GO_AHEAD = format_reply(354, "", "End data with <CR><LF>.<CR><LF>")

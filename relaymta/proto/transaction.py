@@ -1,15 +1,18 @@
 """One mail transaction of the server side (RFC 5321 3.3), without I/O: its envelope, and its message data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from relaymta.proto import reply
 from relaymta.proto.envelope import Quarantine, Unseen
 
-__all__ = ["Limits", "Transaction"]
+__all__ = ["NO_NAMES", "Limits", "Transaction"]
 
 # Flags of _speedups.smtp (C integers there).
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
 NOBODY: frozenset[str] = frozenset()
+NO_NAMES: Mapping[str, bool] = MappingProxyType({})
 NOTHING_SAID: dict[str, str] = {}  # never changed
 PIECES = 1024  # of message data in memory, until they are joined: each costs more memory than it may hold
 
@@ -32,8 +35,8 @@ class Transaction:
 
     __slots__ = (
         "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "last_chunk",
-        "limits", "message_id", "parameters", "quarantine", "recipients", "refusal", "sender", "size", "smtputf8", "tail",
-        "unseen", "utf8_header",
+        "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal", "sender", "size", "smtputf8",
+        "tail", "unseen", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -41,6 +44,8 @@ class Transaction:
         self.smtputf8 = smtputf8
         self.limits = limits
         self.recipients: list[str] = []
+        self.names = NO_NAMES  # recipients that were given without a domain, and whether they were given with it, too
+        self.led = 0  # to how many addresses aliases among the recipients lead
         self.parameters = ""  # of MAIL, as they came
         self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
         self.asks = NOBODY  # of MAIL, RCPT and DATA: about what others are asked (see Session.answered); set by Host.begin
@@ -64,6 +69,13 @@ class Transaction:
     def accept(self, address: str) -> bytes | None:
         """RCPT: the reply that rejects a recipient, or None."""
         return None
+
+    def named(self, address: str, completed: bool) -> None:
+        """RCPT of a client whose addresses are completed. `completed`: this one was."""
+        if completed and address not in self.names:
+            self.names = {**self.names, address: address in self.recipients}
+        elif not completed and address in self.names:
+            self.names = {**self.names, address: True}
 
     def rejects(self, address: str, answer: bytes) -> None:
         """A recipient was refused by `accept`, with this reply: nobody is asked about it."""

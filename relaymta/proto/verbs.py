@@ -119,6 +119,8 @@ def _rcpt(session: Session, argument: bytes) -> bytes:
         return session.error(reply.NEEDS_SMTPUTF8)
     if len(transaction.recipients) >= transaction.limits.recipients:
         return reply.TOO_MANY_RECIPIENTS
+    if session.host.domain and address.endswith(session.host.domain):
+        transaction.named(address, rcpt_argument(argument) is None)
     refused = transaction.accept(address)
     if refused is not None:
         transaction.rejects(address, refused)

@@ -65,6 +65,7 @@ def _write(folder: str, text: bytes) -> None:
     path, final = f"{folder}/.{name}", f"{folder}/{name}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     try:
+        os.fchmod(descriptor, 0o644)  # the relay reads it, whatever the user's umask is
         rest = memoryview(text)
         while rest:
             rest = rest[os.write(descriptor, rest) :]

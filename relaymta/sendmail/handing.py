@@ -14,6 +14,7 @@ SECONDS = 300  # for the relay to answer: filters may take their time
 CONNECTING_SECONDS = 10
 PIECE = 65536
 LONGEST = 65536  # octets of a reply
+TOO_MANY = 452  # at RCPT: this transaction takes no more recipients
 
 
 class NotNow(Exception):
@@ -123,7 +124,8 @@ def _xtext(octet: int) -> bytes:
 
 def hand_over(path: str, envelope: Envelope, options: Options) -> int:
     """Hand a message over. The exit status: it is in the queue for all recipients, or (DATA) for those that are not named on
-    standard error. NotNow: it is not, or nobody knows. Stop: it is refused."""
+    standard error. Those who have it are taken out of `envelope.recipients`, so that after NotNow it is to be kept for the rest:
+    it is not in the queue for them, or nobody knows. Stop: it is refused."""
     try:
         return _handed_over(_Relay(path, options.verbose), envelope, options)
     except OSError as error:
@@ -134,25 +136,42 @@ def _handed_over(relay: _Relay, envelope: Envelope, options: Options) -> int:
     relay.expect(relay.reply())
     offers = relay.expect(relay.ask(b"EHLO " + os.fsencode(os.uname().nodename or "localhost")))
     mail, *rcpts = lines(envelope, options, {line.partition(" ")[0].upper() for line in offers.split("\n")[1:]})
-    code, text = relay.ask(mail)
-    if code >= 500:
-        raise Stop(NO_PERMISSION if text.startswith("5.7.") else DATA, text)
-    relay.expect((code, text))
-    refused: list[str] = []
-    for rcpt, recipient in zip(rcpts, envelope.recipients, strict=True):
-        code, text = relay.ask(rcpt)
-        if code >= 500:
-            refused.append(f"{recipient.decode('utf-8', 'replace')}: {text}")
-        else:
-            relay.expect((code, text))
-    if len(refused) == len(rcpts):
-        relay.quit()
-        raise Stop(DATA, "\n".join(refused))
-    code, text = relay.ask(b"BDAT %d LAST" % len(envelope.data), envelope.data)
-    if code >= 500:
-        raise Stop(NO_PERMISSION if text.startswith("5.7.") else DATA, text)
-    relay.expect((code, text))
+    rest = list(zip(rcpts, envelope.recipients, strict=True))
+    refused: dict[bytes, str] = {}
+    while rest:  # one transaction each: a message may have more recipients than the relay takes at once (RFC 5321 4.5.3.1.10)
+        _positive(relay, relay.ask(mail))
+        rest, taken = _named(relay, rest, refused)
+        if taken:
+            _positive(relay, relay.ask(b"BDAT %d LAST" % len(envelope.data), envelope.data))
+            envelope.recipients = [*refused, *(recipient for _, recipient in rest)]
+        elif len(refused) == len(rcpts):
+            relay.quit()
+            raise Stop(DATA, "\n".join(refused.values()))
     relay.quit()
-    for one in refused:
+    for one in refused.values():
         stderr.write(f"sendmail: {one}\n")
     return DATA if refused else OK
+
+
+def _positive(relay: _Relay, answer: tuple[int, str]) -> None:
+    """Stop: the message is refused; NotNow: it is for now."""
+    code, text = answer
+    if code >= 500:
+        raise Stop(NO_PERMISSION if text.startswith("5.7.") else DATA, text)
+    relay.expect(answer)
+
+
+def _named(relay: _Relay, rest: list[tuple[bytes, bytes]], refused: dict[bytes, str]) -> tuple[list[tuple[bytes, bytes]], int]:
+    """Name recipients, each with its command, until the relay takes no more in one transaction: those that are left, and how many
+    it has taken. Those that are refused are added to `refused`, with the reply."""
+    taken = 0
+    for at, (rcpt, recipient) in enumerate(rest):
+        code, text = relay.ask(rcpt)
+        if code == TOO_MANY and taken:
+            return rest[at:], taken
+        if code >= 500:
+            refused[recipient] = f"{recipient.decode('utf-8', 'replace')}: {text}"
+        else:
+            relay.expect((code, text))
+            taken += 1
+    return [], taken

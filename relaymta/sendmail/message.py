@@ -2,13 +2,14 @@
 
 import os
 
-from relaymta.proto.addressees import fields, header_octets, recipients
+from relaymta.proto.addressees import addresses, fields, header_octets, recipients
 from relaymta.sendmail.status import DATA, IO, NO_INPUT, USAGE, Stop
 
 __all__ = ["Envelope", "User", "address", "enveloped", "read"]
 
 PIECE = 65536
-CRONS = b"From: root (Cron Daemon)\r\n"  # as Debian's cron begins the output of every user's jobs
+# As Debian's cron, and cronie, begin the output of every user's jobs.
+CRONS = (b"From: root (Cron Daemon)\r\n", b'From: "(Cron Daemon)" <root>\r\n')
 _DOTS = (b"\n.\n", b"\n.\r\n")
 
 
@@ -21,7 +22,8 @@ class User:
         uid = os.getuid()
         try:
             found = pwd.getpwuid(uid)
-            self.name, self.full_name = found.pw_name, found.pw_gecos.partition(",")[0]
+            self.name = found.pw_name.rpartition("\\")[2]  # `CORP\ann`, as Winbind has it
+            self.full_name = found.pw_gecos.partition(",")[0]
         except KeyError:
             self.name, self.full_name = str(uid), ""
 
@@ -73,18 +75,17 @@ def enveloped(data: bytes, user: User, sender: str | None, given: list[str], fro
     an address is none, or there is no recipient."""
     data = _without_separator(data)
     header = data[: header_octets(data)]
-    found = [address(os.fsencode(one)) for one in given]
+    found = [one for argument in given for one in _argued(argument)]
     if from_header:
         found += [address(one) for one in recipients(header)]
     if not found:
         if from_header:
             raise Stop(DATA, "the header names no recipient (To, Cc, Bcc)")
         raise Stop(USAGE, "there is no recipient: give addresses, or -t to take those of the header")
-    envelope_sender = os.fsencode(user.name) if sender is None else os.fsencode(sender)
-    envelope_sender = address(envelope_sender) if envelope_sender else b""
     own = os.fsencode(user.name)
+    envelope_sender = address(own) if sender is None else _sender(sender) if sender else b""
     if user.name != "root" and data.startswith(CRONS):  # it would be refused: the user is not root
-        data = data.replace(b"From: root", b"From: " + own, 1)
+        data = data.replace(b"root", own, 1)
     elif not fields(header, (b"from",)):
         field = b"From: " + author(full_name or user.full_name, own) + b"\r\n"
         data = field + (data if header or data.startswith(b"\r\n") else b"\r\n" + data)
@@ -99,6 +100,24 @@ def _without_separator(data: bytes) -> bytes:
         if at == 1:
             return b""
     return data[at:]
+
+
+def _argued(argument: str) -> list[bytes]:
+    """The addresses that an argument of the command line has: one, or a list as in a header, with names or without (cron passes
+    MAILTO=ann,bob on as one). Stop: there is none, or something else is there."""
+    given = os.fsencode(argument)
+    found = addresses(given)
+    if not found or any(one < 32 or one == 127 for one in given):  # else what stands behind a line end might count
+        raise Stop(DATA, f"{_shown(given)}: this is no address")
+    return [address(one) for one in found]
+
+
+def _sender(argument: str) -> bytes:
+    """As `_argued`, of the only address."""
+    found = _argued(argument)
+    if len(found) > 1:
+        raise Stop(DATA, f"{_shown(os.fsencode(argument))}: a message has one sender")
+    return found[0]
 
 
 def address(given: bytes) -> bytes:

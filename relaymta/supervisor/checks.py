@@ -38,7 +38,7 @@ def import_all(config: Config) -> None:
 
 
 def _has_files(config: Config) -> bool:
-    return bool(config.certificate or config.accounts or config.dkim or config.relay.recipients)
+    return bool(config.certificate or config.accounts or config.dkim or config.relay.recipients or config.local.aliases)
 
 
 def check_files(config: Config) -> None:

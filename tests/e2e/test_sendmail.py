@@ -157,6 +157,32 @@ def test_what_is_refused_is_named(relay):
     assert queued(relay) == before + 1
 
 
+def test_recipients_that_are_refused_keep_nobody_else_from_it(relay):
+    """As many as a client from elsewhere would be sent away for."""
+    before = queued(relay)
+    done = sendmail(relay, *(f"b{number}@" for number in range(30)), "a@x.example", text="Subject: x\n\n")
+    assert done.returncode == 65
+    assert all(f"b{number}@" in done.stderr for number in range(30)), done.stderr
+    assert queued(relay) == before + 1
+
+
+def test_more_recipients_than_a_message_may_have(relay):
+    before = len(relay.events("queued"))
+    many = [f"a{number}@x.example" for number in range(2500)]
+    assert sendmail(relay, *many, text="Subject: x\n\n").returncode == 0
+    events = wait_for(lambda: len(found := relay.events("queued")[before:]) == 3 and found)
+    assert [address for event in events for address in event["recipients"]] == many
+
+
+def test_aliases_that_lead_to_more_than_a_message_takes_are_several_messages(tmp_path):
+    file = tmp_path / "aliases"
+    file.write_text("".join(f"a{one}: {','.join(f'u{one}-{number}@x.example' for number in range(4000))}\n" for one in range(2)))
+    with made(tmp_path, f"local.aliases={file}") as relay:
+        assert sendmail(relay, "a0", "a1", "eve@x.example", text="Subject: x\n\n").returncode == 0
+        events = wait_for(lambda: len(found := relay.events("queued")) == 2 and found)
+        assert [len(event["recipients"]) for event in events] == [4000, 4001]
+
+
 def test_smtp_on_standard_input(relay):
     before = queued(relay)
     text = "EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\n".replace("\n", "\r\n")
@@ -263,11 +289,15 @@ def test_users_who_may_send_as_anybody(tmp_path, folder):
 
 def test_aliases_of_this_machine(tmp_path):
     file = tmp_path / "aliases"
-    file.write_text("root: ann@x.example, bob@x.example\nhere: carl\n")
+    file.write_text("root: ann@x.example, bob@x.example\nhere: carl\npostmaster: dora@x.example\n")
     more = (f"local.aliases={file}", "hostname=mail.relay.example", 'relay.domains=["mail.relay.example"]', "relay.networks=[]")
     with made(tmp_path, *more) as relay:
         assert taken(relay, "root")[0]["recipients"] == ["ann@x.example", "bob@x.example"]
         assert taken(relay, "here", "eve@x.example")[0]["recipients"] == ["carl@relay.example", "eve@x.example"]
+        assert taken(relay, "root@relay.example")[0]["recipients"] == ["root@relay.example"]
+        assert taken(relay, "here@relay.example", "here")[0]["recipients"] == ["carl@relay.example", "here@relay.example"]
+        assert taken(relay, "here", "here@relay.example")[0]["recipients"] == ["carl@relay.example", "here@relay.example"]
+        assert taken(relay, "postmaster")[0]["recipients"] == ["dora@x.example"]
         relay.send("Subject: x\r\n\r\n", "out@x.example", "root@mail.relay.example")
         found = wait_for(lambda: [one for one in relay.events("queued") if one["sender"] == "out@x.example"])
         assert found[0]["recipients"] == ["ann@x.example", "bob@x.example"]

@@ -37,6 +37,14 @@ def test_a_route_map_that_the_relays_user_may_not_read_is_a_problem(tmp_path, mo
     assert found.value.problems == [f"{path}:1: route_map: {tmp_path}/map: Permission denied"]
 
 
+def test_broken_aliases_are_a_problem(tmp_path):
+    """Also where there is no other file that a start reads."""
+    _, config = loaded(tmp_path, f'{LISTENER}[local]\naliases = "{tmp_path}/aliases"\n')
+    (tmp_path / "aliases").write_text("root: |/bin/sh\n")
+    with pytest.raises(ConfigError, match="no mail is given to a program"):
+        checks.check_files(config)
+
+
 def test_what_mail_is_sent_from_and_to_is_looked_at(tmp_path):
     (tmp_path / "there").touch()
     path, config = loaded(
