@@ -212,7 +212,7 @@ class Intake:
         recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
-        elif led := self._led(origin, address, transaction):
+        elif self._endpoint.aliases is not None and (led := self._led(origin, address, transaction)):
             refused = self._alias_refusal(origin, address, transaction, led)
         elif self.local is not None and self.is_local(address):
             found = self.local.refusal(address, transaction.announced)
@@ -245,10 +245,6 @@ class Intake:
             return reply.TOO_MANY_RECIPIENTS  # the client sends the message again for this one
         transaction.led += 0 if refused is not None else led
         return refused
-
-    def checks(self, address: str) -> bool:
-        """Whether an address has to be looked at at RCPT, whoever the client is: it may be an alias, or its mail is kept here."""
-        return self._endpoint.aliases is not None or (self.local is not None and self.is_local(address))
 
     def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
@@ -419,9 +415,10 @@ class Intake:
             flags |= SMTPUTF8
         if transaction.utf8_header:
             flags |= UTF8_HEADER
-        names = _names(origin, transaction)
+        names = NO_NAMES if self._endpoint.aliases is None else _names(origin, transaction)
         if len(recipients) > 1 or "@" not in recipients[0]:
-            names = _with_postmaster(names, origin, recipients)
+            if self._endpoint.aliases is not None:
+                names = _with_postmaster(names, origin, recipients)
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
         if self.local is not None or self._staging is not None or self._endpoint.aliases is not None:
             recipients = self.expanded(recipients, names)

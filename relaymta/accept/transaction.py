@@ -95,7 +95,10 @@ class IncomingTransaction(Transaction):
 
     def accept(self, address: str) -> bytes | None:
         intake = self._admission.intake
-        if self.origin.free and "@" in address and not intake.checks(address):
+        if (
+            self.origin.free and "@" in address
+            and self._admission.endpoint.aliases is None and (intake.local is None or not intake.is_local(address))
+        ):  # fmt: skip
             return None
         return intake.accept_recipient(self.origin, address, self, self._session)
 
