@@ -27,7 +27,7 @@ REQUEST = 1 << 17  # octets: arguments and environment
 MAIN = [sys.executable, "-m", "relaymta"]
 _FROM_START = ("PYTHON", "LD_", "LC_", "LANG", "TZ", "MALLOC_", "OPENSSL_", "SSL_")  # what a program looks at but once
 _parents: dict[str, tuple[socket.socket, subprocess.Popen[bytes]]] = {}  # of commands and of relays, once there is one
-_environment = dict(os.environ)
+_environment, _folder = dict(os.environ), os.getcwd()
 
 
 def run(arguments: Sequence[str | bytes], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -48,9 +48,9 @@ def run(arguments: Sequence[str | bytes], timeout: float) -> subprocess.Complete
 
 
 def forkable(command: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether `start` does what this command does in this environment."""
+    """Whether `start` does what this command does in this environment, and in this folder, which might have modules."""
     changed = {name for name in environment.keys() | _environment.keys() if environment.get(name) != _environment.get(name)}
-    return list(command[:3]) == MAIN and not any(name.startswith(_FROM_START) for name in changed)
+    return list(command[:3]) == MAIN and os.getcwd() == _folder and not any(name.startswith(_FROM_START) for name in changed)
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], stderr: IO[bytes]) -> "Started":
@@ -128,8 +128,9 @@ def _parent(kind: str) -> socket.socket:
         with theirs:
             script = f"from tests.support.commands import serve; serve({kind!r}, {theirs.fileno()})"
             process = subprocess.Popen(
-                [sys.executable, "-c", script], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                [sys.executable, "-c", script], cwd=_folder, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
         _parents[kind] = ours, process
     return _parents[kind][0]
 
