@@ -1,10 +1,7 @@
 """What a process without descriptors makes of what it cannot open: nothing is taken for damaged, missing, ours or theirs."""
 
-import contextlib
 import errno
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,19 +20,7 @@ from relaymta.route.ourselves import Ourselves, is_local
 from relaymta.send import trust
 from relaymta.send.connect import Peer, _failure
 from relaymta.send.trust import Files, TrustFailed, context_of
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Lower the limit so that no descriptor is left for this process."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)  # the lowest free one
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+from tests.support.descriptors import no_descriptors
 
 
 def big(segments: Segments, ident: int, path: Path, generation: int) -> Body:

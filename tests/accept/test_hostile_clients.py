@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import smtplib
 import socket
@@ -28,6 +27,7 @@ from relaymta.proto.proxy import Header
 from relaymta.proto.transaction import Limits as SessionLimits
 from relaymta.shm import Shared
 from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.descriptors import no_descriptors
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
 
@@ -521,19 +521,6 @@ async def test_descriptors_that_others_use_pause_the_listeners(proxy):
     acceptor._check()
     assert not acceptor.paused and acceptor.most == at_first
     bench.acceptor.stop_accepting()
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Lower the limit so that no descriptor is left for this process."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)  # the lowest free one
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # The counts
