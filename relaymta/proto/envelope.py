@@ -149,6 +149,8 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     forwarded: dict[str, str] = {}  # what its client has said by XFORWARD of the client that it had it from, by attribute
     unseen: Unseen | None = None  # None: all filters have looked at it
     quarantine: Quarantine | None = None  # None: it is not in the quarantine
+    tags: list[str] = []  # words by which its application tells its messages apart, in events
+    traceparent: str = ""  # of the request that it came by (W3C Trace Context); "": none
 
 
 class Onward(NamedTuple):
