@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from relaymta.accept.aliases import MOST
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
+from relaymta.accept.once import FIELD, Once, Wanted, key_of
 from relaymta.accept.origin import Client, Origin, Taken, protocol_of, spoken
 from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity, group_of, plain_address
@@ -103,6 +104,7 @@ class Intake:
         self.out_of_memory = False
         self.local: LocalRecipients | None = None  # None: no mailboxes are kept here
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
+        self.once: Once | None = None  # set before the first client connects
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
@@ -372,6 +374,11 @@ class Intake:
             seconds=now,
             tls=session.tls,
         )
+        if origin.may_relay and FIELD in header.lower():
+            key = key_of(header)
+            if key is None:
+                return reply.BAD_KEY
+            transaction.key = key
         transaction.message_id = message_id(header)
         transaction.utf8_header = transaction.smtputf8 and not header.isascii()
         if origin.submission:
@@ -403,9 +410,10 @@ class Intake:
         data: list[bytes] | Body,
         size: int,
         done: Callable[[StoreError | None], None],
+        wanted: Wanted | None = None,
     ) -> None:
         """Submit a complete message to the queue, for these recipients. `size`: octets, our fields included; `done(None)` is
-        called once it is synced, `done(error)` if it could not be stored."""
+        called once it is synced, `done(error)` if it could not be stored; `wanted`: what its application wants of it."""
         if self.conduct is not None and not origin.filtered:
             self._watch(self.conduct, transaction, recipients, origin, size)
         flags = HELD if transaction.held else UNSEEN if transaction.unseen is not None else 0
@@ -443,7 +451,20 @@ class Intake:
             unseen=transaction.unseen,
             quarantine=transaction.quarantine,
         )
-        queue.submit(ident, envelope, data, done)
+        if wanted is None:
+            queue.submit(ident, envelope, data, done)
+        else:
+            self._as_wanted(envelope, wanted)
+            queue.submit(ident, envelope, data, done, wanted.request)
+
+    def _as_wanted(self, envelope: Envelope, wanted: Wanted) -> None:
+        envelope.tags, envelope.traceparent = wanted.tags, wanted.traceparent
+        envelope.priority = wanted.priority or envelope.priority
+        envelope.receipt = int(self._config.intake.receipts_keep * 1000)
+        later = wanted.send_at - wall_ms()
+        if wanted.send_at and later > 0:
+            envelope.not_before = self.queue.clock.now() + later
+            envelope.deadline += later
 
     def _watch(self, conduct: "Conduct", transaction: Transaction, recipients: list[str], origin: Origin, size: int) -> None:
         """Count what an account sends, and hold it where that is not as usual."""

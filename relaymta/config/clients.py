@@ -189,6 +189,14 @@ class Intake(Table):
         description="domain added to addresses without one (`root`), in the envelope and in the header of submitted mail, for "
         "clients that may relay; empty: the domain of `hostname`, for networks that may relay only",
     )
+    idempotency_keep: Reload[Duration] = Field(
+        86_400, gt=0, description="how long an idempotency key (Idempotency-Key of HTTP, X-Relay-Idempotency of SMTP) is "
+        "remembered: what is handed in again under it is not sent again",
+    )  # fmt: skip
+    receipts_keep: Reload[Duration] = Field(
+        7 * 86_400, gt=0, description="how long after its end an application can ask what has become of a message that it has "
+        "handed in by HTTP, or with an idempotency key",
+    )  # fmt: skip
     hops: Reload[int] = Field(50, ge=1, description="maximum number of Received: fields; a message with more is in a loop")
     errors: Reload[int] = Field(20, ge=1, description="errors after which a connection is closed")
     shed_lag: Reload[Duration] = Field(

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from relaymta.control.filters import Filter
 from relaymta.disk.big import BigBody, BigFile
@@ -24,7 +24,7 @@ from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
-from relaymta.proto.envelope import HELD, UNSEEN, Body, Envelope, QueueName
+from relaymta.proto.envelope import HELD, UNSEEN, Attempt, Body, Envelope, QueueName
 from relaymta.queue.big import BigBodies
 from relaymta.queue.bodies import Bodies
 from relaymta.queue.change import Change
@@ -42,16 +42,18 @@ from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.quarantine import Keeper
 from relaymta.queue.readers import Readers
+from relaymta.queue.receipts import Kept, Request, digest_of, due_to_forget
 from relaymta.queue.replies import Replies
 from relaymta.queue.schedule import Schedule
+from relaymta.queue.shards import Known, Shards
 from relaymta.queue.store import Store
 from relaymta.queue.unseen import UnseenMail
 from relaymta.queue.view import View
-from relaymta.queue.writer import Writer
+from relaymta.queue.writer import Writer, said_nothing
 
 __all__ = [
-    "BigBody", "Committed", "Deliverer", "Entry", "Events", "Filter", "Null", "Outcome", "Put", "Queue", "QueueSettings",
-    "Totals", "format_id", "parse_id", "wall_ms",
+    "BigBody", "Committed", "Deliverer", "Entry", "Events", "Filter", "Kept", "Known", "Null", "Outcome", "Put", "Queue",
+    "QueueSettings", "Request", "Shards", "Totals", "digest_of", "format_id", "parse_id", "wall_ms",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -60,12 +62,14 @@ SLOWEST = 1.0  # seconds that a 250 is delayed just before the disk is full
 FAILED_OFFER_MS = 60_000  # a queue sleeps so long after the deliverer raised an exception over an entry of it
 SWEEP_TICKS = 12_000  # ten minutes
 CHECK_TICKS = 20
+FORGET_TICKS = 1200  # a minute
 MATERIALIZE_MS = 5_000  # fresh mail that has not left after so long gets rows of its own
 
 
 class Queue:
     """One shard in `spool`. `assign(envelope, attempts)` names the queues of a message's recipients after that many attempts;
-    `sign(data)`: header fields to prepend to the data of a message of our own, a DSN for one; called on any thread.
+    `sign(data)`: header fields to prepend to the data of a message of our own, a DSN for one; `said(entry)`: the attempt by which
+    all recipients of an entry were delivered. Both are called on any thread.
     SpoolBusy when another process owns the shard."""
 
     def __init__(
@@ -77,6 +81,7 @@ class Queue:
         deliverer: Deliverer,
         events: Events,
         sign: Callable[[bytes], bytes] = lambda data: b"",
+        said: Callable[[Entry], Attempt] = said_nothing,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -110,6 +115,7 @@ class Queue:
             assign=assign,
             on_commit=self._committed,
             sign=sign,
+            said=said,
         )
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
@@ -274,23 +280,26 @@ class Queue:
         envelope: Envelope,
         data: list[bytes] | Body,
         done: Callable[[StoreError | None], None],
+        request: Request | None = None,
     ) -> None:
         """Store a message, `data` in pieces or as the `Body` of a finished `BigBody`. `done(None)` is called on the loop when it
-        is durable, `done(error)` when it could not be stored."""
+        is durable, `done(error)` when it could not be stored. `request`: as of Put."""
         names = self.assign(envelope, 0)
         fresh = len(names) == 1 and self._inlines(envelope, names[0][0])
         self._replies.promised += fresh
+        pieces: list[bytes] | None
         if isinstance(data, Body):
-            envelope.body = data
+            envelope.body, pieces = data, None
             self._big.submitted(ident)
-            self.writer.submit(Put(ident, envelope, names, None, done, fresh))
         else:
-            self.writer.submit(Put(ident, envelope, names, data, done, fresh))
+            pieces = data
+        self.writer.submit(Put(ident, envelope, names, pieces, done, fresh, request=request))
 
     def _inlines(self, envelope: Envelope, name: QueueName) -> bool:
         """Whether a message will be tried at once, so that it needs no rows of its own."""
         return (
             not envelope.flags & (HELD | UNSEEN)
+            and not envelope.not_before
             and self._awake(name)
             and self.entries.fresh + self._replies.promised < self.entries.half  # there is room in the window
             and not self.entries.paused
@@ -380,12 +389,27 @@ class Queue:
             self.writer.submit(Task(lambda change: change.sweep()))
             self._readers.start(self._big.sweep, lambda result: None)
             self._readers.start(self.store.forget_dead_readers, lambda result: None)
+        if self._ticks % FORGET_TICKS == 0:
+            self._readers.start(self._is_due_to_forget, self._forget)
         if self._ticks % CHECK_TICKS == 0:
             self._readers.read_rows(self._housekeep, self._expiry.expire)
             self.quarantine.tick()
             late = self.clock.now() - MATERIALIZE_MS
             if 0 < self.store.fresh.oldest() <= late:
                 self._materialize(self.store.fresh.came_by(late))
+
+    def _is_due_to_forget(self) -> bool:
+        """Reader thread: whether there are receipts that are kept no longer."""
+        with self.store.reading() as txn:
+            return due_to_forget(txn, self.store.tables, self.clock.now())
+
+    def _forget(self, due: Any) -> None:
+        """On the loop: remove them, in groups, so that mail waits for few. `due`: what `_is_due_to_forget` has found, an
+        exception that it has raised, or what the group before has removed."""
+        if due and not isinstance(due, Exception) and not self.writer.stalled:
+            now = self.clock.now()
+            done = lambda task: self._forget(0 if task.error is not None else task.result)  # noqa: E731
+            self.writer.submit(Task(lambda change: change.forget(now), done))
 
     def _housekeep(self) -> list[Overdue]:
         """Reader thread, each second: check the disk, and find what is overdue."""

@@ -25,22 +25,24 @@ from relaymta.accept.collecting import Collector
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
+from relaymta.accept.once import Once
 from relaymta.accept.quota import Quotas
 from relaymta.config import Config, OAuth
 from relaymta.control import Channel, Refused
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
 from relaymta.filter.means import Means
+from relaymta.ident import shard_of
 from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
 from relaymta.node import ABUSE, SiteState, SiteStates
-from relaymta.queue import Outcome, Queue, Totals, format_id
+from relaymta.queue import Outcome, Queue, Shards, Totals, format_id
 from relaymta.queue.quarantine import Keeper
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import SLOTS, Shared
-from relaymta.worker.accounting import Witness
+from relaymta.worker.accounting import Witness, attempt_of
 from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
 from relaymta.worker.orphaned import end_with_supervisor
@@ -91,6 +93,7 @@ class Shard:
             self.dispatcher,
             self.witness,
             worker.sign_dsn,
+            attempt_of,
         )
         keeper = self.queue.quarantine
         keeper.over = lambda octets: worker.quarantine_over(keeper, octets)
@@ -177,7 +180,7 @@ class Worker:
         self.slot = slot
         self.tracer = wire(self)
         self.workers = workers
-        shared = Shared(descriptors[0])
+        shared = self._shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
         self._goals: dict[Keeper, tuple[tuple[int, int], int, float]] = {}  # what shards may keep; see `quarantine_over`
         self._neighbours = [Counters(shared.counters(one)) for one in range(SLOTS) if one != slot]
@@ -243,12 +246,16 @@ class Worker:
         )  # fmt: skip
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
+        threads = ThreadPoolExecutor(4, "spill")
+        own = {number: shard.queue.store for number, shard in self.shards.items()}
+        self.known = Shards(Path(self.config.spool), own, self._is_in_flight)
+        self.intake.once = Once(self.known, self.limits, threads)
         self.watch_conduct()
         others: dict[str, Make] = {}
         if self.mail is not None:
             self.intake.local = self.mail.local()
             others = self.mail.connections()
-        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
+        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, threads, others)
         self.acceptor.tracer = self.tracer
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for shard in self.shards.values():
@@ -258,6 +265,11 @@ class Worker:
         local = self.config.local_listener
         if local is not None and self.slot == 0:
             self.collector = Collector(self.acceptor, local)
+
+    def _is_in_flight(self, ident: int) -> bool:
+        """Whether a delivery of a message is under way, in whichever worker."""
+        number = shard_of(ident)
+        return self._shared.is_in_flight(self.slot if number in self.shards else number, ident)
 
     def needs(self) -> "Needs":
         """What scanners use."""
@@ -456,6 +468,7 @@ class Worker:
             await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
         self.acceptor.endpoint.end()
+        self.known.close()
         for shard in self.shards.values():
             await shard.queue.stop()
         if self.mail is not None:

@@ -7,11 +7,11 @@ from relaymta.filter.conduct import Conduct
 from relaymta.ident import stamp_of
 from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
-from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope, QueueName
+from relaymta.proto.envelope import SUCCESS, TRANSIENT, Attempt, Envelope, QueueName
 from relaymta.proto.said import Said
-from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id
+from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id, wall_ms
 
-__all__ = ["Witness"]
+__all__ = ["Witness", "attempt_of"]
 
 DELIVERED = index("relaymta_recipients_total", "delivered")
 DEFERRED = index("relaymta_recipients_total", "deferred")
@@ -39,6 +39,13 @@ def _shown(code: int, text: bytes) -> str:
     if b"\n" in text:
         return Said(code, text, "final").whole
     return f"{code} {text.decode('utf-8', 'replace')}".strip() if code else ""
+
+
+def attempt_of(entry: Entry) -> Attempt:
+    """The attempt by which all recipients of an entry were delivered."""
+    peer, (code, text), _ = entry.route if isinstance(entry.route, tuple) else NO_ROUTE
+    said = Said(code, text, "final")
+    return Attempt(wall_ms(), SUCCESS, said.phase, peer, said.code, said.enhanced, said.text)
 
 
 def _more(envelope: Envelope) -> dict[str, Any]:
