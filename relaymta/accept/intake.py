@@ -20,7 +20,7 @@ from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_matches, domain_of, domain_of_host, in_u_labels
-from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, held_because
+from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, QueueName, held_because
 from relaymta.proto.header import (
     HEADER_SEEN,
     begins_well,
@@ -484,6 +484,28 @@ class Intake:
         if self.local is not None:
             recipients = self.local.expanded(recipients, self.is_local)
         return recipients if self._staging is None else self._staging.recipients(recipients)
+
+    def routed(self, recipients: list[str], origin: Origin) -> list[tuple[str, QueueName]]:
+        """The queue in which a message would wait for each of these."""
+        found = []
+        for address in recipients:
+            envelope = Envelope("", [address], 0, 0, 0, 0, application=origin.application, priority=origin.priority)
+            envelope.client, envelope.user, envelope.listener = origin.client.address, origin.user, origin.listener
+            found += [(address, name) for name, _ in self._routes.assign(envelope)]
+        return found
+
+    def signed_as(self, data: bytes, origin: Origin) -> list[str]:
+        """The domains in whose name a message would be signed."""
+        from relaymta.filter.signing import Unsignable  # as above
+
+        signer = self._endpoint.signer
+        if not signer or not origin.may_relay:
+            return []
+        try:
+            draft = signer.draft(b"", data, origin.application, partly=True)
+        except Unsignable:
+            return []
+        return [] if draft is None else draft.domains
 
     def readdressed(self, recipients: list[str]) -> list[str]:
         """As `expanded`, of recipients that filters have given a message in the queue."""

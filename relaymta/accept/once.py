@@ -97,3 +97,8 @@ class Once:
             self._limits.give(name)
             raise
         return Turn(self._limits, name, digest, kept)
+
+    async def kept(self, owner: str, key: str) -> dict[int, Kept]:
+        """What was accepted under a key, by part. StoreError."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._shards.kept, digest_of(owner, key))

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from aiohttp import web
 
 from relaymta.admin.tokens import SCOPES, Token, Tokens
-from relaymta.api.problems import Problem
 from relaymta.config import Config, parse_hostport
+from relaymta.problems import Problem
 from relaymta.supervisor.audit import peer_of
 
 __all__ = ["Access", "Caller", "Session"]

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import click
 
 from relaymta import control
-from relaymta.api.problems import Problem
 from relaymta.cli.options import missing, note_missing
 from relaymta.cli.peer import Daemon
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import RelayError
+from relaymta.problems import Problem
 
 __all__ = ["Asker", "Peer", "not_there"]
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from relaymta.api import models as m
 from relaymta.api.asking import Peer, away, not_there
-from relaymta.api.problems import Problem
 from relaymta.cli.finding import Finder, Search, moment
 from relaymta.cli.options import missing
 from relaymta.cli.peer import asked, read_pieces
@@ -15,6 +14,7 @@ from relaymta.cli.queue import KINDS, change, is_named, names_of_sites, pages
 from relaymta.cli.site import counted_name, end_suspension, note_suspensions
 from relaymta.control.requests import AGES
 from relaymta.ident import format_id, parse_id
+from relaymta.problems import Problem
 from relaymta.proto.address import plain
 
 __all__ = [

@@ -30,10 +30,10 @@ class Listener(Table):
     """An address to accept mail on. `[[listener]]`, repeatable."""
 
     address: Restart[Address] = Field(description="host:port to listen on")
-    protocol: Restart[Literal["smtp", "lmtp", "pop3", "imap", "managesieve"]] = Field(
-        "smtp", description="lmtp (RFC 2033): clients that may relay deliver into mailboxes, past the queue; the reply for each "
-        "recipient follows when the mailbox has the message; pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail; "
-        "managesieve (RFC 5804, port 4190): they edit their Sieve scripts",
+    protocol: Restart[Literal["smtp", "http", "lmtp", "pop3", "imap", "managesieve"]] = Field(
+        "smtp", description="http: applications hand in mail by HTTP (docs/injection.md); lmtp (RFC 2033): clients that may relay "
+        "deliver into mailboxes, past the queue; the reply for each recipient follows when the mailbox has the message; pop3 (RFC "
+        "1939), imap (RFC 9051, 3501): users read their mail; managesieve (RFC 5804, port 4190): they edit their Sieve scripts",
     )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"
@@ -70,6 +70,8 @@ class Listener(Table):
             yield "auth", "needs tls, or auth_in_clear on a loopback address: no client could log in"
         if self.protocol == "lmtp":
             yield from self._not_for_lmtp()
+        if self.protocol == "http":
+            yield from self._not_for_http(host)
         if self.filtered:
             yield from self._not_for_filtered()
         elif self.networks != LOOPBACK:
@@ -86,6 +88,12 @@ class Listener(Table):
     def reads_mail(self) -> bool:
         """Whether users log in here to read their mail, or to edit their scripts."""
         return self.protocol in ("pop3", "imap", "managesieve")
+
+    def _not_for_http(self, host: str) -> Iterator[tuple[str, str]]:
+        if self.tls not in ("off", "implicit"):
+            yield "tls", 'is to be given with protocol = "http": "implicit" (https), or "off" on a loopback address'
+        elif self.tls == "off" and not (host == "localhost" or is_loopback(host)):
+            yield "tls", f'"off" on {self.address}: mail and passwords would be sent in clear; "implicit", or a loopback address'
 
     def _not_for_readers(self) -> Iterator[tuple[str, str]]:
         for key in ("submission", "application", "priority", "auth"):

@@ -39,6 +39,11 @@ class Known(msgspec.Struct, frozen=True):
     ended: bool
     not_before: int = 0
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether its time has not come."""
+        return not self.ended and self.not_before > wall_ms()
+
 
 class _Other(Environment):
     """A shard of another process. `file`: which one it was when it was opened."""

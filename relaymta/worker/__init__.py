@@ -21,6 +21,7 @@ import msgspec
 import uvloop
 
 from relaymta.accept.acceptor import Acceptor, Make
+from relaymta.accept.admission import Admission
 from relaymta.accept.collecting import Collector
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
@@ -50,6 +51,7 @@ from relaymta.worker.reloading import Reloading, queue_settings
 from relaymta.worker.tracing import wire
 
 if TYPE_CHECKING:
+    from relaymta.accept.http.requests import Injection
     from relaymta.filter.conduct import Conduct
     from relaymta.filter.judgement import Mail as Judged
     from relaymta.filter.scanner import Needs, Scanner
@@ -148,6 +150,7 @@ class Worker:
         self.mail: Mail | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
+        self._injection: Injection | None = None  # nobody has sent a message by HTTP yet
         self.collector: Collector | None = None  # of one worker: it empties the drop folder
         self.reloading = Reloading(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
@@ -255,6 +258,10 @@ class Worker:
         if self.mail is not None:
             self.intake.local = self.mail.local()
             others = self.mail.connections()
+        if any(listener.protocol == "http" for listener in self.config.listeners):
+            from relaymta.accept.http.connection import HttpConnection  # with aiohttp, 35 MB, only where it is configured
+
+            others["http"] = lambda admission, listener: HttpConnection(self._injection_of(admission).desk, admission, listener)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, threads, others)
         self.acceptor.tracer = self.tracer
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
@@ -265,6 +272,13 @@ class Worker:
         local = self.config.local_listener
         if local is not None and self.slot == 0:
             self.collector = Collector(self.acceptor, local)
+
+    def _injection_of(self, admission: Admission) -> "Injection":
+        if self._injection is None:
+            from relaymta.accept.http.requests import Injection
+
+            self._injection = Injection(admission, self.known, self.config.spool)
+        return self._injection
 
     def _is_in_flight(self, ident: int) -> bool:
         """Whether a delivery of a message is under way, in whichever worker."""
@@ -467,6 +481,8 @@ class Worker:
         if self.mail is not None:
             await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
+        if self._injection is not None:
+            self._injection.end()
         self.acceptor.endpoint.end()
         self.known.close()
         for shard in self.shards.values():

@@ -16,11 +16,11 @@ from openapi_spec_validator import validate
 from relaymta.admin.tokens import SCOPES, Token, Tokens, expanded, fresh, hashed, read_tokens, written
 from relaymta.api import connections
 from relaymta.api.openapi import description
-from relaymta.api.problems import Problem, ProblemDetails
 from relaymta.api.routes import PREFIX, ROUTES
 from relaymta.config import Config
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import ConfigError
+from relaymta.problems import Problem, ProblemDetails
 from tests.api.serving import LISTENER, serving, spoken
 
 BODIES = {"queue_reroute": {"route_to": "r"}, "decision_clear": {"kind": "dead", "site": "s"},

@@ -1,0 +1,190 @@
+"""The messages of a request: read from its body, composed, rendered for each recipient of a batch, or taken as they are."""
+
+from collections.abc import AsyncIterator, Callable, Container, Iterator
+from datetime import UTC, datetime
+from typing import NamedTuple, TypeVar
+
+from aiohttp import web
+
+from relaymta.accept.admission import Admission
+from relaymta.accept.dropped import Converted
+from relaymta.accept.http import models
+from relaymta.accept.http.compose import PIECE, compose
+from relaymta.accept.http.models import Limits, Message, Wrong
+from relaymta.accept.http.receiving import Received, finished, media_type
+from relaymta.accept.http.submitting import Letter
+from relaymta.accept.rights import Rights
+from relaymta.problems import Problem
+from relaymta.proto.address import compared, plain
+from relaymta.proto.addressees import header_octets, recipients
+from relaymta.proto.header import HEADER_SEEN
+from relaymta.proto.mailbox import Malformed, authors
+from relaymta.queue import wall_ms
+
+__all__ = ["Letters", "Order"]
+
+T = TypeVar("T")
+ON_THREAD = 262_144  # octets of a body from which on it is read, and composed, on a thread
+TEXT_MOST = 4 << 20  # characters of text, and of html, which are in memory
+LATER_MOST = 90 * 86_400_000  # ms: how far ahead a message can be ordered
+TAGS_MOST = 20
+JSON = ("application/json", "multipart/form-data")
+RAW = "message/rfc822"
+_PARAMETERS = {"from", "to", "tag", "priority", "send_at", "validate"}
+
+
+class Order(NamedTuple):
+    """What a request wants. `message`: of JSON, None: it is a message as it is, for `sender` and `recipients`. `priority`: "" for
+    that of the account; `send_at`: ms, UTC, 0: at once. `recipients_most`: of one message."""
+
+    received: Received
+    message: Message | None
+    tags: list[str]
+    priority: str
+    send_at: int
+    sender: str = ""
+    recipients: tuple[str, ...] = ()
+
+
+class Letters:
+    """Makes the messages of a worker's requests."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def end(self) -> None:
+        """The worker ends."""
+
+    async def read(self, request: web.BaseRequest, received: Received, rights: Rights | None) -> Order:
+        """What a request wants. Problem."""
+        kind = media_type(request)
+        assert rights is not None
+        try:
+            if kind == RAW:
+                return await self._work(received, _raw, request, received)
+            if kind not in JSON:
+                raise Problem(415, f"Content-Type is to be one of {', '.join((*JSON, RAW))}")
+            limits = Limits(recipients=rights.client.limits.recipients, text=TEXT_MOST)
+            message = await self._work(received, models.parse, received.body.buffer, limits)
+        except Wrong as error:
+            raise _wrong(error) from None
+        at = 0 if message.send_at is None else int(message.send_at.timestamp() * 1000)
+        return Order(received, message, list(message.tags), message.priority or "", _checked_time(at))
+
+    async def of(self, order: Order, without: Container[int]) -> AsyncIterator[tuple[int, Letter]]:
+        """The messages of a request with their numbers, but for those in `without`. Problem."""
+        try:
+            if order.message is None:
+                if 0 not in without:
+                    size, pieces = _as_it_is(order.received)
+                    utf8 = not all(map(str.isascii, (order.sender, *order.recipients)))
+                    yield 0, Letter(order.sender, list(order.recipients), utf8, size, pieces)
+                return
+            if order.message.batch is None and order.message.substitutions is None:
+                if 0 not in without:
+                    yield 0, await self._composed(order, order.message)
+                return
+        except Wrong as error:
+            raise _wrong(error) from None
+
+    async def _composed(self, order: Order, message: Message) -> Letter:
+        return Letter(*await self._work(order.received, compose, message, order.received.parts))
+
+    async def _work(self, received: Received, work: Callable[..., T], *arguments: object) -> T:
+        """What may take long is done on a thread."""
+        if received.body.size < ON_THREAD:
+            return work(*arguments)
+        return await finished(self._admission.loop.run_in_executor(self._admission.threads, work, *arguments))
+
+
+def _wrong(error: Wrong) -> Problem:
+    status = 400 if not error.field else 422
+    return Problem(status, f"{error.field}: {error.detail}" if error.field else error.detail, argument=error.field)
+
+
+def _checked_time(at: int) -> int:
+    """When a message is to be sent, ms. Problem: it is too far away."""
+    if at and at - wall_ms() > LATER_MOST:
+        raise Problem(422, f"send_at: it is more than {LATER_MOST // 86_400_000} days ahead", argument="send_at")
+    return at
+
+
+def _raw(request: web.BaseRequest, received: Received) -> Order:
+    """A message as it is. Its sender and recipients are those of the query, else those of its header. Problem."""
+    query = request.query
+    unknown = set(query) - _PARAMETERS
+    if unknown:
+        raise Problem(400, f"there is no parameter {min(unknown)[:100]!r} in the query", argument=min(unknown)[:100])
+    start = Converted().take(received.body.read(0, HEADER_SEEN), True)
+    header = start[: header_octets(start)]
+    if not header:
+        raise Problem(422, "the message does not begin with a header")
+    sender = _sender(header) if "from" not in query else _address(query["from"], "from", True)
+    named = query.getall("to", [])
+    found = [_address(one, "to") for one in named] or [
+        _address(one.decode("utf-8", "replace"), "to") for one in recipients(header)
+    ]
+    if not found:
+        raise Problem(422, "nobody is to get the message: there is no `to` in the query, and no To, Cc or Bcc", argument="to")
+    everybody = {compared(one): one for one in reversed(found)}
+    tags = query.getall("tag", [])
+    if len(tags) > TAGS_MOST or not all(models.is_tag(tag) for tag in tags):
+        raise Problem(422, f"tag: at most {TAGS_MOST} words of 1 to 64 printable ASCII characters without commas", argument="tag")
+    priority = query.get("priority", "")
+    if priority not in ("", "express", "normal", "bulk"):
+        raise Problem(422, "priority is express, normal or bulk", argument="priority")
+    return Order(
+        received,
+        None,
+        tags,
+        priority,
+        _checked_time(_time(query.get("send_at", ""))),
+        sender,
+        tuple(reversed(everybody.values())),
+    )
+
+
+def _time(text: str) -> int:
+    if not text:
+        return 0
+    try:
+        found = datetime.fromisoformat(text)
+        if found.tzinfo is None:
+            raise ValueError
+        return int(found.astimezone(UTC).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise Problem(422, "send_at is a time such as 2026-12-24T18:00:00Z, with its offset", argument="send_at") from None
+
+
+def _address(text: str, name: str, null: bool = False) -> str:
+    """An address of the query or the header. Problem: it is none."""
+    if null and text in ("", "<>"):
+        return ""
+    found = plain(text)
+    if found is None:
+        raise Problem(422, f"{text[:100]!r} is not a mail address", argument=name)
+    return found
+
+
+def _sender(header: bytes) -> str:
+    """The address in Sender, or the first one in From. Problem."""
+    try:
+        found = authors(header, (b"sender",)) or authors(header, (b"from",))
+    except Malformed as error:
+        raise Problem(422, f"From or Sender: {error}", argument="from") from None
+    if not found:
+        raise Problem(422, "there is no `from` in the query, and no From in the message", argument="from")
+    return _address(str(found[0]), "from")
+
+
+def _as_it_is(received: Received) -> tuple[int, Iterator[bytes]]:
+    """The octets of a message, as far as they are known, and its data with CRLF for each line end."""
+
+    def pieces() -> Iterator[bytes]:
+        body, converted, at = received.body, Converted(), 0
+        while at < body.size:
+            piece = body.read(at, PIECE)
+            at += len(piece)
+            yield converted.take(piece, at >= body.size)
+
+    return received.body.size, pieces()
