@@ -18,7 +18,7 @@ from relaymta.proto.printable import printable
 
 __all__ = [
     "Attachment", "BatchEntry", "Entry", "File", "Header", "Limits", "Mailbox", "Message", "Person", "Request", "Wrong",
-    "check_header", "check_text", "parse",
+    "check_header", "check_text", "is_tag", "parse",
 ]  # fmt: skip
 
 LONGEST_NAME = 256  # characters of a display name
@@ -437,11 +437,9 @@ def _address(text: str, field: str) -> str:
     local, _, domain = found.rpartition("@")
     if not local.isascii() or local[0] == '"' or "=?" in local:
         try:
-            (read,) = mailbox.addresses(found.encode())
-        except (mailbox.Malformed, ValueError) as error:
+            mailbox.addresses(found.encode())  # what other programs may read otherwise
+        except ValueError as error:
             raise Wrong(field, f"it is not a mail address: {error}") from None
-        if read.local != local:
-            raise Wrong(field, "it is not a mail address that all programs read alike")
     if domain[0] != "[":
         try:
             normal = normalize_domain(domain)
