@@ -31,9 +31,10 @@ class Listener(Table):
 
     address: Restart[Address] = Field(description="host:port to listen on")
     protocol: Restart[Literal["smtp", "http", "lmtp", "pop3", "imap", "managesieve"]] = Field(
-        "smtp", description="http: applications hand in mail by HTTP (docs/injection.md); lmtp (RFC 2033): clients that may relay "
-        "deliver into mailboxes, past the queue; the reply for each recipient follows when the mailbox has the message; pop3 (RFC "
-        "1939), imap (RFC 9051, 3501): users read their mail; managesieve (RFC 5804, port 4190): they edit their Sieve scripts",
+        "smtp", description="http: applications hand in mail by HTTP (docs/injection.md); lmtp (RFC 2033): clients that may "
+        "relay deliver into mailboxes, past the queue; the reply for each recipient follows when the mailbox has the message; "
+        "pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail; managesieve (RFC 5804, port 4190): they edit their Sieve "
+        "scripts",
     )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"

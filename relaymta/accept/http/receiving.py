@@ -94,11 +94,13 @@ class Received:
     """What a request has brought. `body`: JSON, or a message as it is; `parts`: its files, by the names of their parts; `digest`:
     of all of it, whatever its boundary was."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Callable[[int], None]) -> None:
+        """`held(octets)`: told of the octets that it has more, or fewer, in memory."""
         self._digest = blake2b(digest_size=DIGEST)
         self.body = Body(self._digest)
         self.parts: dict[str, Body] = {}
         self.places: list[Reservation] = []
+        self._held, self._octets = held, 0
 
     def part(self, name: str) -> Body:
         """A new part."""
@@ -115,8 +117,19 @@ class Received:
         """See above."""
         return self._digest.digest()
 
+    def hold(self, octets: int) -> None:
+        """So many octets more, or (negative) fewer, are in memory."""
+        self._octets += octets
+        self._held(octets)
+
+    @property
+    def size(self) -> int:
+        """Octets of all of it."""
+        return self.body.size + sum(one.size for one in self.parts.values())
+
     def close(self) -> None:
         """The request is over."""
+        self.hold(-self._octets)
         for one in (self.body, *self.parts.values()):
             one.close()
         for place in self.places:
@@ -144,7 +157,7 @@ class Receiver:
         if self._octets > ALL_IN_MEMORY:
             raise Problem(503, "too many requests at the same time; try again in a moment", {"Retry-After": "2"})
         await _continue(request)
-        received = Received()
+        received = Received(self._hold)
         try:
             if media_type(request) == "multipart/form-data":
                 await self._form(request, received, most)
@@ -154,6 +167,9 @@ class Receiver:
             received.close()
             raise
         return received
+
+    def _hold(self, octets: int) -> None:
+        self._octets += octets
 
     async def _form(self, request: web.BaseRequest, received: Received, most: int) -> None:
         names: set[str] = set()
@@ -169,7 +185,7 @@ class Receiver:
                 names.add(name)
                 if part.headers.get(hdrs.CONTENT_TRANSFER_ENCODING, "binary").lower() not in ("binary", "8bit", "7bit"):
                     raise Problem(415, "Content-Transfer-Encoding is not supported: send parts as they are", argument=name[:200])
-                left = most - sum(one.size for one in received.parts.values()) - received.body.size
+                left = most - received.size
                 limit = min(left, JSON_IN_FORM) if name == MESSAGE_PART else left
                 await self._fill(received, received.part(name), part.read_chunk, limit)
         except (ValueError, AssertionError, RuntimeError, LookupError, web.HTTPException) as error:  # as aiohttp tells it
@@ -184,21 +200,22 @@ class Receiver:
             while piece := await read():
                 body.add(piece)
                 held += len(piece)
-                self._octets += len(piece)
+                received.hold(len(piece))
                 if body.size > most:
                     raise too_large(most)
                 if held > IN_MEMORY:
                     await self._spill(received, body)
-                    self._octets -= held
+                    received.hold(-held)
                     held = 0
-            if held and body.size > IN_MEMORY:
+            if held and body.in_file:
                 await self._spill(received, body)
+                received.hold(-held)
+        except (web.RequestPayloadError, web.PayloadAccessError) as error:
+            raise Problem(400, f"the body is not well-formed: {str(error)[:100]}") from None
+        except ConnectionError:
+            raise
         except OSError as error:
-            if isinstance(error, ConnectionError):
-                raise
             raise Problem(503, f"the body could not be stored: {error.strerror}", {"Retry-After": "60"}) from None
-        finally:
-            self._octets -= held
 
     async def _spill(self, received: Received, body: Body) -> None:
         if not body.in_file:

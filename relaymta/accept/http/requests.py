@@ -38,8 +38,9 @@ __all__ = ["Injection"]
 TURN_SECONDS = 10.0  # for another request with the same idempotency key
 LOGIN_SECONDS = 60.0  # for which the credentials of a connection count without being verified again
 TOGETHER = 64  # messages of a batch that are submitted at the same time
+LARGE, LARGE_TOGETHER = 1 << 20, 4  # octets of a request of which only so many are dealt with at the same time
+ENDING = Answer(421, "4.3.2 Shutting down; try again in a moment")
 SPARE = 1 << 20  # octets of a request beside its message
-LATER_MOST = 90 * 86_400_000  # ms: how far ahead a message can be ordered
 _KEY = re.compile(r"[!-~]{1,255}\Z")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _encode = msgspec.json.Encoder().encode
@@ -63,6 +64,7 @@ class Injection:
         self._shards = shards
         self._receiver = Receiver(admission, folder)
         self._letters = Letters(admission)
+        self._large = asyncio.Semaphore(LARGE_TOGETHER)
         self.desk = Desk(self.answer)
 
     def end(self) -> None:
@@ -71,6 +73,11 @@ class Injection:
 
     async def answer(self, connection: HttpConnection, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to a request. Every error is a problem document."""
+        found = await self._answer(connection, request)
+        found.headers[hdrs.SERVER] = "relaymta"
+        return found
+
+    async def _answer(self, connection: HttpConnection, request: web.BaseRequest) -> web.StreamResponse:
         try:
             return await self._routed(connection, request)
         except Problem as error:
@@ -127,7 +134,9 @@ class Injection:
         rights, endpoint = connection.rights, self._admission.endpoint
         assert rights is not None
         rights.log_out()
-        claim = _claim(given) if connection.listener.auth != "off" else None
+        if connection.listener.auth == "off":
+            raise Problem(403, "credentials are not taken here (auth of the listener)")
+        claim = _claim(given)
         if claim is None:
             raise _who_are_you("the credentials are not understood: Basic, or Bearer with a token", connection.listener.auth)
         client = rights.client
@@ -151,9 +160,15 @@ class Injection:
         rights = asked.connection.rights
         assert rights is not None
         received = await self._receiver.receive(asked.request, rights.client.limits.message_size * 4 // 3 + SPARE)
-        work = self._admission.loop.create_task(self._inject(asked, received))
+        work = self._admission.loop.create_task(self._in_turn(asked, received))
         work.add_done_callback(lambda task: received.close())
         return await asyncio.shield(work)
+
+    async def _in_turn(self, asked: Asked, received: Received) -> web.StreamResponse:
+        if received.size < LARGE:
+            return await self._inject(asked, received)
+        async with self._large:
+            return await self._inject(asked, received)
 
     async def _inject(self, asked: Asked, received: Received) -> web.StreamResponse:
         order = await self._letters.read(asked.request, received, asked.connection.rights)
@@ -210,6 +225,8 @@ class Injection:
         self, asked: Asked, order: Order, letter: Letter, request: Callable[[list[str], list[tuple[str, Answer]]], Request | None]
     ) -> MessageResult:
         connection = asked.connection
+        if self._admission.intake.draining:
+            return MessageResult(status=answers.TRY_AGAIN, reply=ENDING.whole, recipients=[])
 
         def wanted(taken: list[str], refused: list[tuple[str, Answer]]) -> Wanted:
             return Wanted(order.tags, asked.traceparent, order.priority, order.send_at, request(taken, refused))
@@ -290,7 +307,8 @@ class Injection:
             start = b"".join(letter.pieces)
             return answers.Check(
                 valid=bool(taken), sender=letter.sender, sender_reply=answer.whole if answer.code >= 400 else "",
-                size=letter.size, size_limit=connection.rights.client.limits.message_size, dkim=intake.signed_as(start, origin), recipients=rows,
+                size=letter.size, size_limit=connection.rights.client.limits.message_size,
+                dkim=intake.signed_as(start, origin), recipients=rows,
             )  # fmt: skip
         raise Problem(422, "there is no message")
 
