@@ -4,6 +4,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from relaymta.accept.admission import Admission
@@ -12,6 +13,7 @@ from relaymta.accept.http.submitting import Submitter
 from relaymta.accept.line import OUTPUT_SECONDS
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
+from relaymta.problems import Problem
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.sasl import Claim
 
@@ -34,7 +36,7 @@ class Desk:
     def __init__(self, answer: "Callable[[HttpConnection, web.BaseRequest], Awaitable[web.StreamResponse]]") -> None:
         self._answer = answer
         self._of: dict[Any, HttpConnection] = {}
-        self._server = web.Server(
+        self._server = _Server(
             self._handle, access_log=None, keepalive_timeout=2 * QUIET_SECONDS, lingering_time=5.0, max_line_size=HEAD_MOST,
             max_field_size=HEAD_MOST, max_headers=FIELDS_MOST, auto_decompress=False,
         )  # fmt: skip
@@ -58,6 +60,27 @@ class Desk:
             return await self._answer(connection, request)
         finally:
             connection.done()
+
+
+class _Handler(web.RequestHandler):
+    """What aiohttp says of a request that it cannot read: here as a problem document, and nothing of it in a log."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """As of RequestHandler."""
+        if request.writer.output_size > 0:
+            raise ConnectionAbortedError
+        detail = "it is not HTTP as it is to be" if status < 500 else "internal error"
+        body = msgspec.json.encode(Problem(status, detail).details)
+        found = web.Response(status=status, body=body, content_type="application/problem+json", headers={"Server": "relaymta"})
+        found.force_close()
+        return found
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Handler(self, loop=self._loop, **self._kwargs)
 
 
 class _Session:

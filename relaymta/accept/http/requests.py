@@ -315,9 +315,12 @@ class Injection:
     # What has become of it
 
     async def _message(self, asked: Asked, name: str) -> web.StreamResponse:
-        ident = parse_id(name)
-        known = None if ident is None else await self._known(ident)
-        if ident is None or known is None or not _is_theirs(asked, known):
+        try:
+            ident = parse_id(name)
+        except ValueError:
+            ident = 0
+        known = await self._known(ident) if ident else None
+        if known is None or not _is_theirs(asked, known):
             raise Problem(404, "there is no such message of yours, or it is known no longer (intake.receipts_keep)")
         return _json(200, answers.state_of(ident, known))
 
