@@ -108,6 +108,10 @@ class Environment:
         )
         if self._locked:
             self.env.reader_check()
+        if not self._readonly:
+            # Where the last owner was killed just behind a commit, and others have the file open still, what it has committed is
+            # not seen before the mutex of writers was taken once.
+            self.env.begin(write=True).abort()
         self.tables: dict[str, Any] = {}
         self.complete()
         with self.env.begin() as txn:

@@ -6,6 +6,7 @@ committed is seen at once, and also while that owner is dead. No transaction sta
 """
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,11 @@ class Known(msgspec.Struct, frozen=True):
     def scheduled(self) -> bool:
         """Whether its time has not come."""
         return not self.ended and self.not_before > wall_ms()
+
+
+# A reader of LMDB sees what the lock file says was committed last. A writer notes that there just behind its commit; where it was
+# killed in between, what it has committed is not seen before another process has begun to write, as the next owner does.
+LOOKS, LOOK_SECONDS = 25, 0.002
 
 
 class _Other(Environment):
@@ -95,8 +101,12 @@ class Shards:
                 other = self._other(number)
                 if other is None:
                     return None
-                with other.reading() as txn:
-                    return read(txn, other)
+                for _ in range(LOOKS):
+                    with other.reading() as txn:
+                        if txn.id() >= other.env.info()["last_txnid"]:
+                            return read(txn, other)
+                    time.sleep(LOOK_SECONDS)
+                raise StoreError(f"what the last owner of shard {number} has committed cannot be read yet")
             except lmdb.Error as error:
                 raise StoreError(f"shard {number} cannot be read: {error}") from None
 
