@@ -46,7 +46,7 @@ class Composed(NamedTuple):
 
 
 def compose(message: Message, parts: Mapping[str, Part] = MappingProxyType({})) -> Composed:
-    """A message that is no batch (any more). `parts`: of the request, by their names. Raises Wrong. The
+    """A message that is no batch (any more: `Templates.rendered`). `parts`: of the request, by their names. Raises Wrong. The
     base64 of attachments is checked here: of more than a megabyte, on a thread."""
     if message.batch is not None:
         raise ValueError("a batch is to be rendered")
