@@ -344,6 +344,42 @@ def test_a_large_form_costs_no_memory(relay, site):
     assert most - before < 12_000, (before, most)  # KiB: less than the form
 
 
+def batch(count: int, **more: Any) -> dict[str, Any]:
+    entries = [{"to": f"r{number}@d.example", "substitutions": {"name": f"N{number}"}} for number in range(count)]
+    whole = message(
+        subject="Hi {{ name }}", text="{{ greeting }} {{ name }}\n", batch=entries, substitutions={"greeting": "Dear"}
+    )
+    return {key: value for key, value in (whole | more).items() if key != "to"}
+
+
+def test_a_batch_is_a_message_for_each_of_its_entries(relay, site):
+    said = relay.post(batch(150), "batch")
+    rows = said.json["messages"]
+    assert said.status == 202 and len({row["id"] for row in rows}) == 150
+    assert [row["recipients"][0]["address"] for row in rows] == [f"r{number}@d.example" for number in range(150)]
+    _, to, found = arrived(site, rows[17]["id"])
+    assert (to, found["subject"], found["to"], found.get_content().strip()) == (
+        ["r17@d.example"], "Hi N17", "r17@d.example", "Dear N17",
+    )  # fmt: skip
+    again = relay.post(batch(150), "batch")
+    assert again.json == said.json and again.headers["Idempotency-Replayed"] == "true"
+    assert len(relay.ask("GET", "/v1/receipts/batch").json["messages"]) == 150
+
+
+@pytest.mark.parametrize("more, argument, detail", [
+    ({"text": "ok\n{{ nobody }}"}, "text", "line 2"), ({"subject": "{{ name"}, "subject", "line 1"),
+    ({"text": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"}, "text", "CPU"),
+    ({"text": "{{ ''.__class__ }}"}, "text", ""), ({"subject": "a{{ '\\n' }}Bcc: x@y.example"}, "subject", ""),
+], ids=["undefined", "syntax", "endless", "sandbox", "injection"])  # fmt: skip
+def test_a_wrong_template_sends_nothing(relay, site, more, argument, detail):
+    before = len(relay.events("queued"))
+    said = relay.post(batch(3, **more))
+    assert (said.status, said.json["argument"]) == (422, argument) and detail in said.detail, said
+    ident = ident_of(relay.post(message()))
+    queued(relay, ident)
+    assert len(relay.events("queued")) == before + 1
+
+
 @pytest.mark.parametrize("kills", [30 if PROVE else 6])
 def test_whatever_dies_each_message_is_sent_once(tmp_path, kills):
     """Clients repeat what was not answered, with its key; workers and the whole relay are killed meanwhile."""

@@ -132,7 +132,7 @@ async def test_the_end_is_kept_for_a_message_that_asks_for_it_and_no_other(tmp_p
         elif how == "deleted":
             left = {ident, other}
             while left:  # those that are not about to be offered
-                for one in list(left):
+                for one in left:
                     if (await bench.queue.change_messages("delete", [one]))[0]:
                         left.discard(one)
                 await asyncio.sleep(0.01)

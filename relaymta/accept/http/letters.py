@@ -1,6 +1,7 @@
 """The messages of a request: read from its body, composed, rendered for each recipient of a batch, or taken as they are."""
 
-from collections.abc import AsyncIterator, Callable, Container, Iterator
+from collections.abc import AsyncGenerator, Callable, Container, Iterator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from relaymta.accept.http.compose import PIECE, compose
 from relaymta.accept.http.models import Limits, Message, Wrong
 from relaymta.accept.http.receiving import Received, finished, media_type
 from relaymta.accept.http.submitting import Letter
+from relaymta.accept.http.templates import Templates, Unavailable
 from relaymta.accept.rights import Rights
 from relaymta.problems import Problem
 from relaymta.proto.address import compared, plain
@@ -35,13 +37,14 @@ _PARAMETERS = {"from", "to", "tag", "priority", "send_at", "validate"}
 
 class Order(NamedTuple):
     """What a request wants. `message`: of JSON, None: it is a message as it is, for `sender` and `recipients`. `priority`: "" for
-    that of the account; `send_at`: ms, UTC, 0: at once. `recipients_most`: of one message."""
+    that of the account; `send_at`: ms, UTC, 0: at once; `most`: octets that one message may have."""
 
     received: Received
     message: Message | None
     tags: list[str]
     priority: str
     send_at: int
+    most: int
     sender: str = ""
     recipients: tuple[str, ...] = ()
 
@@ -51,9 +54,11 @@ class Letters:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
+        self._templates = Templates(admission.intake.log)
 
     def end(self) -> None:
         """The worker ends."""
+        self._templates.end()
 
     async def read(self, request: web.BaseRequest, received: Received, rights: Rights | None) -> Order:
         """What a request wants. Problem."""
@@ -69,23 +74,38 @@ class Letters:
         except Wrong as error:
             raise _wrong(error) from None
         at = 0 if message.send_at is None else int(message.send_at.timestamp() * 1000)
-        return Order(received, message, list(message.tags), message.priority or "", _checked_time(at))
+        return Order(
+            received, message, list(message.tags), message.priority or "", _checked_time(at), rights.client.limits.message_size
+        )
 
-    async def of(self, order: Order, without: Container[int]) -> AsyncIterator[tuple[int, Letter]]:
-        """The messages of a request with their numbers, but for those in `without`. Problem."""
+    async def of(self, order: Order, without: Container[int]) -> AsyncGenerator[tuple[int, Letter], None]:
+        """The messages of a request with their numbers, but for those in `without`. Problem; none of the messages is returned
+        then, but where a part of a form is wrong."""
+        if order.message is None:
+            if 0 not in without:
+                size, pieces = _as_it_is(order.received)
+                utf8 = not all(map(str.isascii, (order.sender, *order.recipients)))
+                yield 0, Letter(order.sender, list(order.recipients), utf8, size, pieces)
+            return
         try:
-            if order.message is None:
-                if 0 not in without:
-                    size, pieces = _as_it_is(order.received)
-                    utf8 = not all(map(str.isascii, (order.sender, *order.recipients)))
-                    yield 0, Letter(order.sender, list(order.recipients), utf8, size, pieces)
-                return
-            if order.message.batch is None and order.message.substitutions is None:
-                if 0 not in without:
-                    yield 0, await self._composed(order, order.message)
-                return
+            if order.message.batch is not None:  # before any of it is submitted
+                async for _ in self._each(order, order.message):
+                    pass
+            number = 0
+            async with aclosing(self._each(order, order.message)) as letters:
+                async for letter in letters:
+                    if number not in without:
+                        yield number, letter
+                    number += 1
         except Wrong as error:
             raise _wrong(error) from None
+        except Unavailable as error:
+            raise Problem(503, str(error), {"Retry-After": "5"}) from None
+
+    async def _each(self, order: Order, message: Message) -> AsyncGenerator[Letter, None]:
+        async with aclosing(self._templates.rendered(message, order.most)) as messages:
+            async for one in messages:
+                yield await self._composed(order, one)
 
     async def _composed(self, order: Order, message: Message) -> Letter:
         return Letter(*await self._work(order.received, compose, message, order.received.parts))
@@ -133,15 +153,8 @@ def _raw(request: web.BaseRequest, received: Received) -> Order:
     priority = query.get("priority", "")
     if priority not in ("", "express", "normal", "bulk"):
         raise Problem(422, "priority is express, normal or bulk", argument="priority")
-    return Order(
-        received,
-        None,
-        tags,
-        priority,
-        _checked_time(_time(query.get("send_at", ""))),
-        sender,
-        tuple(reversed(everybody.values())),
-    )
+    at = _checked_time(_time(query.get("send_at", "")))
+    return Order(received, None, tags, priority, at, 0, sender, tuple(reversed(everybody.values())))
 
 
 def _time(text: str) -> int:

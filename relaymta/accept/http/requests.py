@@ -13,6 +13,7 @@ import asyncio
 import re
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -208,12 +209,13 @@ class Injection:
             results[part] = await self._submit(asked, order, letter, request)
 
         try:
-            async for part, letter in self._letters.of(order, kept):
-                under_way.add(self._admission.loop.create_task(one(part, letter)))
-                if len(under_way) >= TOGETHER:
-                    done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()
+            async with aclosing(self._letters.of(order, kept)) as letters:
+                async for part, letter in letters:
+                    under_way.add(self._admission.loop.create_task(one(part, letter)))
+                    if len(under_way) >= TOGETHER:
+                        done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                        for task in done:
+                            task.result()
         finally:
             if under_way:  # before the turn ends
                 await asyncio.wait(under_way)
@@ -236,23 +238,25 @@ class Injection:
             submitter = await self._submitter(connection)
             result = await submitter.submit(letter, wanted)
         except ConnectionError as error:
-            result_answer = Answer(421, str(error).partition(" ")[2] or "4.3.2 try again")
-            if submitter is not None:
-                submitter.end()
-            return MessageResult(status=answers.TRY_AGAIN, reply=result_answer.whole, recipients=[])
+            reply = str(error) if str(error)[:1] == "4" else ENDING.whole
+            return MessageResult(status=answers.TRY_AGAIN, reply=reply, recipients=[])
         finally:
             if submitter is not None:
-                connection.at_work.discard(submitter)
-        if result.ident and connection.transport is not None and submitter.usable:
-            connection.submitters.append(submitter)
-        else:
-            submitter.end()
+                self._given_back(connection, submitter)
         left = dict(result.refused)
         rows = [answers.recipient(one, left.get(one) or (None if result.ident else result.answer)) for one in letter.recipients]
         if result.ident:
             return MessageResult(status=answers.ACCEPTED, id=result.ident, recipients=rows)
         status = answers.TRY_AGAIN if result.answer.code < 500 else answers.REFUSED
         return MessageResult(status=status, reply=result.answer.whole, recipients=rows)
+
+    def _given_back(self, connection: HttpConnection, submitter: Submitter) -> None:
+        """A message was submitted, or that has failed: the session may be used for another one."""
+        connection.at_work.discard(submitter)
+        if submitter.usable and connection.transport is not None and len(connection.submitters) < TOGETHER:
+            connection.submitters.append(submitter)
+        else:
+            submitter.end()
 
     async def _submitter(self, connection: HttpConnection, counts: bool = True) -> Submitter:
         """A session for a message of the connection's user. ConnectionError: there is none now."""
@@ -291,7 +295,8 @@ class Injection:
         connection, intake = asked.connection, self._admission.intake
         assert connection.rights is not None
         origin = connection.rights.origin
-        async for _, letter in self._letters.of(order, {}):  # of a batch, the first
+        async with aclosing(self._letters.of(order, {})) as letters:  # of a batch, the first
+            letter = (await anext(letters))[1]
             try:
                 submitter = await self._submitter(connection, False)
             except ConnectionError as error:
@@ -310,7 +315,6 @@ class Injection:
                 size=letter.size, size_limit=connection.rights.client.limits.message_size,
                 dkim=intake.signed_as(start, origin), recipients=rows,
             )  # fmt: skip
-        raise Problem(422, "there is no message")
 
     # What has become of it
 

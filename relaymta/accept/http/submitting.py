@@ -134,8 +134,11 @@ class Submitter(Connection):
 
     @property
     def usable(self) -> bool:
-        """Whether another message can be submitted."""
-        return not self._closed and self.transport is not None and self.session is not None and not self.session.closing
+        """Whether another message can be submitted: it is open, and none is under way."""
+        session = self.session
+        if self._closed or self.transport is None or session is None:
+            return False
+        return not session.closing and session.transaction is None and not self.waits
 
     # What it says
 
