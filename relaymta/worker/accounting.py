@@ -49,10 +49,15 @@ def attempt_of(entry: Entry) -> Attempt:
 
 
 def _more(envelope: Envelope) -> dict[str, Any]:
-    """What XFORWARD has said, which filters have not looked at it yet, and why it is held, as the log has it."""
+    """What XFORWARD has said, which filters have not looked at it yet, why it is held, and what its application has said of it,
+    as the log has it."""
     found: dict[str, Any] = {} if envelope.unseen is None else {"unseen": envelope.unseen.filters}
     if envelope.held_for:
         found["held"] = envelope.held_for
+    if envelope.tags:
+        found["tags"] = envelope.tags
+    if envelope.traceparent:
+        found["traceparent"] = envelope.traceparent
     if envelope.forwarded:
         for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT")):
             found[f"orig_{field}"] = envelope.forwarded.get(name, "")
@@ -96,7 +101,7 @@ class Witness(Events):
 
     def queued(self, put: Put) -> None:
         envelope = put.envelope
-        more = envelope.forwarded or envelope.unseen or envelope.held_for
+        more = envelope.forwarded or envelope.unseen or envelope.held_for or envelope.tags or envelope.traceparent
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
@@ -121,6 +126,7 @@ class Witness(Events):
                 "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=_shown(*answer),
                 delay=delay, attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
+                **({"traceparent": envelope.traceparent} if envelope.traceparent else {}),
             )  # fmt: skip
             return
         last, expired = next(reversed(outcome.results), -1), {id(attempt) for _, attempt, late in outcome.failed if late}
@@ -138,6 +144,8 @@ class Witness(Events):
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
             "reply": attempt.cause, "delay": self._age(entry.ident),
         }  # fmt: skip
+        if entry.envelope.traceparent:
+            common["traceparent"] = entry.envelope.traceparent
         address = entry.envelope.recipients[position]
         # What an operator or a policy bounces has not failed because of who has sent it.
         if self.conduct is not None and attempt.kind != TRANSIENT and attempt.because != "operator":
