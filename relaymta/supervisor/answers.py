@@ -50,10 +50,10 @@ from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.metrics import RESULTS, activity, readings
 from relaymta.node import DEAD, HOLD, SUSPENDED, TOKEN, SiteState, site_state_row
+from relaymta.privileges import peer_of
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
 from relaymta.store.directory import User, row_of
-from relaymta.supervisor.audit import peer_of
 from relaymta.supervisor.readiness import reasons
 from relaymta.supervisor.slots import Slot
 from relaymta.supervisor.tracing import live
@@ -74,7 +74,7 @@ async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writ
     def failed(op: str, error: Exception) -> None:
         supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
 
-    uid = peer_of(writer.transport)
+    uid = peer_of(writer.get_extra_info("socket")).uid
     answers = Answers(supervisor, uid)
 
     async def permitted(op: str, args: dict[str, Any]) -> Answer:

@@ -4,8 +4,6 @@ passes here, whoever makes it; also one that fails, is refused, or whose asker h
 import asyncio
 import os
 import pwd
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
@@ -16,7 +14,7 @@ from relaymta.errors import RelayError
 from relaymta.ident import format_id
 from relaymta.log import Log
 
-__all__ = ["Audit", "peer_of"]
+__all__ = ["Audit"]
 
 LONGEST = 2000  # characters of what a request is about
 NAME_SECONDS = 2.0  # for the name of a user, which may come over the network
@@ -44,15 +42,6 @@ NAMES = {
     "abuse_clear": "abuse clear", "disconnect": "view disconnect",
 }  # fmt: skip
 PARTS = {"import_data"}  # of a change that is told by another request
-_CREDENTIALS = struct.Struct("iII")
-
-
-def peer_of(transport: asyncio.BaseTransport) -> int:
-    """The uid of the process at the other end of a unix socket."""
-    own = transport.get_extra_info("socket")
-    with socket.socket(fileno=os.dup(own.fileno())) as sock:
-        _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(uid)
 
 
 class Audit:
