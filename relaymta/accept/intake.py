@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from relaymta.accept.aliases import MOST
+from relaymta.accept.aliases import MOST, UNKNOWN_ALIAS
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
 from relaymta.accept.once import FIELD, Once, Wanted, key_of
@@ -65,7 +65,6 @@ _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
 TRUSTED_CONNECTIONS = 200  # of one client that may relay, at least
 LOCAL_ERRORS = 1_000_000  # of a user of this machine: each recipient that is refused is one
-UNKNOWN_ALIAS = -1
 FILTER_GROWTH = 1 << 20  # octets by which content filters may let a message grow
 THIS_MACHINE = "127.0.0.1"
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
@@ -230,7 +229,8 @@ class Intake:
         return self._spend(origin.client, origin.identity, transaction)
 
     def _led(self, origin: Origin, address: str, transaction: Transaction) -> int:
-        """To how many addresses an address leads as an alias of this machine; 0: it is none, UNKNOWN_ALIAS: it may be one."""
+        """To how many addresses an address leads as an alias of this machine; 0: it is none, UNKNOWN_ALIAS: it may be one, or
+        one whose addresses are not known."""
         if self._endpoint.aliases is None or origin.lmtp:
             return 0
         aliases = self._endpoint.aliases.value
