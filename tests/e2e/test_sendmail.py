@@ -235,7 +235,9 @@ def test_the_queue_is_shown_flushed_and_explained(relay, tmp_path):
     if not (Path(sys.executable).parent / "relaymta").exists():
         pytest.skip("the command line is not installed beside this interpreter")
     config = tmp_path / "relaymta.toml"
-    config.write_text(f'spool = "{relay.spool}"\n[[listener]]\naddress = "127.0.0.1:{relay.port}"\n')
+    (tmp_path / "aliases").write_text("root: ann@x.example\n")
+    local = f'[local]\naliases = "{tmp_path}/aliases"\n'
+    config.write_text(f'spool = "{relay.spool}"\n[[listener]]\naddress = "127.0.0.1:{relay.port}"\n{local}')
     event, _ = taken(relay, "a@x.example")
     shown = sendmail(relay, "-C", str(config), "-bp")
     assert (shown.returncode, event["id"] in shown.stdout) == (0, True)
@@ -245,6 +247,8 @@ def test_the_queue_is_shown_flushed_and_explained(relay, tmp_path):
     assert sendmail(relay, "-C", str(config), "-qInone").returncode != 0
     verified = sendmail(relay, "-C", str(config), "-bv", "a@x.example")
     assert (verified.returncode, "<a@x.example>" in verified.stdout) == (0, True)
+    verified = sendmail(relay, "-C", str(config), "-bv", "root")
+    assert (verified.returncode, "\n<ann@x.example>\n" in verified.stdout) == (0, True)
 
 
 def test_everybody_may_open_the_socket_and_it_is_gone_with_the_relay(tmp_path):
