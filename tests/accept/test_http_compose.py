@@ -21,7 +21,7 @@ from relaymta.accept.http import fields
 from relaymta.accept.http.compose import compose
 from relaymta.accept.http.models import Limits, Wrong, check_text, parse
 from relaymta.proto.mailbox import authors
-from tests.support.http_messages import Held, base64_of, check, hostile, made, read
+from tests.support.http_messages import STRINGS, Held, base64_of, check, full, hostile, made, read
 
 BASE = {"from": "Ann <ann@a.example>", "to": "bob@b.example", "subject": "Hello", "text": "Hi"}
 FIELDS = ["From", "To", "Subject", "MIME-Version", "Content-Type", "Content-Transfer-Encoding"]
@@ -215,36 +215,6 @@ def test_the_structure(given_, structure):
     assert of(read(data)) == structure
 
 
-STRINGS = {
-    "from": "Ann <ann@a.example>", "from_email": "ann@a.example", "from_name": "Ann", "to": "bob@b.example", "to_email": "c@d",
-    "to_name": "C", "cc": "d@e", "bcc": "hidden@h.example", "reply_to": "r@r", "envelope_from": "e@e", "subject": "S",
-    "text": "T",
-    "html": "H", "tag": "tag", "header": "X-Own", "value": "v", "list_id": "<a.b>", "sender": "s@s", "references": "<a@b>",
-    "filename": "f", "content_type": "image/png", "content_id": "i", "content": "YQ==", "part": "p",
-}  # fmt: skip
-
-
-def full(of: dict[str, str], as_object: bool) -> dict:
-    """A request that has each kind of string."""
-    return {
-        "from": {"email": of["from_email"], "name": of["from_name"]} if as_object else of["from"],
-        "to": [of["to"], {"email": of["to_email"], "name": of["to_name"]}],
-        "cc": of["cc"], "bcc": of["bcc"], "reply_to": of["reply_to"], "envelope_from": of["envelope_from"],
-        "subject": of["subject"],
-        "text": of["text"], "html": of["html"], "tags": [of["tag"]],
-        "headers": {
-            of["header"]: [of["value"]], "List-Id": of["list_id"], "Sender": of["sender"], "References": of["references"]
-        },
-        "attachments": [
-            {
-                "filename": of["filename"], "content_type": of["content_type"], "content_id": of["content_id"],
-                "content": of["content"],
-            },
-            {"filename": of["filename"], "part": of["part"]},
-        ],
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", STRINGS)
 @settings(max_examples=max(settings.default.max_examples // 4, 25))
 @given(
@@ -347,15 +317,24 @@ def test_base64_is_checked_strictly(text):
     assert caught.value.field == "attachments[1].content"
 
 
+@pytest.mark.parametrize("inner", [r"\\/AAA", r"\\\/AA", r"\u005c/AAA", r"A\u002xAA", r"\nAAA", r"AAA\\"])
+@pytest.mark.parametrize("before", [0, 63828, 63829, 63830, 63831, 63832, 63833, 63834, 63835])
+def test_an_escaped_backslash_is_no_base64(inner, before):
+    """Wherever the pieces end in which it is read."""
+    text = json.dumps(BASE | {"attachments": [{"filename": "a", "content": "CONTENT"}]})
+    with pytest.raises(Wrong):
+        compose(parse(text.replace("CONTENT", "A" * before + inner + "A" * (-before % 4)).encode()))
+
+
 @pytest.mark.parametrize("octets", [0, 1, 2, 3, 56, 57, 58, 47879, 47880, 47881, 47883, 200000])
-@pytest.mark.parametrize("escape", [None, "/+", "/+=", "A/"])
+@pytest.mark.parametrize("escape", [None, "/+", "/+=", "A/", "/"])
 def test_base64_of_any_length_with_and_without_escapes(octets, escape):
     """JSON has several spellings of a character; PHP escapes / and .NET escapes +."""
     content = random.Random(octets).randbytes(octets)
     text = json.dumps(BASE | {"attachments": [{"filename": "a", "content": "CONTENT"}, {"filename": "a", "part": "p"}]})
     inner = base64_of(content)
     for character in escape or "":
-        inner = inner.replace(character, "\\/" if character == "/" and escape == "A/" else f"\\u{ord(character):04x}")
+        inner = inner.replace(character, "\\/" if character == "/" and escape != "/+" else f"\\u{ord(character):04x}")
     message = parse(text.replace("CONTENT", inner).encode())
     found = compose(message, {"p": Held(content)})
     data = b"".join(found.pieces)

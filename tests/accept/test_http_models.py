@@ -182,6 +182,10 @@ WRONG_BATCH = [
     ([ENTRY, ENTRY | {"text": "x"}], {}, "batch[1].text"),
     ([ENTRY, {"to": [f"a{number}@b" for number in range(999)], "cc": ["a@b"] * 2}], {}, "batch[1].to"),
     ([ENTRY], {"bcc": "a@b"}, "bcc"),
+    ([ENTRY, ENTRY | {"subject": "a\nb"}], {}, "batch[1].subject"),
+    ([ENTRY], {"subject": "a\nb"}, "subject"),
+    ([ENTRY], {"headers": {"X-A": "a\nb"}}, "headers.X-A"),
+    ([ENTRY], {"headers": {"Message-ID": "<a@b>"}}, "headers.Message-ID"),
 ]
 
 
@@ -197,7 +201,7 @@ def test_the_entry_of_a_batch_that_is_wrong_is_named(entries, changes, field):
     [
         b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"from": "\xff"}', b'{"from": "\\ud800"}',
         b'{"attachments": [{"content": ' + b"[" * 100_000,
-        b'{"substitutions": ' + b'{"a":' * 100_000, b'{"from": 1e999}', b"{} {}",
+        b'{"substitutions": ' + b'{"a":' * 100_000, b'{"from": 1e999}', b'{"headers": {"X-A": 1}, "text": }', b"{} {}",
     ],
 )  # fmt: skip
 def test_what_is_no_request(octets):
@@ -219,6 +223,15 @@ def test_headers_that_may_be_set():
         ("Date", "Thu, 1 Jan 2026 12:00:00 +0000"), ("Message-ID", "<a.b@c>"), ("List-Unsubscribe", "<https://a.example/x>"),
         ("In-Reply-To", "<a@b>"), ("X-Some", "a"), ("X-Some", "ä"), ("Comments", "=?x?q?y?="),
     ]  # fmt: skip
+
+
+def test_templates_are_checked_when_they_are_rendered():
+    found = batch(
+        ENTRY | {"subject": "a\n{{ b }}"}, headers={"Message-ID": "<{{ id }}@b>", "Date": "{{ date }}"}, subject="\n{# x #}"
+    )
+    assert found.batch[0].subject == "a\n{{ b }}" and found.headers[0].value == "<{{ id }}@b>"
+    with pytest.raises(Wrong, match=r"headers.Date"):
+        parsed(headers={"Date": "{{ date }}"})
 
 
 def test_attachments():

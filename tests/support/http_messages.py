@@ -25,6 +25,35 @@ HOSTILE = (
 WORDS = ("a", "Ann", "b.example", "x y", "ann@a.example", "Ann <ann@a.example>", "logo", "image/png", "text/csv; charset=utf-8")
 hostile = st.lists(st.sampled_from(HOSTILE + WORDS) | st.text(max_size=5), max_size=5).map("".join)
 
+STRINGS = {
+    "from": "Ann <ann@a.example>", "from_email": "ann@a.example", "from_name": "Ann", "to": "bob@b.example", "to_email": "c@d",
+    "to_name": "C", "cc": "d@e", "bcc": "hidden@h.example", "reply_to": "r@r", "envelope_from": "e@e", "subject": "S",
+    "text": "T",
+    "html": "H", "tag": "tag", "header": "X-Own", "value": "v", "list_id": "<a.b>", "sender": "s@s", "references": "<a@b>",
+    "filename": "f", "content_type": "image/png", "content_id": "i", "content": "YQ==", "part": "p",
+}  # fmt: skip
+
+
+def full(of: dict[str, str], as_object: bool) -> dict[str, Any]:
+    """A request that has each kind of string."""
+    return {
+        "from": {"email": of["from_email"], "name": of["from_name"]} if as_object else of["from"],
+        "to": [of["to"], {"email": of["to_email"], "name": of["to_name"]}],
+        "cc": of["cc"], "bcc": of["bcc"], "reply_to": of["reply_to"], "envelope_from": of["envelope_from"],
+        "subject": of["subject"],
+        "text": of["text"], "html": of["html"], "tags": [of["tag"]],
+        "headers": {
+            of["header"]: [of["value"]], "List-Id": of["list_id"], "Sender": of["sender"], "References": of["references"]
+        },
+        "attachments": [
+            {
+                "filename": of["filename"], "content_type": of["content_type"], "content_id": of["content_id"],
+                "content": of["content"],
+            },
+            {"filename": of["filename"], "part": of["part"]},
+        ],
+    }  # fmt: skip
+
 
 class Held:
     """A part of a request. `short`: it gives no more than so many octets at once."""

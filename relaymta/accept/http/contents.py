@@ -16,6 +16,7 @@ _CHARACTERS = LINE * _LINES
 _OCTETS = _CHARACTERS // 4 * 3
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _ESCAPE = re.compile(rb"\\(?:u00([0-9A-Fa-f]{2})|(/))")
+_COMMON = ((rb"\/", b"/"), (rb"\u002B", b"+"), (rb"\u002b", b"+"))  # as PHP and .NET write them
 _UNFINISHED = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 
 
@@ -115,11 +116,18 @@ def _characters_of(content: memoryview, escapes: bool) -> Iterator[bytes]:
         piece = ahead + bytes(content[at : at + _CHARACTERS - 5])
         unfinished = _UNFINISHED.search(piece, max(0, len(piece) - 5))
         ahead = unfinished[0] if unfinished is not None else b""
-        yield _ESCAPE.sub(_unescaped, piece[: len(piece) - len(ahead)])
+        yield _unescaped(piece[: len(piece) - len(ahead)])
     yield ahead
 
 
-def _unescaped(match: re.Match[bytes]) -> bytes:
+def _unescaped(piece: bytes) -> bytes:
+    if b"\\\\" not in piece:  # a backslash is not base64: what is behind it is left for the error
+        for escape, character in _COMMON:
+            piece = piece.replace(escape, character)
+    return _ESCAPE.sub(_character, piece) if b"\\" in piece else piece
+
+
+def _character(match: re.Match[bytes]) -> bytes:
     return match[2] or bytes((int(match[1], 16),))
 
 

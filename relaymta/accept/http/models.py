@@ -18,7 +18,7 @@ from relaymta.proto.printable import printable
 
 __all__ = [
     "Attachment", "BatchEntry", "Entry", "File", "Header", "Limits", "Mailbox", "Message", "Person", "Request", "Wrong",
-    "check_header", "check_text", "is_tag", "parse",
+    "check_header", "check_text", "is_tag", "is_template", "parse",
 ]  # fmt: skip
 
 LONGEST_NAME = 256  # characters of a display name
@@ -234,12 +234,21 @@ def parse(buffer: bytes | memoryview, limits: Limits = Limits()) -> Message:  # 
     return _Checked(request, limits).message()
 
 
+def is_template(text: str) -> bool:
+    """Whether something in a string is for Jinja2."""
+    return "{{" in text or "{%" in text or "{#" in text
+
+
 def _located(error: msgspec.ValidationError, buffer: bytes | memoryview) -> Wrong:
     """What msgspec says, with the field that it is about. (It names no key of an object: `headers[...]`.)"""
     match = _AT.match(str(error))
     detail, field = (match[1], match[2] or "") if match is not None else (str(error), "")
     if "[...]" in field:
-        for name, raw in msgspec.json.decode(buffer, type=_Headers).headers.items():
+        try:
+            headers = msgspec.json.decode(buffer, type=_Headers).headers
+        except (ValueError, RecursionError) as later:  # behind what is wrong, it is not even JSON
+            return Wrong("", str(later))
+        for name, raw in headers.items():
             try:
                 _value(raw)
             except msgspec.ValidationError as own:
@@ -303,7 +312,7 @@ class _Checked:
 
     def _texts(self) -> None:
         request, limits = self._request, self._limits
-        if request.subject is not None and not self._is_template:
+        if request.subject is not None and not self._rendered(request.subject):
             check_text(request.subject, "subject", LONGEST_SUBJECT)
         for name, text in (("text", request.text), ("html", request.html)):
             if text is not None:
@@ -314,10 +323,10 @@ class _Checked:
         if request.text is None and request.html is None and not request.attachments:
             raise Wrong("text", "one of text, html and attachments is needed")
 
-    @property
-    def _is_template(self) -> bool:
-        """Its strings are checked when they are rendered."""
-        return self._request.batch is not None or bool(memoryview(self._request.substitutions))
+    def _rendered(self, text: str) -> bool:
+        """Whether a string is a template: it is checked when it is rendered."""
+        templates = self._request.batch is not None or bool(memoryview(self._request.substitutions))
+        return templates and is_template(text)
 
     def _headers(self) -> tuple[Header, ...]:
         found: list[Header] = []
@@ -329,6 +338,8 @@ class _Checked:
             _check_name(name, lower, field)
             if lower in _ONCE and (lower in once or len(values) > 1):
                 raise Wrong(field, "a message has this field once")
+            if lower == "message-id" and self._request.batch is not None and not is_template(values[0][0] if values else ""):
+                raise Wrong(field, "all messages of the batch would have the same")
             once.add(lower)
             for text, where in values:
                 if lower == "reply-to":
@@ -336,10 +347,11 @@ class _Checked:
                 elif lower == "sender":
                     self._on_behalf = _mailbox(text, where)
                 else:
-                    found.append(Header(name, text, _STRUCTURED.match(lower) is not None, where))
+                    header = Header(name, text, _STRUCTURED.match(lower) is not None, where)
+                    found.append(header if self._rendered(text) else check_header(header))
             if len(found) > self._limits.headers:
                 raise Wrong("headers", f"there are more than {self._limits.headers}")
-        return tuple(found if self._is_template else map(check_header, found))
+        return tuple(found)
 
     def _attachments(self) -> tuple[Attachment, ...]:
         files = self._request.attachments
@@ -377,6 +389,8 @@ class _Checked:
         to, cc, bcc = self._recipients(entry, prefix)
         if not to:
             raise Wrong(f"{prefix}to", "there is no recipient")
+        if entry.subject is not None and not self._rendered(entry.subject):
+            check_text(entry.subject, f"{prefix}subject", LONGEST_SUBJECT)
         return Entry(to, cc, bcc, entry.subject, self._substitutions(entry.substitutions, f"{prefix}substitutions", b"") or b"")
 
     def _substitutions(self, raw: msgspec.Raw, field: str, without: bytes | None) -> bytes | None:

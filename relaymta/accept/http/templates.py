@@ -12,7 +12,7 @@ from contextlib import aclosing
 import msgspec
 
 from relaymta.accept.http.exchange import ENDED, KILL, LENGTH, RENDER, REQUEST, Job, One, Rendered, framed
-from relaymta.accept.http.models import LONGEST_SUBJECT, Entry, Message, Wrong, check_header, check_text
+from relaymta.accept.http.models import LONGEST_SUBJECT, Entry, Message, Wrong, check_header, check_text, is_template
 from relaymta.control import program
 from relaymta.errors import RelayError
 from relaymta.log import Log
@@ -67,9 +67,9 @@ class Templates:
             yield message
             return
         names = _strings(message)
-        templates = [(name, text) for name, text in names if _is_template(text)]
+        templates = [(name, text) for name, text in names if is_template(text)]
         entries = message.batch
-        if not templates and not any(_is_template(one.subject or "") for one in entries or ()):
+        if not templates and not any(is_template(one.subject or "") for one in entries or ()):
             for number in range(len(entries or (0,))):
                 yield _filled(message, number, {})
             return
@@ -272,15 +272,11 @@ def _strings(message: Message) -> Iterator[tuple[str, str]]:
         yield header.field, header.value
 
 
-def _is_template(text: str) -> bool:
-    return "{{" in text or "{%" in text or "{#" in text
-
-
 def _one(message: Message, number: int) -> One:
     if message.batch is None:
         return One(b"", None)
     entry = message.batch[number]
-    subject = entry.subject if entry.subject is None or _is_template(entry.subject) else ""
+    subject = entry.subject if entry.subject is None or is_template(entry.subject) else ""
     return One(entry.substitutions, subject)
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -376,5 +377,6 @@ def main() -> None:
     """Serve until the worker ends. Signals are ignored, so that a draining worker can still render."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # of Python, about what clients write
     _warm()
     _Parent(socket.socket(fileno=int(sys.argv[1]))).serve()
