@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from contextlib import aclosing
 from pathlib import Path
 
@@ -39,12 +41,14 @@ class Logged:
 
 
 @pytest.fixture
-async def templates():
+async def templates(monkeypatch):
+    monkeypatch.setattr(rendering, "ANSWER_SECONDS", 200.0)  # however busy the machine is
+    monkeypatch.setattr(rendering, "NOTICE_SECONDS", 60.0)
     found = Templates(Logged())
     yield found
     found.end()
     if found._process is not None:
-        await asyncio.wait_for(found._process.wait(), 20)
+        await asyncio.wait_for(found._process.wait(), 60)
 
 
 def message(**changes):
@@ -75,7 +79,7 @@ def children(pid: int) -> list[int]:
 
 async def child(one: Templates) -> int:
     """The process that renders a request, once there is one that works."""
-    for _ in range(1000):
+    for _ in range(6000):
         if one._process is not None and (found := children(one._process.pid)):
             return found[0]
         await asyncio.sleep(0.01)
@@ -176,9 +180,20 @@ async def test_the_line_and_the_reason_are_named(templates):
     assert templates._log.texts == []
 
 
-async def test_what_clients_write_is_not_in_the_log(capfd, templates):
-    await wrong(templates, text="{{ 1[0:a] }}", substitutions={"a": 1})
-    assert capfd.readouterr() == ("", "")
+async def test_what_clients_write_is_not_in_the_log(templates):
+    """As Python's warnings about it would be. (A process that renders writes to no file, but to a pipe.)"""
+    ours, theirs = os.pipe()
+    before = os.dup(2)
+    os.dup2(theirs, 2)
+    try:
+        await wrong(templates, text="{{ 1[0:a] }}", substitutions={"a": 1})
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(theirs)
+    templates.end()
+    assert await asyncio.to_thread(os.read, ours, 1000) == b""
+    os.close(ours)
 
 
 async def test_the_entry_of_a_batch_is_named(templates):
@@ -230,13 +245,23 @@ async def test_cpu_time_is_in_proportion_to_the_batch(monkeypatch, templates):
     )
 
 
+async def with_the_first(one: Templates, after_first, count: int = 300) -> list[str]:
+    """The numbers in the texts of a batch; `after_first()` is called as the first was read, and others have still to be rendered."""
+    batch = entries(*({"a": number} for number in range(count)))
+    async with aclosing(one.rendered(message(text="{{ a }} " + "x" * 30_000, batch=batch), MOST, 60.0)) as found:
+        first = await anext(found)
+        await after_first()
+        return [first.text.split()[0], *[each.text.split()[0] async for each in found]]
+
+
 async def test_a_process_that_is_killed_is_replaced_once(templates):
-    slow = "{% for i in range(1000) %}{% for j in range(100) %}{% endfor %}{% endfor %}{{ a }}"
-    batch = entries(*({"a": number} for number in range(40)))
-    task = asyncio.create_task(rendered(templates, seconds=60.0, text=slow, batch=batch))
-    first = await child(templates)
-    os.kill(first, signal.SIGKILL)
-    assert [one.text for one in await task] == [str(number) for number in range(40)]
+    killed = []
+
+    async def kill() -> None:
+        killed.append(await child(templates))
+        os.kill(killed[0], signal.SIGKILL)
+
+    assert await with_the_first(templates, kill) == [str(number) for number in range(300)]
     await none_left(templates)
     task = asyncio.create_task(rendered(templates, seconds=60.0, text=ENDLESS))
     for _ in range(2):
@@ -250,14 +275,40 @@ async def test_a_process_that_is_killed_is_replaced_once(templates):
 
 async def test_the_process_that_forks_is_killed(templates):
     """Those that render go on; a further request starts it anew."""
-    task = asyncio.create_task(rendered(templates, seconds=60.0, text="{{ a }}" * 100, batch=entries(*[{"a": 1}] * 2000)))
-    await child(templates)
-    templates._process.kill()
-    assert len(await task) == 2000
+
+    async def kill() -> None:
+        templates._process.kill()
+        await templates._process.wait()
+
+    assert await with_the_first(templates, kill) == [str(number) for number in range(300)]
     while templates._socket is not None:
         await asyncio.sleep(0.01)
     assert templates._log.texts == ["the process that renders templates has ended; it is started again when it is needed"]
     assert (await rendered(templates, text="{{ 1 }}"))[0].text == "1"
+
+
+async def test_without_descriptors_or_processes_it_says_so(monkeypatch, templates):
+    def none(*arguments: object, **named: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rendering.socket, "socketpair", none)
+        with pytest.raises(Unavailable, match="Too many open files"):
+            await rendered(templates, text="{{ 1 }}")
+    with monkeypatch.context() as patched:
+        patched.setattr(rendering.asyncio, "create_subprocess_exec", none)
+        with pytest.raises(Unavailable, match="cannot be started: Too many open files"):
+            await rendered(templates, text="{{ 1 }}")
+    assert (await rendered(templates, text="{{ 1 }}"))[0].text == "1"
+
+
+def test_a_worker_imports_no_template_engine():
+    """It is 10 MB of a worker that has no use for it."""
+    code = (
+        "import sys, relaymta.accept.http.templates, relaymta.accept.http.compose; print(*{'jinja2', 'aiohttp'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 async def test_one_that_does_not_answer(monkeypatch, templates):
@@ -269,7 +320,7 @@ async def test_one_that_does_not_answer(monkeypatch, templates):
     os.kill(forks.pid, signal.SIGSTOP)  # it does not even fork
     with pytest.raises(Unavailable, match="in time"):
         await task
-    assert await asyncio.wait_for(forks.wait(), 20) == -signal.SIGKILL
+    assert await asyncio.wait_for(forks.wait(), 60) == -signal.SIGKILL
     monkeypatch.setattr(rendering, "ANSWER_SECONDS", 30)
     assert (await rendered(templates, text="{{ 1 }}"))[0].text == "1"
     assert templates._process is not forks
@@ -295,7 +346,7 @@ async def test_it_ends_with_the_worker():
     task = asyncio.create_task(rendered(one, seconds=60.0, text=ENDLESS))
     pid = await child(one)
     one.end()
-    assert await asyncio.wait_for(one._process.wait(), 20) == 0
+    assert await asyncio.wait_for(one._process.wait(), 60) == 0
     with pytest.raises(Unavailable):
         await task
     while os.path.exists(f"/proc/{pid}"):  # noqa: ASYNC240

@@ -118,7 +118,7 @@ class Templates:
             async with self._starting:
                 if self._socket is None:
                     await self._start()
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            ours, theirs = _pair(socket.SOCK_STREAM)
             number = next(self._numbers)
             try:
                 with theirs:
@@ -138,7 +138,7 @@ class Templates:
     async def _start(self) -> None:
         if self._closed:
             raise Unavailable("the worker ends")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _pair(socket.SOCK_SEQPACKET)
         command = program("relaymta.accept.http.templating", str(theirs.fileno()))
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -211,6 +211,13 @@ class Templates:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         self._gone()
+
+
+def _pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(socket.AF_UNIX, kind)
+    except OSError as error:
+        raise Unavailable(f"templates cannot be rendered: {error.strerror}") from None
 
 
 class _Run:

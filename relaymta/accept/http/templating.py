@@ -286,8 +286,10 @@ class _Parent:
                 what, number = REQUEST.unpack(data)
                 if what == KILL:
                     self._kill(number)
-                else:
+                elif descriptors:
                     self._render(number, descriptors[0])
+                else:  # there was no descriptor left for it
+                    self._tell(number, signal.SIGKILL, _NONE)
         for pid in self._processes:
             os.kill(pid, signal.SIGKILL)
 
@@ -326,8 +328,8 @@ class _Parent:
         except MemoryError:
             pass
         except Exception:  # a bug
-            traceback.print_exc()
             status = 2
+            traceback.print_exc()
         finally:
             os._exit(status)
 
