@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import Any, TypeVar
 
 from aiohttp import BodyPartReader, MultipartReader, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from relaymta.accept.admission import Admission
 from relaymta.problems import Problem
@@ -24,6 +25,7 @@ PARTS_MOST = 100
 JSON_IN_FORM = 8 << 20  # octets of JSON beside files
 MESSAGE_PART = "message"  # the part of a form that has the JSON
 DIGEST = 16
+AS_AIOHTTP_TELLS_IT = (ValueError, AssertionError, RuntimeError, LookupError, web.HTTPException, HttpProcessingError)
 T = TypeVar("T")
 
 
@@ -188,7 +190,7 @@ class Receiver:
                 left = most - received.size
                 limit = min(left, JSON_IN_FORM) if name == MESSAGE_PART else left
                 await self._fill(received, received.part(name), part.read_chunk, limit)
-        except (ValueError, AssertionError, RuntimeError, LookupError, web.HTTPException) as error:  # as aiohttp tells it
+        except AS_AIOHTTP_TELLS_IT as error:
             raise Problem(400, f"the form is not well-formed: {str(error)[:100]}") from None
         if MESSAGE_PART not in names:
             raise Problem(400, f"the form has no part {MESSAGE_PART!r} with the JSON of the message", argument=MESSAGE_PART)
