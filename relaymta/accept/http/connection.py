@@ -151,17 +151,22 @@ class HttpConnection(ClientConnection[_Session]):
             self.tls = described(transport)
         self._handler = self._desk.begin(self)
         self._handler.connection_made(transport)
+        if self._before:
+            self.admission.loop.call_soon(self._hand_over)
+        return _Session()
+
+    def _hand_over(self) -> None:
+        """What came before there was a handler, and before what comes now."""
         before, self._before = self._before, []
         for data in before:
-            self.admission.loop.call_soon(self.data_received, data)
-        return _Session()
+            self.data_received(data)
 
     def data_received(self, data: bytes) -> None:
         """As of Protocol."""
         if self.lingers:
             self.drop(data)
             return
-        if self._handler is None:
+        if self._handler is None or self._before:
             self._before.append(data)
             return
         self.active_at = self.admission.now()
