@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from relaymta.client import Attachment, Client, Failed, Problem
+from relaymta.client import Attachment, Client, Failed, Problem, Unreachable
 from tests.support.daemon import wait_for
 from tests.support.fake_mx import FakeMx
-from tests.support.injection import PASSWORD, USER, Injecting
+from tests.support.injecting import Injecting
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def peer() -> Iterator[FakeMx]:
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory, peer: FakeMx) -> Iterator[Injecting]:
     folder = tmp_path_factory.mktemp("relay")
-    with Injecting(folder, f"127.0.0.1:{peer.port}", '[relay]\ndomains = ["ours.example"]\n', workers=2) as running:
+    with Injecting(folder, f"127.0.0.1:{peer.port}", workers=2) as running:
         yield running
 
 
 @pytest.fixture
 def client(relay: Injecting) -> Iterator[Client]:
-    with Client(relay.url, USER, PASSWORD) as made:
+    with Client(f"https://localhost:{relay.https}", "shop", "secret", context=relay.context) as made:
         yield made
 
 
@@ -83,13 +83,14 @@ def test_the_same_key_sends_nothing_twice(client: Client, peer: FakeMx) -> None:
 
 
 def test_a_check_sends_nothing_and_says_what_would_be(client: Client, relay: Injecting) -> None:
-    before = len(relay.events("queued"))
-    found = client.check(from_="a@shop.example", to=["c@d.example"], text="hello")
+    found = client.check(from_="a@shop.example", to=["checked@d.example"], text="hello")
     assert found.valid and found.recipients[0].status == "accepted" and found.recipients[0].route == "smarthost"
     with pytest.raises(Problem) as problem:
         client.check(from_="a@shop.example", to=["nobody"], text="hello")
     assert problem.value.argument == "to[0]"
-    assert len(relay.events("queued")) == before
+    client.send(from_="a@shop.example", to="c@d.example", text="hello")
+    wait_for(lambda: relay.events("queued"))
+    assert b"checked@d.example" not in relay.log.read_bytes()
 
 
 def test_messages_as_they_are(client: Client, peer: FakeMx, tmp_path: Path) -> None:
@@ -116,16 +117,19 @@ def test_a_message_for_later(client: Client) -> None:
 
 
 def test_errors_are_exceptions_with_the_problem(client: Client, relay: Injecting) -> None:
+    clear, secure = f"http://127.0.0.1:{relay.http}", f"https://localhost:{relay.https}"
     for do, status in (
         (lambda: client.message("1ZZZZZZZZZZZZ"), 404), (lambda: client.message("a/b?c"), 404),
         (lambda: client.receipt("never"), 404),
         (lambda: client.send(from_="a@shop.example", text="x"), 422),
-        (lambda: Client(relay.url, USER, "wrong", patience=0).send(from_="a@shop.example", to="c@d.example", text="x"), 401),
-        (lambda: Client(relay.url, patience=0).message("1ZZZZZZZZZZZZ"), 401),
+        (lambda: Client(clear, "shop", "wrong", patience=0).send(from_="a@shop.example", to="c@d.example", text="x"), 401),
+        (lambda: Client(secure, context=relay.context, patience=0).message("1ZZZZZZZZZZZZ"), 401),
     ):  # fmt: skip
         with pytest.raises(Problem) as found:
             do()
         assert found.value.status == status and isinstance(found.value, Failed) and found.value.detail
+    with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+        Client(secure, "shop", "secret", patience=0).message("1ZZZZZZZZZZZZ")
 
 
 def test_large_files_are_in_the_memory_of_neither(client: Client, peer: FakeMx, tmp_path: Path) -> None:
@@ -143,11 +147,18 @@ def test_large_files_are_in_the_memory_of_neither(client: Client, peer: FakeMx, 
     assert part.get_payload(decode=True) == bytes(24 << 20)
 
 
+def test_a_request_that_comes_with_the_end_of_the_handshake_is_read_in_its_order(relay: Injecting) -> None:
+    """The first of a connection over TLS comes in pieces, some before the session has begun."""
+    for number in range(12):
+        with Client(f"https://localhost:{relay.https}", "shop", "secret", context=relay.context, patience=0) as client:
+            assert client.send(from_="a@shop.example", to="c@d.example", text=f"{number}\n" * 100_000).complete
+
+
 def test_an_answer_before_the_whole_body_is_the_answer(relay: Injecting, tmp_path: Path) -> None:
     file = tmp_path / "large.bin"
     with file.open("wb") as writing:
         writing.truncate(200 << 20)
-    with Client(relay.url, USER, PASSWORD, patience=0) as client:
+    with Client(f"http://127.0.0.1:{relay.http}", "shop", "secret", patience=0) as client:
         with pytest.raises(Problem) as found:
             client.send(from_="a@shop.example", to="c@d.example", text="large", attachments=[file])
         assert found.value.status == 413
@@ -157,7 +168,7 @@ def test_an_answer_before_the_whole_body_is_the_answer(relay: Injecting, tmp_pat
 def test_a_relay_that_is_killed_meanwhile_gets_it_once(tmp_path: Path) -> None:
     """The message that was accepted just before is not sent again, and one while nobody listens arrives."""
     with FakeMx({}) as peer, Injecting(tmp_path, f"127.0.0.1:{peer.port}") as relay:
-        with Client(relay.url, USER, PASSWORD, patience=90) as client:
+        with Client(f"http://127.0.0.1:{relay.http}", "shop", "secret", patience=90) as client:
             first = client.send(key="one", from_="a@shop.example", to="c@d.example", text="one")
             relay.kill()
             relay.start()
