@@ -42,20 +42,24 @@ class Listener(Table):
     priority: Restart[Literal["express", "normal", "bulk"]] = Field("normal", description="class of mail accepted here")
     submission: Restart[bool] = Field(
         False, description="add Date: and Message-ID: where they are missing; remove Bcc: and Return-Path:, complete addresses, "
-        "as in mail of users who log in (RFC 6409 8)",
+        "as in mail of users who log in (RFC 6409 8); http: always",
     )  # fmt: skip
     tls: Restart[Literal["off", "may", "require", "implicit"]] = Field(
         "may", description="may: STARTTLS if there is a certificate; require: no mail before STARTTLS; implicit: TLS from the "
-        "first octet (port 465)",
+        "first octet (port 465). http: implicit (https), or off on a loopback address",
     )  # fmt: skip
     auth: Restart[Literal["off", "may", "require"]] = Field(
-        "off", description="AUTH, offered over TLS; may: clients that log in may relay; require: no mail before AUTH"
+        "off",
+        description="AUTH, offered over TLS; may: clients that log in may relay; require: no mail before AUTH. http: Basic, or "
+        "Bearer with an OAuth token; without a login only clients that may relay",
     )
     proxy: Restart[list[Network]] = Field(
         [],
         description="load balancers that send a PROXY header (version 1 or 2); if given, no other client may connect",
     )
-    auth_in_clear: Restart[bool] = Field(False, description="offer AUTH without TLS; only on a loopback address")
+    auth_in_clear: Restart[bool] = Field(
+        False, description="offer AUTH (http: take credentials) without TLS; only on a loopback address"
+    )
     filtered: Restart[bool] = Field(
         False,
         description="a content filter gives mail back here by SMTP: no filter looks at it again, it is neither verified nor "

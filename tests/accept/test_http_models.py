@@ -31,7 +31,7 @@ def test_what_is_read():
     assert found.reply_to == (Mailbox("g@h", 'x, "y"'),)
     assert (found.tags, found.priority, found.send_at, found.batch, found.substitutions) == (
         ("a", "b"),
-        "normal",
+        "",  # that of the account
         None,
         None,
         None,

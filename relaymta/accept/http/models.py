@@ -131,7 +131,7 @@ class Request(_Fields, rename={"from_": "from"}):
     attachments: list[File] = []
     send_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     tags: list[str] = []
-    priority: Literal["express", "normal", "bulk"] = "normal"
+    priority: Literal["express", "normal", "bulk"] | None = None
     batch: list[BatchEntry] | None = None
     substitutions: _Object = msgspec.field(default_factory=msgspec.Raw)
 
@@ -191,8 +191,9 @@ class Entry(NamedTuple):
 
 
 class Message(msgspec.Struct, kw_only=True, frozen=True, eq=False):
-    """What a request says. `sender`: of the envelope, "" the null sender; `on_behalf`: in Sender:. `substitutions`: JSON of an
-    object, b"": there are none, None: its strings are no templates. With a `batch` it has no recipients of its own."""
+    """What a request says. `sender`: of the envelope, "" the null sender; `on_behalf`: in Sender:. `priority`: "" that of the
+    account. `substitutions`: JSON of an object, b"": there are none, None: its strings are no templates. With a `batch` it has no
+    recipients of its own."""
 
     sender: str
     author: Mailbox
@@ -299,7 +300,8 @@ class _Checked:
             sender=author.address if request.envelope_from is None else _sender(request.envelope_from),
             author=author, on_behalf=self._on_behalf, to=to, cc=cc, bcc=bcc, reply_to=tuple(self._reply_to),
             subject=request.subject, text=request.text, html=request.html, headers=headers,
-            attachments=self._attachments(), send_at=_time(request.send_at), tags=self._tags(), priority=request.priority,
+            attachments=self._attachments(), send_at=_time(request.send_at), tags=self._tags(),
+            priority=request.priority or "",
             batch=batch,
             substitutions=self._substitutions(request.substitutions, "substitutions", None if batch is None else b""),
         )  # fmt: skip
