@@ -246,7 +246,7 @@ async def test_cpu_time_is_in_proportion_to_the_batch(monkeypatch, templates):
 
 
 async def with_the_first(one: Templates, after_first, count: int = 300) -> list[str]:
-    """The numbers in the texts of a batch; `after_first()` is called as the first was read, and others have still to be rendered."""
+    """The numbers in the texts of a batch; `after_first()` is called when the first was read: others are still to be rendered."""
     batch = entries(*({"a": number} for number in range(count)))
     async with aclosing(one.rendered(message(text="{{ a }} " + "x" * 30_000, batch=batch), MOST, 60.0)) as found:
         first = await anext(found)

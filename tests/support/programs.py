@@ -40,8 +40,6 @@ PACKAGES = {
     "systemd-nspawn": "systemd-container",
     "systemd-analyze": "systemd",
     "podman": "podman crun",
-    "php": "php-cli",
-    "node": "nodejs",
     "unshare": "util-linux",
 }
 
