@@ -209,6 +209,13 @@ def test_what_is_no_request(octets):
         parse(octets)
 
 
+def test_the_recipients_of_a_batch_are_counted_together():
+    request = {"from": "a@b", "text": "x", "batch": [{"to": ["a@b", "c@d"], "cc": "e@f"}, {"to": "g@h", "bcc": "i@j"}]}
+    assert len(parse(json.dumps(request).encode(), Limits(together=5)).batch) == 2
+    with pytest.raises(Wrong, match="batch: it has more than 4 recipients"):
+        parse(json.dumps(request).encode(), Limits(together=4))
+
+
 def test_limits_can_be_others():
     with pytest.raises(Wrong, match="more than 1 recipients"):
         parse(json.dumps(BASE | {"cc": "c@d"}).encode(), Limits(recipients=1))

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import aclosing
 from pathlib import Path
 
@@ -246,7 +247,7 @@ async def test_cpu_time_is_in_proportion_to_the_batch(monkeypatch, templates):
 
 
 async def with_the_first(one: Templates, after_first, count: int = 300) -> list[str]:
-    """The numbers in the texts of a batch; `after_first()` is called when the first was read: others are still to be rendered."""
+    """The numbers in the texts of a batch; `after_first()` is called as the first was read, and most are still to be rendered."""
     batch = entries(*({"a": number} for number in range(count)))
     async with aclosing(one.rendered(message(text="{{ a }} " + "x" * 30_000, batch=batch), MOST, 60.0)) as found:
         first = await anext(found)
@@ -285,6 +286,24 @@ async def test_the_process_that_forks_is_killed(templates):
         await asyncio.sleep(0.01)
     assert templates._log.texts == ["the process that renders templates has ended; it is started again when it is needed"]
     assert (await rendered(templates, text="{{ 1 }}"))[0].text == "1"
+
+
+async def test_a_request_that_finds_the_process_gone_starts_it(templates):
+    """Before the event loop has seen that it is gone."""
+    await rendered(templates, text="{{ 1 }}")
+    pid = templates._process.pid
+    os.kill(pid, signal.SIGKILL)
+    while _state(pid) not in ("", "Z"):
+        time.sleep(0.01)  # noqa: ASYNC251 (so it does not see it)
+    assert (await rendered(templates, text="{{ 2 }}"))[0].text == "2"
+    assert templates._process.pid != pid
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 async def test_without_descriptors_or_processes_it_says_so(monkeypatch, templates):

@@ -1,10 +1,13 @@
 """The messages of a request: read from its body, composed, rendered for each recipient of a batch, or taken as they are."""
 
+import contextlib
+import mmap
 from collections.abc import AsyncGenerator, Callable, Container, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
+import msgspec
 from aiohttp import web
 
 from relaymta.accept.admission import Admission
@@ -28,6 +31,8 @@ __all__ = ["Letters", "Order"]
 T = TypeVar("T")
 ON_THREAD = 262_144  # octets of a body from which on it is read, and composed, on a thread
 TEXT_MOST = 4 << 20  # characters of text, and of html, which are in memory
+JSON_MOST = 16 << 20  # octets of JSON, but for the base64 of attachments
+STRINGS_MOST = 500_000  # in JSON
 LATER_MOST = 90 * 86_400_000  # ms: how far ahead a message can be ordered
 TAGS_MOST = 20
 JSON = ("application/json", "multipart/form-data")
@@ -70,7 +75,7 @@ class Letters:
             if kind not in JSON:
                 raise Problem(415, f"Content-Type is to be one of {', '.join((*JSON, RAW))}")
             limits = Limits(recipients=rights.client.limits.recipients, text=TEXT_MOST)
-            message = await self._work(received, models.parse, received.body.buffer, limits)
+            message = await self._work(received, _parsed, received.body.buffer, limits)
         except Wrong as error:
             raise _wrong(error) from None
         at = 0 if message.send_at is None else int(message.send_at.timestamp() * 1000)
@@ -115,6 +120,30 @@ class Letters:
         if received.body.size < ON_THREAD:
             return work(*arguments)
         return await finished(self._admission.loop.run_in_executor(self._admission.threads, work, *arguments))
+
+
+class _File(msgspec.Struct):
+    content: msgspec.Raw = msgspec.Raw()
+
+
+class _Outline(msgspec.Struct):
+    attachments: list[_File] = []
+
+
+def _parsed(buffer: bytes | mmap.mmap, limits: Limits) -> Message:
+    """As `models.parse`, of a body that is large at most by the base64 in it: all else takes many times its octets in memory.
+    Wrong."""
+    octets = len(buffer)
+    if octets > ON_THREAD:
+        view = memoryview(buffer)
+        strings = sum(view[at : at + PIECE].tobytes().count(b'"') for at in range(0, octets, PIECE)) // 2
+        if strings > STRINGS_MOST:
+            raise Wrong("", f"there are more than {STRINGS_MOST} strings in the JSON")
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # what is wrong is told below
+            octets -= sum(len(memoryview(one.content)) for one in msgspec.json.decode(view, type=_Outline).attachments)
+        if octets > JSON_MOST:
+            raise Wrong("", f"there are more than {JSON_MOST} octets of JSON beside the content of attachments")
+    return models.parse(buffer, limits)
 
 
 def _wrong(error: Wrong) -> Problem:

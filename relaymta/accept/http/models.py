@@ -137,11 +137,12 @@ class Request(_Fields, rename={"from_": "from"}):
 
 
 class Limits(NamedTuple):
-    """What a request may have. `recipients`: of one message; `text`: characters of `text` and of `html`; `substitutions`: octets
-    of JSON."""
+    """What a request may have. `recipients`: of one message; `together`: of all in a batch; `text`: characters of `text` and of
+    `html`; `substitutions`: octets of JSON."""
 
     recipients: int = 1000
     batch: int = 10_000
+    together: int = 100_000
     headers: int = 100
     attachments: int = 100
     tags: int = 20
@@ -385,7 +386,13 @@ class _Checked:
                 raise Wrong(name, "the recipients of a batch are in its entries")
         if not 0 < len(request.batch) <= self._limits.batch:
             raise Wrong("batch", f"it has {len(request.batch)} entries, 1 to {self._limits.batch} are allowed")
-        return tuple(self._entry(one, f"batch[{number}].") for number, one in enumerate(request.batch))
+        found, together = [], 0
+        for number, one in enumerate(request.batch):
+            found.append(entry := self._entry(one, f"batch[{number}]."))
+            together += len(entry.to) + len(entry.cc) + len(entry.bcc)
+            if together > self._limits.together:
+                raise Wrong("batch", f"it has more than {self._limits.together} recipients")
+        return tuple(found)
 
     def _entry(self, entry: BatchEntry, prefix: str) -> Entry:
         to, cc, bcc = self._recipients(entry, prefix)
