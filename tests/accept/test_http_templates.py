@@ -360,6 +360,21 @@ async def test_nothing_is_left_when_nobody_reads_on(templates):
     assert all(place._value == rendering.AT_ONCE for place in templates._places)
 
 
+async def test_nothing_is_left_when_a_caller_is_cancelled(templates):
+    """At whatever it waits for."""
+    for steps in [*range(12), *range(12)]:  # the first has the process to start
+        task = asyncio.create_task(rendered(templates, seconds=60.0, text=ENDLESS))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert templates._ended == {}
+    assert (await rendered(templates, text="{{ 1 }}"))[0].text == "1"
+    await none_left(templates)
+    assert all(place._value == rendering.AT_ONCE for place in templates._places)
+
+
 async def test_it_ends_with_the_worker():
     one = Templates(Logged())
     task = asyncio.create_task(rendered(one, seconds=60.0, text=ENDLESS))

@@ -127,9 +127,12 @@ class Templates:
                 self._ended[number] = self._loop.create_future()
                 reader, writer = await asyncio.open_unix_connection(sock=ours)
                 return _Run(number, job, reader, writer, self._ended[number])
-            except OSError as error:
+            except BaseException as error:  # such as that the caller was cancelled
                 ours.close()
-                self._ended.pop(number, None)
+                if self._ended.pop(number, None) is not None:
+                    self._kill(number)
+                if not isinstance(error, OSError):
+                    raise
                 if isinstance(error, BlockingIOError) or not again:
                     raise Unavailable("the process that renders templates takes no request") from None
                 self._gone()
@@ -144,8 +147,10 @@ class Templates:
             self._process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
             )
-        except OSError as error:
+        except BaseException as error:
             ours.close()
+            if not isinstance(error, OSError):
+                raise
             raise Unavailable(f"the process that renders templates cannot be started: {error.strerror}") from None
         finally:
             theirs.close()
