@@ -143,7 +143,7 @@ def _parsed(buffer: bytes | mmap.mmap, limits: Limits) -> Message:
             octets -= sum(len(memoryview(one.content)) for one in msgspec.json.decode(view, type=_Outline).attachments)
         if octets > JSON_MOST:
             raise Wrong("", f"there are more than {JSON_MOST} octets of JSON beside the content of attachments")
-    return models.parse(buffer, limits)
+    return models.parse(memoryview(buffer), limits)
 
 
 def _wrong(error: Wrong) -> Problem:
