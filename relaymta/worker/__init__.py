@@ -45,6 +45,7 @@ from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
+from relaymta.worker.suppression import Suppressing
 from relaymta.worker.tracing import wire
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Worker:
         self.acceptor: Acceptor | None = None
         self.collector: Collector | None = None  # of one worker: it empties the drop folder
         self.reloading = Reloading(self)
+        self.suppressing = Suppressing(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
 
     def sign_dsn(self, data: bytes) -> bytes:
@@ -244,6 +246,7 @@ class Worker:
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
         self.watch_conduct()
+        await self.suppressing.start()
         others: dict[str, Make] = {}
         if self.mail is not None:
             self.intake.local = self.mail.local()
@@ -455,6 +458,7 @@ class Worker:
         if self.mail is not None:
             await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
+        self.suppressing.stop()
         self.acceptor.endpoint.end()
         for shard in self.shards.values():
             await shard.queue.stop()
