@@ -46,7 +46,7 @@ def parse(data: bytes) -> Report:
     for part in scan(data):
         kind = data[part.type : part.type_end].lower() + b"/" + data[part.subtype : part.subtype_end].lower()
         if part.depth > 1:
-            if part.depth == 2 and within and not reported:
+            if within and not reported:
                 reported = data[part.header : part.body]
             continue
         within = kind == b"message/rfc822"

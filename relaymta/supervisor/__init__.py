@@ -397,6 +397,7 @@ class Supervisor:
     def _configured(self, abuse: Accounts) -> None:
         """A reload has replaced the configuration."""
         abuse.configured()
+        self.suppressing.configured()
         if self.http_api is not None:
             self.http_api.configured(self.config)
 

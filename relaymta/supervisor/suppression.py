@@ -43,6 +43,12 @@ class Suppressing:
         self._looked()
         self._looking = asyncio.get_running_loop().create_task(self._look())
 
+    def configured(self) -> None:
+        """A reload has replaced the configuration: have a look now."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+
     async def stop(self) -> None:
         """Close the list."""
         if self._looking is not None:

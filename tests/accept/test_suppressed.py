@@ -102,6 +102,12 @@ def test_an_alias_is_refused_where_all_it_leads_to_is_in_the_list(lookup, tmp_pa
     ]  # fmt: skip
 
 
+def test_postmaster_without_a_domain_is_taken_whoever_that_is(lookup):
+    of = suppressing(lookup, relay=TRUSTED | {"postmaster": "bad@x.example"})
+    of.aliases = SimpleNamespace(value=SimpleNamespace(expanded=lambda found, names: ["bad@x.example"], leads=lambda *_: 0))
+    assert rcpt(of, "postmaster", "c@x.example") == [OK, BAD.replace("bad@x", "c@x")]
+
+
 def test_a_refused_recipient_uses_no_units_of_a_rate(lookup):
     of = suppressing(lookup, limits={"recipient_rate": "10/h"})
     assert rcpt(of, "bad@x.example", "good@x.example") == [BAD, OK]

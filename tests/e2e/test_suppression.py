@@ -77,6 +77,8 @@ def test_all_workers_know_a_change_with_the_next_recipient(relay):
         relay.cli("suppression", "add", "short@d.example", "--expires", "1s")
         wait_for(lambda: [client.rcpt("short@d.example")[0] for client in clients.values()] == [250, 250])
     assert relay.metric('relaymta_suppressed_total{reason="unsubscribe"}') == 6
+    relay.cli("suppression", "add", "x1@d.example", "x2@d.example")
+    assert relay.events("audit")[-1]["count"] == 2
     audits = [(one["action"], one["count"], one["about"]) for one in relay.events("audit") if "u1@d" in one["about"]]
     assert audits == [
         ("suppression add", 1, "addresses=['u1@d.example']"), ("suppression remove", 1, "addresses=['u1@d.example']"),
@@ -111,12 +113,19 @@ def test_dsns_and_our_own_addresses_are_not_added(peer, tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", ON, 'relay.domains=["d.example"]') as relay:
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "bad@d.example")
         wait_for(lambda: relay.events("bounced"))
+        assert relay.stop() == 0
+        assert listed(relay) == {}
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", ON) as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             client.sendmail("", ["bad@d.example"], "Subject: x\r\n\r\nx\r\n")
         wait_for(lambda: len(relay.events("bounced")) == 2)
-        assert relay.stop() == 0  # it tells at its end what it has not told yet
+        assert relay.stop() == 0
         assert listed(relay) == {}
+        relay.start()
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "bad@d.example")
+        wait_for(lambda: len(relay.events("bounced")) == 3)
+        assert relay.stop() == 0  # it tells at its end what it has not told yet
+        assert list(listed(relay)) == ["bad@d.example"]
 
 
 def test_csv_there_and_back_with_wrong_lines(relay, tmp_path):
@@ -157,6 +166,13 @@ def test_complaints_and_what_is_not_there(relay, tmp_path):
 
 
 def test_with_the_relay_stopped_the_list_is_read_and_changed(relay):
+    assert relay.stop() == 0
+    shutil.rmtree(relay.spool / "suppression")
+    assert listed(relay) == {} and json.loads(relay.cli("suppression", "stats", "--json").stdout)["entries"] == 0
+    assert relay.cli("suppression", "show", "a@d.example", check=False).returncode == 1
+    assert relay.cli("suppression", "remove", "a@d.example", check=False).returncode == 1
+    assert not (relay.spool / "suppression").exists(), "reading makes nothing"
+    relay.start()
     relay.cli("suppression", "add", "a@d.example")
     assert relay.stop() == 0
     assert relay.cli("suppression", "add", "c@d.example").stdout == "1 entry was added, 0 replaced\n"
@@ -218,11 +234,11 @@ def test_a_reload_begins_and_ends_it(peer, tmp_path):
     relay = Reloading(tmp_path, peer)
     relay.config.write_text(relay.base)
     with relay:
-        relay.cli("suppression", "add", "a@d.example")
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "a@d.example")
         for enabled in (True, False, True):
             relay.config.write_text(relay.base + f"[suppression]\nenabled = {str(enabled).lower()}\n")
             relay.cli("-c", str(relay.config), "reload")
+            relay.cli("suppression", "add", "a@d.example")
 
             def refused() -> bool:
                 try:
@@ -232,6 +248,9 @@ def test_a_reload_begins_and_ends_it(peer, tmp_path):
                 return False
 
             wait_for(lambda wanted=enabled: all(refused() == wanted for _ in range(6)))
+        assert not [one for one in relay.events("warning") if "suppression" in one["text"]], (
+            "the list is made before it is missed"
+        )
 
 
 def test_over_http(relay):

@@ -91,7 +91,7 @@ def test_an_address_that_is_too_long_for_a_key_is_in_the_list_all_the_same(suppr
 
 def test_pages_have_every_entry_once_in_order_whatever_their_size(suppressions):
     drawn = Random(5)
-    names = ["", "a", "a b", "aé", "b"]
+    names = ["", "a", "a\1", "a b", "aé", "b"]
     rows = {
         (one.application, one.address): one
         for one in (
