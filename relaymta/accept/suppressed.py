@@ -49,4 +49,4 @@ def said(address: str, entry: Entry) -> bytes:
     since = time.strftime("%Y-%m-%d", time.gmtime(entry.since))
     text = f" ({entry.text})" if entry.text else ""
     words = f"<{address[:ADDRESS_SHOWN]}>: suppressed: {shown_reason(entry.reason)} {since}{text}"
-    return reply.format_reply(550, "5.1.8", words.encode("ascii", "replace").decode())
+    return reply.Blameless(reply.format_reply(550, "5.1.8", words.encode("ascii", "replace").decode()))

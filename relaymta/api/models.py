@@ -437,7 +437,7 @@ class SuppressionsOf(_Arguments):
 
 class SuppressionAdd(_Arguments):
     """Recipients to add, or whose entries to replace: for mail of this application (without `app`: for all mail), for so many
-    `seconds` (without: for ever). `note`: in the reply to RCPT."""
+    `seconds` (without: as is configured for the reason, else for ever). `note`: in the reply to RCPT."""
 
     addresses: Addresses
     app: Word | None = None

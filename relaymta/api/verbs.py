@@ -470,7 +470,7 @@ def suppression_counts(peer: Peer, args: m.Nothing) -> Answer:
 
 def suppression_add(peer: Peer, args: m.SuppressionAdd) -> Answer:
     """As `suppression add`."""
-    until = int(time.time() + args.seconds) if args.seconds else 0
+    until = int(time.time() + args.seconds) if args.seconds else None
     common = {"application": args.app or "", "reason": args.reason, "text": args.note, "until": until, "by": peer.who}
     done = put(peer, [{"address": _listed(one, "addresses"), **common} for one in args.addresses])
     if done["left_out"]:

@@ -47,7 +47,7 @@ _which_app = click.option("--app", "--application", "application", default="", c
 _all_mail = click.option("--all-mail", is_flag=True, help="Only entries about all mail, of whatever application.")
 _reason = click.option("--reason", type=click.Choice(REASONS), help="Only entries with this reason.")
 _expires = click.option("--expires", "duration", default="", callback=given, metavar="DURATION",
-                        help="For how long, such as 30d; default: for ever.")  # fmt: skip
+                        help="For how long, such as 30d; default: as configured for the reason, else for ever.")  # fmt: skip
 
 Peer = Daemon | Offline
 
@@ -146,8 +146,9 @@ def _told(done: dict[str, int], as_json: bool) -> None:
         fail(69, f"{what} left out: the suppression list is full (suppression.entries)")
 
 
-def _until(duration: str) -> int:
-    return int(time.time() + seconds_of("--expires", duration, least=1)) if duration else 0
+def _until(duration: str) -> int | None:
+    """The end that --expires means; None: it was not given."""
+    return int(time.time() + seconds_of("--expires", duration, least=1)) if duration else None
 
 
 @suppression.command()
@@ -190,7 +191,8 @@ def remove(read: Configuration, addresses: tuple[str, ...], application: str, al
 @click.argument("file", type=GivenPath(path_type=Path, allow_dash=True), shell_complete=files)
 @_app
 @click.option("--reason", type=click.Choice(REASONS), default="manual", show_default=True, help="Of lines without one.")
-@_expires
+@click.option("--expires", "duration", default="", callback=given, metavar="DURATION",
+              help="For how long, such as 30d: of lines without `until`; default: for ever.")  # fmt: skip
 @as_json
 @configured
 def import_(read: Configuration, file: Path, application: str, reason: str, duration: str, as_json: bool) -> None:
@@ -199,7 +201,7 @@ def import_(read: Configuration, file: Path, application: str, reason: str, dura
     out (then the status is 65)."""
     from relaymta.cli.suppression_csv import read_rows
 
-    default = {"application": application, "reason": reason, "until": _until(duration)}
+    default = {"application": application, "reason": reason, "until": _until(duration) or 0}
     problems = _Problems()
     with _opened(file) as opened:
         peer = connect(read)

@@ -296,14 +296,15 @@ class SieveChange(_Arguments, frozen=True):
 
 
 class Suppression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An entry of the suppression list (suppression.Entry). `since`: 0: now; `by`: "": who asks."""
+    """An entry of the suppression list (suppression.Entry). `since`: 0: now; `until`: None: as is configured for the reason, 0:
+    for ever; `by`: "": who asks."""
 
     address: Text
     application: Text = ""
     reason: Literal["hard-bounce", "complaint", "unsubscribe", "manual"] = "manual"
     text: Text = ""
     since: Number = 0
-    until: Number = 0
+    until: Number | None = 0
     by: Text = ""
 
 

@@ -179,7 +179,7 @@ class Spool:
 
     def suppression_put(self, args: SuppressionPut) -> dict[str, int]:
         """Add entries."""
-        added = entries_of(args.rows, "operator")
+        added = entries_of(args.rows, "operator", {})
         return self._suppressions(lambda entries: done(entries.put(added)))
 
     def suppression_remove(self, args: SuppressionRemove) -> int:

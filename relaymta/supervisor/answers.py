@@ -319,7 +319,8 @@ class Answers:
     async def suppression_put(self, args: SuppressionPut) -> dict[str, int]:
         """Add entries."""
         by = f"operator (uid {args.uid})" if args.uid >= 0 else "operator"
-        return done(await self._supervisor.suppressing.put(entries_of(args.rows, by)))
+        suppressing = self._supervisor.suppressing
+        return done(await suppressing.put(entries_of(args.rows, by, suppressing.lasting)))
 
     async def suppression_remove(self, args: SuppressionRemove) -> int:
         """Remove entries; how many."""

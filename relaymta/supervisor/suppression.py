@@ -76,6 +76,12 @@ class Suppressing:
     def _is_there(self) -> bool:
         return (Path(self._config().spool) / FOLDER / "data.mdb").exists()
 
+    @property
+    def lasting(self) -> dict[str, int]:
+        """For how many seconds an entry counts, by its reason; 0, or none: for ever."""
+        table = self._config().suppression
+        return {"hard-bounce": int(table.hard_bounce_expires), "complaint": int(table.complaint_expires)}
+
     # What operators ask
 
     async def put(self, entries: list[Entry]) -> Changed:
@@ -96,8 +102,8 @@ class Suppressing:
             self._warn(f"the suppression list: {len(events)} hard bounces were not noted: {error}")
 
     def _take(self, events: list[dict[str, Any]]) -> Changed:
-        table = self._config().suppression
-        terms = Terms(table.hard_bounces, table.complaints, int(table.hard_bounce_expires), int(table.complaint_expires))
+        table, lasting = self._config().suppression, self.lasting
+        terms = Terms(table.hard_bounces, table.complaints, lasting["hard-bounce"], lasting["complaint"])
         if self._suppressor is None:
             self._suppressor = Suppressor(self._opened, terms, self._warn)
         self._suppressor.terms = terms

@@ -1,7 +1,7 @@
 """The requests about the list (control/requests.py) in its terms, and the answers as they are sent: whoever answers them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relaymta.control.requests import Suppression
@@ -20,13 +20,16 @@ def address_of(text: str) -> str:
         raise RelayError(str(error)) from None
 
 
-def entries_of(rows: Sequence[Suppression], by: str) -> list[Entry]:
-    """The entries that a request wants to add. RelayError: an address is none."""
+def entries_of(rows: Sequence[Suppression], by: str, lasting: Mapping[str, int]) -> list[Entry]:
+    """The entries that a request of `by` wants to add. `lasting`: for how many seconds, by reason, where it does not say that; 0,
+    or none: for ever. RelayError: an address is none."""
     now = int(time.time())
-    return [
-        Entry(row.application, address_of(row.address), row.reason, row.text, row.since or now, row.until, row.by or by)
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        since, seconds = row.since or now, lasting.get(row.reason, 0)
+        until = row.until if row.until is not None else since + seconds if seconds else 0
+        found.append(Entry(row.application, address_of(row.address), row.reason, row.text, since, until, row.by or by))
+    return found
 
 
 def done(changed: Changed) -> dict[str, int]:

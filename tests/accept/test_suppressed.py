@@ -114,6 +114,11 @@ def test_a_refused_recipient_uses_no_units_of_a_rate(lookup):
     assert sum(count for key, count in of.used.items() if "recipient_rate" in str(key)) == 1
 
 
+def test_refusals_are_no_errors_of_the_client(lookup):
+    of = suppressing(lookup, intake={"errors": 3, "tarpit": 100})
+    assert rcpt(of, *["bad@x.example"] * 10, "good@x.example") == [*[BAD] * 10, OK], "else it would be delayed, then closed"
+
+
 def test_domains_are_compared_in_a_labels(lookup):
     assert Suppressed(lookup, (), machine().intake.counters).refusal("", "X@BÜCHER.example", []) is not None
 

@@ -151,7 +151,11 @@ def test_complaints_and_what_is_not_there(relay, tmp_path):
     (tmp_path / "report.eml").write_bytes(REPORT)
     relay.cli("suppression", "complaint", "--arf", str(tmp_path / "report.eml"))
     relay.cli("suppression", "complaint", "ann@d.example")
+    relay.cli("suppression", "add", "hard@d.example", "--reason", "hard-bounce")
+    hard = listed(relay, "--reason", "hard-bounce")["hard@d.example"]
+    assert hard["until"] - hard["since"] == 180 * 86400, "as configured"
     rows = listed(relay, "--reason", "complaint")
+    assert not any(row["until"] for row in rows.values())
     assert list(rows) == ["ann@d.example", "other@example.com", "user@example.com"]
     assert rows["user@example.com"]["text"] == "abuse, by SomeGenerator/1.0"
     assert list(listed(relay, "--prefix", "USER@")) == ["user@example.com"] and not listed(relay, "--app", "shop")
