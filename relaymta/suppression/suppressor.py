@@ -12,6 +12,8 @@ __all__ = ["Suppressor", "Terms"]
 
 EVENTS: Final = {"bounced": "hard-bounce", "complained": "complaint"}
 BY: Final = "relay"  # who has added what is added by itself
+ABOUT_ONE: Final = ("rcpt", "route")  # phases whose failure is the recipient's own
+ABOUT_ALL: Final = ("data", "final")  # and those of a message as a whole
 _RANK: Final = {"hard-bounce": 0, "complaint": 1, "unsubscribe": 2, "manual": 2}
 
 
@@ -37,9 +39,10 @@ class Suppressor:
     def take(self, events: Iterable[Mapping[str, Any]]) -> Changed:
         """Add the recipients of events that say so, in one transaction. An event has "event" ("bounced", "complained"; others add
         nothing), "recipient", "application" ("": the entry is about all mail), "reply" as it is logged, "time" (ms UTC); perhaps
-        "class", which counts in place of `bounce_class.classify`, and "expired": the message was too old. What is malformed adds
-        nothing. Events may come again. An entry of an operator, or a complaint, is not replaced by a bounce. StoreError; a list
-        that is full is no error: `left_out`."""
+        "class", which counts in place of `bounce_class.classify`; "expired": the message was too old; "phase" of the attempt and
+        how many "recipients" the message has: a reply to MAIL, or to the data for several, need not be about this one. What is
+        malformed adds nothing. Events may come again. An entry of an operator, or a complaint, is not replaced by a bounce.
+        StoreError; a list that is full is no error: `left_out`."""
         found = {(entry.application, entry.address): entry for entry in map(self._entry, events) if entry is not None}
         if not found:
             return Changed()
@@ -72,6 +75,9 @@ class Suppressor:
 
     def _is_hard(self, event: Mapping[str, Any], reply: str) -> bool:
         if event.get("expired"):
+            return False
+        phase = event.get("phase") or "rcpt"
+        if phase not in ABOUT_ONE and not (phase in ABOUT_ALL and event.get("recipients", 1) == 1):
             return False
         known = event.get("class")
         return (str(known) if known else classify(*parsed(reply))) in HARD

@@ -66,8 +66,10 @@ class Suppressing:
             return
         if not self._told:
             self._worker.loop.call_later(TOLD_SECONDS, self._tell)
-        about = {"application": envelope.application, "recipient": recipient, "reply": attempt.whole, "time": wall_ms()}
-        self._told.append({"event": "bounced", **about})
+        self._told.append({
+            "event": "bounced", "application": envelope.application, "recipient": recipient, "reply": attempt.whole,
+            "time": wall_ms(), "phase": attempt.phase, "recipients": len(envelope.recipients),
+        })  # fmt: skip
 
     def _tell(self) -> None:
         told, self._told = self._told, []

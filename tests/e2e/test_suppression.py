@@ -109,6 +109,16 @@ def test_a_hard_bounce_is_refused_from_then_on_and_other_failures_are_not(relay)
     wait_for(lambda: relay.metric(sample) == 1)
 
 
+def test_a_refusal_of_a_message_for_several_says_not_who_is_meant(tmp_path):
+    with FakeMx({"DOT": b"550 5.1.1 one of them is unknown\r\n"}) as refusing:
+        with Relay(tmp_path, f"127.0.0.1:{refusing.port}", ON) as relay:
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "one@d.example", "two@d.example")
+            wait_for(lambda: {"one@d.example", "two@d.example"} <= {one["recipient"] for one in relay.events("bounced")})
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "alone@d.example")
+            wait_for(lambda: listed(relay))
+            assert list(listed(relay)) == ["alone@d.example"]
+
+
 def test_dsns_and_our_own_addresses_are_not_added(peer, tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", ON, 'relay.domains=["d.example"]') as relay:
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "bad@d.example")

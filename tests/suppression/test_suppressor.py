@@ -46,6 +46,14 @@ def test_what_says_nothing_of_the_address_adds_nobody(entries, suppressor, more)
     assert entries.counts().entries == 0
 
 
+@pytest.mark.parametrize(("phase", "recipients", "added"), [
+    ("rcpt", 5, 1), ("route", 5, 1), (None, 5, 1), ("final", 1, 1), ("data", 1, 1), ("final", 2, 0), ("data", 2, 0),
+    ("mail", 1, 0), ("greeting", 1, 0),
+])  # fmt: skip
+def test_a_reply_has_to_be_about_this_recipient(suppressor, phase, recipients, added):
+    assert suppressor.take([event(phase=phase, recipients=recipients)]).added == added
+
+
 def test_a_class_that_the_event_has_counts_in_place_of_its_reply(entries, suppressor):
     assert suppressor.take([event("550 5.7.1 we know no such user", **{"class": "bad-mailbox"})]) == Changed(added=1)
 
