@@ -2,10 +2,12 @@
 it on one thread of its own: another process may have the lock for writers."""
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from relaymta.config import Config
@@ -17,6 +19,7 @@ __all__ = ["Suppressing"]
 T = TypeVar("T")
 LOOK_SECONDS = 5.0  # between two pieces of a sweep, and until a list that was moved away is made anew
 SWEPT_TOGETHER = 10_000  # entries that are looked at in a piece: a hundredth of a second
+STOP_SECONDS = 5.0  # for what is under way, at the end
 PASS_SECONDS = 900.0  # between two sweeps of all
 _NONE = Counts(0, 0, 0, {})
 
@@ -28,7 +31,7 @@ class Suppressing:
     def __init__(self, config: Callable[[], Config], warn: Callable[[str], object]) -> None:
         self._config = config
         self._warn = warn
-        self._pool = ThreadPoolExecutor(1, "suppression")
+        self._thread = _Thread()
         self._entries: Suppressions | None = None  # the thread's
         self._suppressor: Suppressor | None = None  # the thread's
         self._looking: asyncio.Task[None] | None = None
@@ -53,11 +56,12 @@ class Suppressing:
         """Close the list."""
         if self._looking is not None:
             self._looking.cancel()
-        await self._on_thread(self._close)
-        self._pool.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._on_thread(self._close)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await self._thread.done(work)
 
     def _close(self) -> None:
         if self._entries is not None:
@@ -154,3 +158,44 @@ class Suppressing:
             if not self._failing:
                 self._warn(f"the suppression list: {error}")
             self._failing = True
+
+
+class _Thread:
+    """A thread on which things are done one after the other. The end of the process does not wait for it: a writer elsewhere may
+    have been stopped with the lock."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._started = False
+
+    def done(self, work: Callable[[], T]) -> "asyncio.Future[T]":
+        """The result of `work()`."""
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._run, name="suppression", daemon=True).start()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def answer(result: T | None, error: BaseException | None) -> None:
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as failure:
+                error = failure
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(answer, result, error)
+
+        self._queue.put(run)
+        return future
+
+    def _run(self) -> None:
+        while True:
+            self._queue.get()()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from relaymta import control
 from tests.e2e.test_rules import Reloading
 from tests.proto.test_arf import REPORT
 from tests.support.daemon import PATIENCE, Relay, wait_for
@@ -234,6 +235,19 @@ def test_another_writer_that_is_killed_in_the_middle_keeps_nobody_waiting(relay)
     assert set(listed(relay)) == {"after@d.example", "before@b.example"}
 
 
+def test_another_writer_that_is_stopped_in_the_middle_does_not_keep_the_relay_from_its_end(relay):
+    with started(WRITER, relay.spool / "suppression") as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "in the middle\n"
+        asked = control.begin(relay.spool / "control.sock", "suppression_put", rows=[{"address": "x@d.example"}])
+        try:
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "ok@d.example")
+            assert relay.stop() == 0
+            with pytest.raises(OSError, match="closed the connection"):
+                asked()
+        finally:
+            writer.kill()
+
+
 def test_a_list_that_is_full_is_told_and_mail_goes_on(peer, tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", ON, "suppression.entries=2") as relay:
         done = relay.cli("suppression", "add", *(f"u{n}@d.example" for n in range(4)), check=False)
@@ -265,6 +279,20 @@ def test_a_reload_begins_and_ends_it(peer, tmp_path):
         assert not [one for one in relay.events("warning") if "suppression" in one["text"]], (
             "the list is made before it is missed"
         )
+
+
+def test_an_upgrade_keeps_it(relay):
+    relay.cli("suppression", "add", "a@d.example")
+    before = json.loads(relay.cli("status", "--json").stdout)["pid"]
+    relay.cli("upgrade")
+    assert json.loads(relay.cli("status", "--json").stdout)["pid"] != before
+    relay.cli("suppression", "add", "c@d.example")
+    for address in ("a@d.example", "c@d.example"):
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", address)
+    relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "bad@d.example")
+    wait_for(lambda: "bad@d.example" in listed(relay), what="the new program to hear of a bounce")
+    assert relay.stop() == 0
 
 
 def test_over_http(relay):
