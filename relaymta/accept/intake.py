@@ -40,6 +40,7 @@ from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
 if TYPE_CHECKING:
+    from relaymta.accept.suppressed import Suppressed
     from relaymta.filter.conduct import Conduct
 
 __all__ = ["Intake"]
@@ -104,6 +105,7 @@ class Intake:
         self.local: LocalRecipients | None = None  # None: no mailboxes are kept here
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
         self.once: Once | None = None  # set before the first client connects
+        self.suppressed: Suppressed | None = None  # None: the suppression list is not used
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
@@ -222,6 +224,9 @@ class Intake:
             refused = reply.NOT_KEPT_HERE
         else:
             refused = None if origin.may_relay else self._refusal(address)
+        suppressed = self.suppressed if refused is None and "@" in address else None
+        if suppressed is not None and suppressed.is_about(origin, transaction.sender):
+            refused = suppressed.refusal(origin.application, address, self._reached(origin, address, transaction))
         if refused is not None:
             self.counters.add(RECIPIENTS_REFUSED, 1)
             self._rejected("rcpt", origin, session, transaction.sender, [address], refused)
@@ -247,6 +252,15 @@ class Intake:
             return reply.TOO_MANY_RECIPIENTS  # the client sends the message again for this one
         transaction.led += 0 if refused is not None else led
         return refused
+
+    def _reached(self, origin: Origin, address: str, transaction: Transaction) -> list[str]:
+        """To whom an alias leads; nobody: it is none."""
+        found = [address]
+        if self._endpoint.aliases is not None and self._endpoint.aliases.value is not None:
+            found = self._endpoint.aliases.value.expanded(found, _names(origin, transaction))
+        if self.local is not None:
+            found = self.local.expanded(found, self.is_local)
+        return [] if found == [address] else found
 
     def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""

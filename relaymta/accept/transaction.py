@@ -100,7 +100,8 @@ class IncomingTransaction(Transaction):
         intake = self._admission.intake
         if (
             self.origin.free and "@" in address
-            and self._admission.endpoint.aliases is None and (intake.local is None or not intake.is_local(address))
+            and self._admission.endpoint.aliases is None and intake.suppressed is None
+            and (intake.local is None or not intake.is_local(address))
         ):  # fmt: skip
             return None
         return intake.accept_recipient(self.origin, address, self, self._session)

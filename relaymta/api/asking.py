@@ -29,6 +29,11 @@ class Peer(Daemon):
         super().__init__(path)
         self._by = by
 
+    @property
+    def who(self) -> str:
+        """On whose behalf it is asked."""
+        return self._by[0]
+
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
         """As of `Daemon`."""
         asked = self._asked(op, args)

@@ -3,7 +3,13 @@
 A reply is bytes, ready to be written, CRLF included.
 """
 
-__all__ = ["for_now", "format_reply"]
+__all__ = ["Blameless", "for_now", "format_reply"]
+
+
+class Blameless(bytes):
+    """A reply that rejects a recipient, and is no error of the client: whoever sends what it is told to cannot know better."""
+
+    __slots__ = ()
 
 
 def format_reply(code: int, enhanced: str, text: str) -> bytes:

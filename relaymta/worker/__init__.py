@@ -48,6 +48,7 @@ from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
+from relaymta.worker.suppression import Suppressing
 from relaymta.worker.tracing import wire
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Worker:
         self._injection: Injection | None = None  # nobody has sent a message by HTTP yet
         self.collector: Collector | None = None  # of one worker: it empties the drop folder
         self.reloading = Reloading(self)
+        self.suppressing = Suppressing(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
 
     def sign_dsn(self, data: bytes) -> bytes:
@@ -254,6 +256,7 @@ class Worker:
         self.known = Shards(Path(self.config.spool), own, self._is_in_flight)
         self.intake.once = Once(self.known, self.limits, threads)
         self.watch_conduct()
+        await self.suppressing.start()
         others: dict[str, Make] = {}
         if self.mail is not None:
             self.intake.local = self.mail.local()
@@ -483,6 +486,7 @@ class Worker:
         self.gauges.stop()
         if self._injection is not None:
             self._injection.end()
+        self.suppressing.stop()
         self.acceptor.endpoint.end()
         self.known.close()
         for shard in self.shards.values():

@@ -217,7 +217,7 @@ def test_an_application_learns_what_has_become_of_its_message(relay):
     found = relay.ask("GET", f"/v1/messages/{ident}", headers=shop).json
     rows = {row["address"]: row for row in found["recipients"]}
     assert rows["c@d.example"]["reply"].startswith("250 2.0.0 taken") and rows["c@d.example"]["peer"]
-    assert (rows["nobody@d.example"]["reply"], rows["nobody@d.example"]["class"]) == ("550 5.1.1 nobody here", "hard")
+    assert (rows["nobody@d.example"]["reply"], rows["nobody@d.example"]["class"]) == ("550 5.1.1 nobody here", "bad-mailbox")
     assert rows["later@d.example"]["attempts"] == 1 and not found.get("ended")
     for other in (basic("bank"), {}):
         assert relay.ask("GET", f"/v1/messages/{ident}", headers=other).status == 404

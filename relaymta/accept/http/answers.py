@@ -7,6 +7,7 @@ import msgspec
 
 from relaymta.accept.http.submitting import Answer
 from relaymta.problems import Problem
+from relaymta.proto.bounce_class import classify, parsed
 from relaymta.queue import Kept, Known, format_id
 
 __all__ = [
@@ -138,7 +139,7 @@ def state_of(ident: int, known: Known) -> MessageState:
     rows = [
         RecipientState(
             address=one.address, state="scheduled" if one.state == ACCEPTED and known.scheduled else one.state, reply=one.reply,
-            peer=one.peer, bounce_class=_class(one.reply) if one.state == "bounced" else "", attempts=one.attempts,
+            peer=one.peer, bounce_class=classify(*parsed(one.reply)) if one.state == "bounced" else "", attempts=one.attempts,
             time=shown(one.at) if one.at else "",
         )
         for one in receipt.recipients
@@ -147,11 +148,6 @@ def state_of(ident: int, known: Known) -> MessageState:
         id=format_id(ident), ended=known.ended, accepted=shown(receipt.arrived), sender=receipt.sender,
         message_id=receipt.message_id, application=receipt.application, tags=receipt.tags, recipients=rows,
     )  # fmt: skip
-
-
-def _class(reply: str) -> str:
-    """Of a bounce, by its reply: "hard" where the address is bad, else "soft"."""
-    return "hard" if reply.startswith("5") else "soft"
 
 
 def shown(at: int) -> str:
