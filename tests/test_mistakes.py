@@ -193,7 +193,7 @@ TABLES = [
     (f'{L}[verify]\ndmarc = "enforce"\n',
      "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it"),
     (f'{L}protocol = "lmpt"\n',
-     "3: listener.0.protocol: Input should be 'smtp', 'lmtp', 'pop3', 'imap' or 'managesieve' (it is 'lmpt') "
+     "3: listener.0.protocol: Input should be 'smtp', 'http', 'lmtp', 'pop3', 'imap' or 'managesieve' (it is 'lmpt') "
      '(did you mean "lmtp"?)'),
     (HTTP, '1: listener.0.tls: is to be given with protocol = "http": "implicit" (https), or "off" on a loopback address'),
     (HTTP.replace("127.0.0.1", "0.0.0.0") + 'tls = "off"\n',
