@@ -332,13 +332,13 @@ class Client:
             headers |= {"Content-Type": body.content_type, "Content-Length": str(size)}
         try:
             connection.request(method, self._path + path, pieces, headers)
-        except (BrokenPipeError, ConnectionResetError):  # it may have answered, and read no more
-            try:
+        except OSError as error:
+            if connection.sock is None or isinstance(error, _Unreadable | TimeoutError):
+                raise
+            try:  # it may have answered, and read no more
                 answer = connection.getresponse()
             except (OSError, http.client.HTTPException):
-                answer = None
-            if answer is None:
-                raise
+                raise error from None
         else:
             answer = connection.getresponse()
         text = answer.read(ANSWER_MOST)
