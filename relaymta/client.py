@@ -243,7 +243,7 @@ class Client:
     def send(self, *, key: str = "", traceparent: str = "", **mail: Unpack[Mail]) -> Sent:
         """Send a message, or a batch of them. `key`: the idempotency key, "" for one of its own: give the one of a request before
         to send exactly that again, which tries those of its messages that were not accepted. Raises Problem: nothing was
-        accepted; Unreachable: that is not known."""
+        accepted (of a batch, with 500 or 503, perhaps a part); Unreachable: that is not known."""
         return self._sent(_mail(mail), "", key or _key(), traceparent)
 
     def send_raw(
@@ -332,13 +332,13 @@ class Client:
             headers |= {"Content-Type": body.content_type, "Content-Length": str(size)}
         try:
             connection.request(method, self._path + path, pieces, headers)
-        except (BrokenPipeError, ConnectionResetError):  # it may have answered, and read no more
-            try:
+        except OSError as error:
+            if connection.sock is None or isinstance(error, _Unreadable | TimeoutError):
+                raise
+            try:  # it may have answered, and read no more
                 answer = connection.getresponse()
             except (OSError, http.client.HTTPException):
-                answer = None
-            if answer is None:
-                raise
+                raise error from None
         else:
             answer = connection.getresponse()
         text = answer.read(ANSWER_MOST)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import PATIENCE, wait_for
+from tests.support.daemon import PATIENCE, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.injecting import Injecting, basic
 from tests.support.pages import blocks
@@ -101,6 +101,21 @@ def check(relay: Injecting, peer: FakeMx, folder: Path, command: list[str], more
 def test_curl(relay: Injecting, peer: FakeMx, tmp_path: Path) -> None:
     need("curl")
     check(relay, peer, tmp_path, ["sh", program(relay, tmp_path, "sh", "send.sh")])
+
+
+def test_statuses_of_curl(relay: Injecting, tmp_path: Path) -> None:
+    """Those that docs/programs.md has."""
+    need("curl")
+    text = re.sub(r"--retry 5 --retry-connrefused", "", fenced("sh"))
+    for where, to, status, said in (
+        (f"http://127.0.0.1:{relay.http}", "nobody", 22, '"argument":"to[0]"'),
+        (f"http://127.0.0.1:{free_port()}", "ann@example.org", 7, "Failed to connect"),
+    ):
+        command = text.replace(URL, where).replace("Ann <ann@example.org>", to)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=os.environ | {"RELAY_KEY": "secret"})
+        assert done.returncode == status and said in done.stdout + done.stderr, done
+    row = re.search(r"^\| \[curl, by HTTP\].*", (ROOT / "docs/programs.md").read_text(encoding="utf-8"), re.M)
+    assert row is not None and re.findall(r"\| (?:status )?(\d+)", row[0]) == ["22", "7"]
 
 
 def test_javascript(relay: Injecting, peer: FakeMx, tmp_path: Path) -> None:
