@@ -71,6 +71,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Rejections that the log has as `rejected`, by phase and class of the reply", "phase reply",
         tuple(f"{phase} {reply}" for phase in ("connect", "mail", "rcpt", "data") for reply in ("4xx", "5xx")),
     ),
+    "relaymta_http_requests_total": (
+        "Requests of applications that hand in mail by HTTP, by operation and class of the answer", "operation answer",
+        tuple(f"{name} {answer}" for name in ("send", "message", "receipt", "other") for answer in ("2xx", "4xx", "5xx")),
+    ),
     "relaymta_recipients_refused_total": ("Recipients rejected at RCPT, or of LMTP by their mailbox", "", ("",)),
     "relaymta_suppressed_total": (
         "Recipients rejected at RCPT since they are in the suppression list, by its reason", "reason",

@@ -98,6 +98,10 @@ INTAKE: list[Panel] = [
      [(rate("relaymta_messages_refused_total", "reason"), "message {{reason}}"), (rate("relaymta_recipients_refused_total"), "recipients"), (rate("relaymta_quota_exceeded_total", "result"), "quota {{result}}")]),
     ("Rejections by phase, and class of the reply", "ops", "The log's events `rejected` say whom, and why. 4xx: the client comes again. rcpt 5xx: addresses that do not exist, or nobody may relay to.",
      [(rate("relaymta_rejections_total", "phase, reply"), "{{phase}} {{reply}}")]),
+    ("Requests by HTTP", "reqps",
+     "4xx: applications ask for what is not possible, or have used up a quota; the log says what (rejected). 5xx: it could not be "
+     "done; the log has a warning.",
+     [(rate("relaymta_http_requests_total", "operation, answer"), "{{operation}} {{answer}}")]),
     ("Logins", "ops", "wrong, limited: somebody guesses passwords; the log's `login` events name the clients. unavailable: the back end does not answer.",
      [(rate("relaymta_logins_total", "result"), "{{result}}")]),
     ("TLS handshakes with clients", "ops", "failed: old clients, or a certificate that they do not trust; `relaymta doctor` looks at certificates.",

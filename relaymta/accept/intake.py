@@ -317,6 +317,12 @@ class Intake:
         phase = "rcpt" if recipient else "data" if recipients else "mail"
         self._rejected(phase, origin, session, transaction.sender, recipients, answer)
 
+    def not_asked_well(self, client: Client, user: str, answer: str) -> None:
+        """Log a request by HTTP that was refused as a whole."""
+        self.log.event(
+            "rejected", phase="http", client=client.address, helo=user, protocol="HTTP", sender="", recipients=[], reply=answer
+        )  # fmt: skip
+
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
         self.counters.add(CONNECTIONS_REFUSED, 1)

@@ -94,6 +94,8 @@ def test_a_form_and_a_message_as_it_is(relay, site):
     assert (sender, sorted(recipients), found["bcc"]) == ("a@b.example", ["a@d.example", "hidden@d.example"], None)
     assert found.get_payload() == ".\r\nFrom here\r\nbare\r\nend\r\n"
     said = relay.post(raw, path="/v1/messages?from=x@y.example&to=only@d.example&tag=t", Content_Type="message/rfc822")
+    many = "".join(f"&to=r{number}@d.example" for number in range(1001))
+    assert relay.post(raw, path=f"/v1/messages?from=x@y.example{many}", Content_Type="message/rfc822").status in (400, 422)
     assert arrived(site, ident_of(said))[:2] == ("x@y.example", ["only@d.example"])
 
 
@@ -254,6 +256,24 @@ def test_a_wrong_request_is_told_what_is_wrong(relay, body, kind, status, argume
     assert said.headers["Content-Type"] == "application/problem+json" and said.json["status"] == status and said.detail
 
 
+def test_requests_are_counted_and_those_that_are_refused_logged(relay):
+    def requests(answer: str) -> float:
+        return relay.metric(f'relaymta_http_requests_total{{answer="{answer}",operation="send"}}')
+
+    before = requests("4xx"), requests("2xx")
+    assert relay.post(message(nothing=1)).status == 422 and relay.post(message()).status == 202
+    assert (requests("4xx"), requests("2xx")) == (before[0] + 1, before[1] + 1)
+    refused = [event for event in relay.events("rejected") if event["phase"] == "http"]
+    assert (
+        wait_for(lambda: any("422 nothing" in event["reply"] for event in relay.events("rejected")), what="the record") or refused
+    )
+
+
+def test_the_absolute_form_of_a_target_is_understood(relay):
+    said = raw(relay, b"GET http://relay.example/v1/openapi.json HTTP/1.1\r\nHost: relay.example\r\nConnection: close\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 200")
+
+
 def test_what_is_no_operation(relay):
     assert (
         relay.ask("GET", "/").status == relay.ask("GET", "/v1/messages/").status == relay.ask("GET", "/v1/../etc").status == 404
@@ -264,7 +284,9 @@ def test_what_is_no_operation(relay):
         assert relay.ask("POST", "/v1/messages", message(), {"Idempotency-Key": key}).status == 400
     for name, value in (("Origin", "https://evil.example"), ("Sec-Fetch-Site", "cross-site")):
         assert relay.ask("POST", "/v1/messages", message(), {name: value}).status == 403
-        assert relay.ask("POST", "/v1/messages", message(), {name: value} | basic("shop")).status == 202
+        assert relay.ask("POST", "/v1/messages", message(), {name: value} | basic("shop")).status == 403
+    for query in ("valdate=1", "validate=2", "validate=0&validate=1", "validate="):  # nothing is sent where a check is meant
+        assert relay.ask("POST", f"/v1/messages?{query}", message()).status == 400
     gzip = relay.ask("POST", "/v1/messages", b"x", {"Content-Encoding": "gzip", "Content-Type": "application/json"})
     assert gzip.status == 415
 

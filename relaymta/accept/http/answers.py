@@ -17,8 +17,9 @@ __all__ = [
 
 ACCEPTED, REFUSED, TRY_AGAIN = "accepted", "refused", "try again"
 RETRY_SECONDS = 30
-# The status of an answer, by the enhanced code of the reply (RFC 3463).
-_LATER = {"4.7.1": 429, "4.5.3": 429, "4.7.0": 429}
+# The status of an answer, by the enhanced code of the reply (RFC 3463), or how the text of ours begins.
+_LATER = {"4.7.0": 429}
+_TOO_MUCH = ("4.7.1 The quota of ", "4.7.1 Too much from ", "4.7.1 Your mail is held")
 _NEVER = {"5.3.4": 413, "5.7.1": 403}
 
 
@@ -130,6 +131,8 @@ def problem_of(answer: Answer, recipients: list[RecipientResult]) -> Problem:
     later = answer.code < 500
     enhanced = answer.text.partition(" ")[0]
     status = (_LATER if later else _NEVER).get(enhanced, 503 if later else 422)
+    if later and answer.text.startswith(_TOO_MUCH):
+        status = 429
     return Problem(status, answer.whole, {"Retry-After": str(RETRY_SECONDS)} if later else {}, recipients=recipients)
 
 

@@ -37,6 +37,7 @@ LATER_MOST = 90 * 86_400_000  # ms: how far ahead a message can be ordered
 TAGS_MOST = 20
 JSON = ("application/json", "multipart/form-data")
 RAW = "message/rfc822"
+VALIDATE = ("0", "1", "false", "true")
 _PARAMETERS = {"from", "to", "tag", "priority", "send_at", "validate"}
 
 
@@ -52,6 +53,11 @@ class Order(NamedTuple):
     most: int
     sender: str = ""
     recipients: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> int:
+        """How many messages it is about."""
+        return 1 if self.message is None or self.message.batch is None else len(self.message.batch)
 
 
 class Letters:
@@ -69,9 +75,10 @@ class Letters:
         """What a request wants. Problem."""
         kind = media_type(request)
         assert rights is not None
+        _check_query(request, _PARAMETERS if kind == RAW else {"validate"})
         try:
             if kind == RAW:
-                return await self._work(received, _raw, request, received)
+                return await self._work(received, _raw, request, received, rights.client.limits.recipients)
             if kind not in JSON:
                 raise Problem(415, f"Content-Type is to be one of {', '.join((*JSON, RAW))}")
             limits = Limits(recipients=rights.client.limits.recipients, text=TEXT_MOST)
@@ -158,12 +165,18 @@ def _checked_time(at: int) -> int:
     return at
 
 
-def _raw(request: web.BaseRequest, received: Received) -> Order:
-    """A message as it is. Its sender and recipients are those of the query, else those of its header. Problem."""
-    query = request.query
-    unknown = set(query) - _PARAMETERS
+def _check_query(request: web.BaseRequest, known: set[str]) -> None:
+    """Problem: there is another parameter, or `validate` is not well-formed: nothing is sent where only a check is meant."""
+    unknown = set(request.query) - known
     if unknown:
         raise Problem(400, f"there is no parameter {min(unknown)[:100]!r} in the query", argument=min(unknown)[:100])
+    if (given := request.query.getall("validate", [])) and (len(given) > 1 or given[0] not in VALIDATE):
+        raise Problem(400, f"validate is one of {', '.join(VALIDATE)}, once", argument="validate")
+
+
+def _raw(request: web.BaseRequest, received: Received, most: int) -> Order:
+    """A message as it is. Its sender and recipients are those of the query, else those of its header. Problem."""
+    query = request.query
     start = Converted().take(received.body.read(0, HEADER_SEEN), True)
     header = start[: header_octets(start)]
     if not header:
@@ -176,6 +189,8 @@ def _raw(request: web.BaseRequest, received: Received) -> Order:
     if not found:
         raise Problem(422, "nobody is to get the message: there is no `to` in the query, and no To, Cc or Bcc", argument="to")
     everybody = {compared(one): one for one in reversed(found)}
+    if len(everybody) > most:
+        raise Problem(422, f"there are {len(everybody)} recipients, {most} are allowed", argument="to")
     tags = query.getall("tag", [])
     if len(tags) > TAGS_MOST or not all(models.is_tag(tag) for tag in tags):
         raise Problem(422, f"tag: at most {TAGS_MOST} words of 1 to 64 printable ASCII characters without commas", argument="tag")

@@ -30,7 +30,9 @@ from relaymta.accept.http.submitting import Answer, Letter, Submitter
 from relaymta.accept.once import Busy, Turn, Wanted, owner_of
 from relaymta.errors import StoreError, redacted
 from relaymta.ident import parse_id
+from relaymta.metrics import COUNTERS, index
 from relaymta.problems import Problem
+from relaymta.proto.printable import printable
 from relaymta.proto.sasl import Claim, Password, Token
 from relaymta.queue import Kept, Known, Request, Shards
 
@@ -45,6 +47,10 @@ SPARE = 1 << 20  # octets of a request beside its message
 _KEY = re.compile(r"[!-~]{1,255}\Z")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _encode = msgspec.json.Encoder().encode
+_TOTAL = "relaymta_http_requests_total"
+_REQUESTS = {value: index(_TOTAL, value) for value in COUNTERS[_TOTAL][2]}
+_NAMES = {("POST", "/v1/messages"): "send", ("GET", "/v1/messages/"): "message", ("GET", "/v1/receipts/"): "receipt"}
+DETAIL_LOGGED = 300  # characters
 
 
 class Asked(NamedTuple):
@@ -76,6 +82,8 @@ class Injection:
         """The answer to a request. Every error is a problem document."""
         found = await self._answer(connection, request)
         found.headers[hdrs.SERVER] = "relaymta"
+        name = _NAMES.get((request.method, request.rel_url.raw_path[:13]), "other")
+        self._admission.intake.counters.add(_REQUESTS[f"{name} {found.status // 100}xx"], 1)
         return found
 
     async def _answer(self, connection: HttpConnection, request: web.BaseRequest) -> web.StreamResponse:
@@ -83,6 +91,10 @@ class Injection:
             return await self._routed(connection, request)
         except Problem as error:
             found = error
+            rights = connection.rights
+            if request.method == "POST" and rights is not None and "recipients" not in error.more:  # else each has a record
+                said = f"{error.status} {printable(error.detail)[:DETAIL_LOGGED]}"
+                self._admission.intake.not_asked_well(rights.client, rights.user, said)
         except ConnectionError:
             raise
         except Exception as error:
@@ -94,7 +106,7 @@ class Injection:
         )
 
     async def _routed(self, connection: HttpConnection, request: web.BaseRequest) -> web.StreamResponse:
-        path = request.raw_path.partition("?")[0]
+        path = request.rel_url.raw_path  # also of the absolute form (RFC 9112 3.2.2)
         for pattern, methods in _OPERATIONS:
             match = pattern.fullmatch(path)
             if match is not None:
@@ -112,6 +124,9 @@ class Injection:
         rights, listener = connection.rights, connection.listener
         assert rights is not None
         given = request.headers.get(hdrs.AUTHORIZATION, "")
+        of_page = hdrs.ORIGIN in request.headers or request.headers.get("Sec-Fetch-Site", "none") != "none"
+        if of_page and not given.lower().startswith("bearer "):  # a browser sends what it knows of us to whoever asks it to
+            raise Problem(403, "requests of web pages are not taken, but with a bearer token")
         now = self._admission.loop.time()
         if given:
             if given != connection.remembered[0] or now > connection.remembered[1]:
@@ -123,13 +138,10 @@ class Injection:
             connection.remembered = "", 0.0
             connection.dismiss()
             rights.log_out()
-        if rights.login is None:
-            if listener.auth == "require" or not rights.client.trusted:
-                raise _who_are_you(
-                    "credentials are needed" if listener.auth != "off" else "your address may not send here", listener.auth
-                )
-            if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") or hdrs.ORIGIN in request.headers:
-                raise Problem(403, "requests of web pages need credentials")
+        if rights.login is None and (listener.auth == "require" or not rights.client.trusted):
+            raise _who_are_you(
+                "credentials are needed" if listener.auth != "off" else "your address may not send here", listener.auth
+            )
 
     async def _verify(self, connection: HttpConnection, given: str) -> None:
         rights, endpoint = connection.rights, self._admission.endpoint
@@ -173,7 +185,7 @@ class Injection:
 
     async def _inject(self, asked: Asked, received: Received) -> web.StreamResponse:
         order = await self._letters.read(asked.request, received, asked.connection.rights)
-        if asked.request.query.get("validate", "") not in ("", "0", "false"):
+        if asked.request.query.get("validate", "") in ("1", "true"):
             return _json(200, await self._validate(asked, order))
         turn = await self._turn(asked)
         try:
@@ -208,6 +220,7 @@ class Injection:
             request = _part(turn, part, digest, int(self._admission.config.intake.idempotency_keep * 1000))
             results[part] = await self._submit(asked, order, letter, request)
 
+        ended: Problem | None = None
         try:
             async with aclosing(self._letters.of(order, kept)) as letters:
                 async for part, letter in letters:
@@ -216,11 +229,18 @@ class Injection:
                         done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                         for task in done:
                             task.result()
+        except Problem as error:  # of a batch: in the middle
+            ended = error
         finally:
             if under_way:  # before the turn ends
                 await asyncio.wait(under_way)
         for task in under_way:
             task.result()
+        if ended is not None:
+            if not any(one.id for one in results.values()):
+                raise ended
+            left = MessageResult(status=answers.TRY_AGAIN, reply=f"421 4.3.0 {ended.detail}", recipients=[])
+            return [results.get(part, left) for part in range(order.messages)]
         return [results[part] for part in range(len(results))]
 
     async def _submit(
