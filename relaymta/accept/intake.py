@@ -394,11 +394,11 @@ class Intake:
             seconds=now,
             tls=session.tls,
         )
-        if origin.may_relay and FIELD in header.lower():
+        if FIELD in header.lower() and not origin.filtered:
             key = key_of(header)
-            if key is None:
+            if key is None and origin.may_relay:
                 return reply.BAD_KEY
-            transaction.key = key
+            transaction.key, transaction.keyed = key or "", origin.may_relay
         transaction.message_id = message_id(header)
         transaction.utf8_header = transaction.smtputf8 and not header.isascii()
         if origin.submission:

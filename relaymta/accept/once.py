@@ -8,23 +8,26 @@ or has not; its unit is released by the supervisor.
 import asyncio
 import re
 from concurrent.futures import Executor
+from hashlib import blake2b
 from typing import NamedTuple
 
 from relaymta.accept.origin import Origin
+from relaymta.errors import StoreError
 from relaymta.proto.header import fields
 from relaymta.queue import Kept, Request, Shards, digest_of
 from relaymta.shm import Limits
 
-__all__ = ["FIELD", "LONGEST_KEY", "Busy", "Once", "Turn", "Wanted", "key_of", "owner_of"]
+__all__ = ["FIELD", "Busy", "Once", "Turn", "Wanted", "content_of", "key_of", "owner_of", "without_boundary"]
 
 FIELD = b"x-relay-idempotency"
-LONGEST_KEY = 255  # characters
 LOOK_SECONDS, LOOK_MOST = 0.01, 0.2  # between two looks whether the one before is done
+CONTENT = 16  # octets of a digest
 _KEY = re.compile(r"[!-~]{1,255}\Z")
+_BOUNDARY = re.compile(rb"""\bboundary=(?:"([^"\r\n]{1,200})"|([^\s;"]{1,200}))""", re.I)
 
 
 class Busy(Exception):
-    """Another request with the key is under way, or that cannot be told."""
+    """Another request with the key is under way."""
 
 
 class Wanted(NamedTuple):
@@ -39,8 +42,8 @@ class Wanted(NamedTuple):
 
 
 def owner_of(origin: Origin) -> str:
-    """Whose the keys are that clients of this origin use."""
-    return f"{origin.user}\0{origin.application}"
+    """Whose the keys are that clients of this origin use: those of a user, or, of nobody who has logged in, of an address."""
+    return f"{origin.user}\0{origin.application}\0{'' if origin.user else origin.client.address}"
 
 
 def key_of(header: bytes) -> str | None:
@@ -50,6 +53,19 @@ def key_of(header: bytes) -> str | None:
     if not found:
         return ""
     return found[0] if len(found) == 1 and _KEY.match(found[0]) else None
+
+
+def content_of(sender: str, header: bytes) -> "blake2b":
+    """What tells a message with an idempotency key from another one: its sender and its subject; its body, or size, is to be
+    added. Not what programs make anew each time, such as Date, Message-ID and boundaries."""
+    subject = next((value for name, value in fields(header) if name == b"subject"), "")
+    return blake2b(f"{sender}\0{subject}\0".encode(), digest_size=CONTENT)
+
+
+def without_boundary(header: bytes, body: bytes) -> bytes:
+    """A body without the boundary that its header says."""
+    match = _BOUNDARY.search(header)
+    return body if match is None else body.replace(match[1] or match[2], b"")
 
 
 class Turn:
@@ -91,7 +107,7 @@ class Once:
             pause = min(2 * pause, LOOK_MOST)
         try:
             if self._limits.apart(name):
-                raise Busy("too much is under way to tell whether this is a request with the same idempotency key as another one")
+                raise StoreError("too much is under way to tell whether this is a request with the same key as another one")
             kept = await loop.run_in_executor(self._threads, self._shards.kept, digest)
         except BaseException:
             self._limits.give(name)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.large import Large
-from relaymta.accept.once import Busy, Wanted, owner_of
+from relaymta.accept.once import FIELD, Busy, Wanted, content_of, owner_of, without_boundary
 from relaymta.accept.origin import Origin, spoken
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
@@ -45,6 +45,7 @@ __all__ = ["Flow", "IncomingTransaction"]
 T = TypeVar("T")
 
 REWRITTEN_MEMORY = 262144  # octets of a new body that are kept in memory
+KEYS = (FIELD,)
 ONCE_SECONDS = 60.0  # for another message with the same idempotency key
 FIELDS = 4096  # octets of `queue.big_limit` that are left for the fields added here
 
@@ -67,7 +68,7 @@ class IncomingTransaction(Transaction):
     client, None: no filter follows it."""
 
     __slots__ = (
-        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_left", "_over",
+        "_abandoned", "_admission", "_completed_at", "_content", "_descriptor", "_flow", "_ident", "_judging", "_left", "_over",
         "_session", "_units", "_verdict", "_writing",
         "began_at", "dialogue", "large", "octets", "origin", "wanted",
     )  # fmt: skip
@@ -93,6 +94,7 @@ class IncomingTransaction(Transaction):
         self._left: tuple[str, ...] = ()  # filters that look at it in the queue
         self.dialogue: Dialogue | None = None
         self.wanted: Wanted | None = None  # what its application wants of it
+        self._content: Any = None  # what tells a message with a key from others, but for its size; see content_of
 
     # Receiving
 
@@ -191,6 +193,12 @@ class IncomingTransaction(Transaction):
         front = intake.prepend(ident, self, self.origin, self._session, start[:HEADER_SEEN])
         if isinstance(front, bytes):
             return front
+        if self.key:
+            end = header_end(start)
+            if end == len(start):
+                return reply.HEADER_TOO_LONG  # the field is to be removed
+            self._content = content_of(self.sender, start[:end])
+            start = without(start[:end], KEYS) + start[end:]
         if chain is not None:
             header = start[: header_end(start)]
             return Large(lambda room: intake.queue.big_body(ident, room), front, None, look, header, True), [start]
@@ -258,6 +266,8 @@ class IncomingTransaction(Transaction):
         if isinstance(front, bytes):
             self._reject(front)
             return
+        if self.key:
+            data = [self._without_key(b"".join(data))]
         if self.chunked:
             self._end_line(data)
         if self.origin.chain is not None and self._is_judged():
@@ -269,6 +279,14 @@ class IncomingTransaction(Transaction):
             self._look(endpoint.verifier, front, b"".join(data))
         else:
             self._submit(front + data)
+
+    def _without_key(self, whole: bytes) -> bytes:
+        """A message in memory without its idempotency key, which would be one for the next relay, too."""
+        end = header_end(whole)
+        header, body = whole[:end], whole[end:]
+        self._content = content_of(self.sender, header)
+        self._content.update(without_boundary(header, body))
+        return without(header, KEYS) + body
 
     def _end_line(self, data: list[bytes]) -> None:
         """Message data of BDAT need not end in CRLF; what is delivered by DATA must."""
@@ -589,7 +607,7 @@ class IncomingTransaction(Transaction):
         self._hand_over(data)
 
     def _hand_over(self, data: list[bytes] | Body) -> None:
-        if self.key and self.wanted is None:
+        if self.keyed and self.key and self.wanted is None:
             self._admission.spawn(self._hand_over_once(data))
             return
         helo, octets = self._session.helo, self.octets
@@ -602,6 +620,9 @@ class IncomingTransaction(Transaction):
         admission = self._admission
         once, keep = admission.intake.once, admission.config.intake.idempotency_keep
         assert once is not None
+        if self.large is not None:
+            self._content.update(str(self.size).encode())
+        content = self._content.digest()
         try:
             turn = await once.begin(owner_of(self.origin), self.key, ONCE_SECONDS)
         except Busy:
@@ -618,13 +639,17 @@ class IncomingTransaction(Transaction):
             self._stored(error)
 
         try:
+            if any(kept.content != content for kept in turn.kept.values()):
+                turn.end()
+                self._reject(reply.KEY_OTHER)
+                return
             before = {address: kept.ident for kept in turn.kept.values() for address in kept.recipients}
             left = [address for address in self.recipients if address not in before]
             if not left:
                 turn.end()
                 self._repeated(before[self.recipients[0]])
                 return
-            request = Request(turn.digest, max(turn.kept, default=-1) + 1, b"", left, [], int(keep * 1000))
+            request = Request(turn.digest, max(turn.kept, default=-1) + 1, content, left, [], int(keep * 1000))
             self.recipients, self.wanted = left, Wanted([], "", "", 0, request)
             admission.intake.admit(
                 self._ident, self, left, self.origin, self._session.helo, data, self.octets, stored, self.wanted

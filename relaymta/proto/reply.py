@@ -95,6 +95,7 @@ TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mai
 
 BAD_KEY = format_reply(550, "5.6.0", "Refused: X-Relay-Idempotency: is to be there once, 1 to 255 visible ASCII characters")
 KEY_BUSY = format_reply(451, "4.3.0", "A message with the same X-Relay-Idempotency: is being taken; try again later")
+KEY_OTHER = format_reply(550, "5.6.0", "Refused: another message was sent with this X-Relay-Idempotency: before")
 STORE_ERROR = format_reply(451, "4.3.0", "The message could not be stored; try again later")
 TOO_MUCH_HELD = format_reply(450, "4.7.1", "Your mail is held, and more of it is not taken now; ask your administrator")
 STORE_FULL = format_reply(452, "4.3.1", "Out of space; try again later")

@@ -35,8 +35,8 @@ class Transaction:
 
     __slots__ = (
         "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "key",
-        "last_chunk", "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal", "sender",
-        "size", "smtputf8", "tail", "unseen", "utf8_header",
+        "keyed", "last_chunk", "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal",
+        "sender", "size", "smtputf8", "tail", "unseen", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -63,7 +63,8 @@ class Transaction:
         self.quarantine: Quarantine | None = None  # why it is held in the quarantine; None: it is not
         self.unseen: Unseen | None = None  # which filters look at it in the queue; None: none does
         self.message_id = ""
-        self.key = ""  # its idempotency key, of its header
+        self.key = ""  # the idempotency key in its header, which is not sent on
+        self.keyed = False  # it counts
         self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 

@@ -63,6 +63,8 @@ FAILED_OFFER_MS = 60_000  # a queue sleeps so long after the deliverer raised an
 SWEEP_TICKS = 12_000  # ten minutes
 CHECK_TICKS = 20
 FORGET_TICKS = 1200  # a minute
+RECEIPTS_SHARE = 0.5  # of the map; above it receipts, and then idempotency keys, are forgotten before their time
+FOREVER = 1 << 62
 MATERIALIZE_MS = 5_000  # fresh mail that has not left after so long gets rows of its own
 
 
@@ -392,11 +394,19 @@ class Queue:
         if self._ticks % FORGET_TICKS == 0:
             self._readers.start(self._is_due_to_forget, self._forget)
         if self._ticks % CHECK_TICKS == 0:
+            self._look_at_receipts()
             self._readers.read_rows(self._housekeep, self._expiry.expire)
             self.quarantine.tick()
             late = self.clock.now() - MATERIALIZE_MS
             if 0 < self.store.fresh.oldest() <= late:
                 self._materialize(self.store.fresh.came_by(late))
+
+    def _look_at_receipts(self) -> None:
+        """Receipts are kept while there is room: mail goes first. Above their share the oldest are forgotten early."""
+        much = self.disk.map_used > RECEIPTS_SHARE
+        self.store.spare = much or self.disk.brim or self.writer.stalled
+        if much and not self.writer.stalled:
+            self.writer.submit(Task(lambda change: change.forget(FOREVER)))
 
     def _is_due_to_forget(self) -> bool:
         """Reader thread: whether there are receipts that are kept no longer."""

@@ -134,6 +134,7 @@ class Change(Transaction):
             if state.attempts or state.state:
                 self.set_recipient(ident, index, state)
         self.highest = max(self.highest, ident)
+        self.txn.delete(ID.pack(ident), db=self._tables["receipt"])  # of its end here, when it was exported
         self.txn.put(ID.pack(ident), wall_ms().to_bytes(8, "big"), db=self._tables["imported"])
 
     def restore_marks(self, ident: int, envelope: Envelope) -> None:
@@ -163,21 +164,23 @@ class Change(Transaction):
         """Remember that a message was accepted under an idempotency key."""
         request = put.request
         assert request is not None
-        row = receipts.Kept(request.content, put.ident, put.envelope.arrived, request.recipients, request.refused)
-        receipts.keep_request(self.txn, self._tables, request, row, now)
+        kept = receipts.Kept(
+            request.content, put.ident, put.envelope.arrived, request.recipients, request.refused, now + request.keep
+        )
+        receipts.keep_request(self.txn, self._tables, request, kept)
 
     def keep_receipt(self, ident: int, envelope: Envelope, delivered: Mapping[int, Attempt] = NOBODY) -> None:
         """Keep how a message ends that leaves the queue in this transaction, where its envelope asks for that. `delivered`:
         recipients whom the last attempt has reached, if that is not in their histories."""
-        if not envelope.receipt:
+        if not envelope.receipt or self._store.spare:
             return
         now = wall_ms()
         states = self._store.recipient_states(self.txn, ident)
         row = receipts.Receipt(
             envelope.user, envelope.application, envelope.sender, envelope.message_id, envelope.tags, envelope.arrived, now,
-            receipts.states_of(envelope, states, now, delivered),
+            receipts.states_of(envelope, states, now, delivered), envelope.client, self.now + envelope.receipt,
         )  # fmt: skip
-        receipts.keep_receipt(self.txn, self._tables, ident, row, self.now + envelope.receipt)
+        receipts.keep_receipt(self.txn, self._tables, ident, row)
 
     def forget(self, now: int) -> int:
         """As `receipts.forget`."""
@@ -290,7 +293,7 @@ class Change(Transaction):
                 self.forget_quarantined(ident, envelope.quarantine.judged)
                 envelope.quarantine = None
             envelope.held_for = ""
-            envelope.deadline = deadline
+            envelope.deadline = deadline = deadline + max(0, envelope.not_before - now)
             for placement in envelope.placements:
                 placement.due = max(now, envelope.not_before)
                 self.place(ident, envelope, placement)

@@ -143,6 +143,8 @@ class Record(Strict):
     forwarded: dict[Word, Word] = {}
     tags: list[Word] = []
     traceparent: Word = ""
+    receipt: Count = 0
+    not_before: Seconds = 0
     unseen: UnseenRecord = None
     quarantine: QuarantineRecord = None
     sha256: str = ""
@@ -180,14 +182,15 @@ def record_of(store: Store, txn: Any, clock: ShardClock, ident: int, envelope: E
     return Record(
         VERSION, format_id(ident), envelope.sender, recipients, envelope.size, envelope.arrived / 1000,
         max(0, envelope.deadline + behind) / 1000, [word for word, bit in FLAGS.items() if envelope.flags & bit], waits,
-        route=route, unseen=None if unseen is None else msgspec.structs.asdict(unseen), quarantine=kept, **same,
+        route=route, not_before=max(0, envelope.not_before + behind) / 1000 if envelope.not_before else 0,
+        unseen=None if unseen is None else msgspec.structs.asdict(unseen), quarantine=kept, **same,
     )  # fmt: skip
 
 
 _STATE = {number: word for word, number in STATES.items()}
 SAME = (
     "client", "helo", "application", "priority", "headers", "user", "message_id", "held_for", "listener", "forwarded", "tags",
-    "traceparent",
+    "traceparent", "receipt",
 )  # fmt: skip
 
 

@@ -28,10 +28,8 @@ _decode = msgspec.msgpack.Decoder(list[tuple[int, Envelope]]).decode
 
 
 def inlined(txn: Any, tables: dict[str, Any], ident: int) -> Envelope | None:
-    """As `Fresh.get`, read from the tables, as another process has to."""
+    """As `Fresh.get`, read from the tables, as another process has to: all of them, which are those of the last seconds."""
     for key, value in txn.cursor(db=tables["fresh"]):
-        if int.from_bytes(key, "big") > ident:
-            return None
         for position, (member, envelope) in enumerate(_decode(value)):
             if member == ident:
                 ended = int.from_bytes(txn.get(key, db=tables["ended"]) or b"", "little")

@@ -154,6 +154,7 @@ class Importing:
             address_of(record.sender), to, record.size, flags, arrived, expires, route=record.route,
             unseen=None if unseen is None else Unseen(**msgspec.structs.asdict(unseen)),
             quarantine=None if why is None else Quarantine(**msgspec.structs.asdict(why) | since),
+            not_before=self._to_clock(record.not_before) if record.not_before else 0,
             **{name: getattr(record, name) for name in SAME},
         )  # fmt: skip
 

@@ -197,7 +197,7 @@ def _redirect(change: Change, ident: int, envelope: Envelope, how: Release, assi
     flags |= 0 if how.sender.isascii() and all(map(str.isascii, how.recipients)) else SMTPUTF8
     new = msgspec.structs.replace(
         envelope, sender=how.sender, recipients=how.recipients, flags=flags, deadline=deadline, placements=[], route="",
-        held_for="", unseen=unseen, quarantine=None,
+        held_for="", unseen=unseen, quarantine=None, receipt=0, not_before=0,
     )  # fmt: skip
     change.finish_message(ident, envelope, histories=True)
     put_rows(change, Put(ident, new, assign(new, 0), None, None), now)

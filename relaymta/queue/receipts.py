@@ -58,6 +58,7 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
     at: int
     recipients: list[str]
     refused: list[tuple[str, str]] = []
+    until: int = 0  # ms of the queue's clock
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -83,6 +84,8 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True, gc=False):
     arrived: int
     at: int
     recipients: list[Ended]
+    client: str = ""  # the address of the client that had handed it in
+    until: int = 0  # ms of the queue's clock
 
 
 _decode_kept = msgspec.msgpack.Decoder(Kept).decode
@@ -116,28 +119,30 @@ def _ended(address: str, state: RecipientState | None, now: int, delivered: Atte
 # In a transaction of the writer thread
 
 
-def keep_request(txn: Any, tables: dict[str, Any], request: Request, row: Kept, now: int) -> None:
-    """Write the row of a request's message. `now`: ms of the queue's clock."""
+def keep_request(txn: Any, tables: dict[str, Any], request: Request, row: Kept) -> None:
+    """Write the row of a request's message."""
     key = request.digest + PART.pack(request.part)
     txn.put(key, encode(row), db=tables["request"])
-    txn.put(TIME.pack(now + request.keep) + b"q" + key, b"", db=tables["forget"])
+    txn.put(TIME.pack(row.until) + b"q" + key, b"", db=tables["forget"])
 
 
-def keep_receipt(txn: Any, tables: dict[str, Any], ident: int, row: Receipt, until: int) -> None:
-    """Write a receipt, to be kept `until` a time of the queue's clock (ms)."""
+def keep_receipt(txn: Any, tables: dict[str, Any], ident: int, row: Receipt) -> None:
+    """Write a receipt."""
     key = ident.to_bytes(8, "big")
     txn.put(key, encode(row), db=tables["receipt"])
-    txn.put(TIME.pack(until) + b"r" + key, b"", db=tables["forget"])
+    txn.put(TIME.pack(row.until) + b"r" + key, b"", db=tables["forget"])
 
 
 def forget(txn: Any, tables: dict[str, Any], now: int) -> int:
     """Remove what was to be kept until `now`, FORGOTTEN_TOGETHER rows at most; how many. A row that was written again, to be kept
-    longer, stays: its key has a later time, too."""
+    longer, stays."""
     gone = _due(txn, tables, now)
     for entry in gone:
         table, key = entry[8:9], entry[9:]
         txn.delete(entry, db=tables["forget"])
-        txn.delete(key, db=tables[TABLES[table]])
+        raw = txn.get(key, db=tables[TABLES[table]])
+        if raw is not None and (_decode_kept if table == b"q" else _decode_receipt)(raw).until <= now:
+            txn.delete(key, db=tables[TABLES[table]])
     return len(gone)
 
 

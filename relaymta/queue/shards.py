@@ -131,7 +131,7 @@ class Shards:
             return Known(ended, True)
         raw = txn.get(ID.pack(ident), db=environment.tables["message"])
         envelope = inlined(txn, environment.tables, ident) if raw is None else decode_envelope(raw)
-        if envelope is None:
+        if envelope is None or not envelope.receipt:  # its application cannot ask
             return None
         states = Histories(txn.cursor(db=environment.tables["recipient"])).of(ident)
         return Known(_standing(envelope, states, self._in_flight(ident)), False, envelope.not_before)
@@ -153,15 +153,9 @@ def _standing(envelope: Envelope, states: dict[int, RecipientState], in_flight: 
         general = "attempting"
     rows = [_recipient(address, states.get(index), general) for index, address in enumerate(envelope.recipients)]
     return Receipt(
-        envelope.user,
-        envelope.application,
-        envelope.sender,
-        envelope.message_id,
-        envelope.tags,
-        envelope.arrived,
-        wall_ms(),
-        rows,
-    )
+        envelope.user, envelope.application, envelope.sender, envelope.message_id, envelope.tags, envelope.arrived, wall_ms(),
+        rows, envelope.client,
+    )  # fmt: skip
 
 
 def _recipient(address: str, state: RecipientState | None, general: str) -> Ended:

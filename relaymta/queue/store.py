@@ -101,6 +101,7 @@ class Store(Environment):
     def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False, locked: bool = True) -> None:
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
+        self.spare = False  # nothing is to be written that can be spared, such as receipts
         self._last_number = 0  # the highest number ever given to a queue, failed transactions included; 0: not read yet
         self._kept_number = 0  # the one that is committed in meta
         super().__init__(path, _TABLES, map_size, readonly, locked)

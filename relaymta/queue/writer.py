@@ -67,6 +67,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
     ) -> None:
         begin = partial(Change, store)
         super().__init__(loop, store, segments, clock, begin=begin, on_commit=on_commit, unawaited=Outcome, name="queue-writer")
+        self._store = store
         self._ballast = ballast
         self.dsns = Dsns(segments, clock, ids, hostname, max_age_ms, assign, sign)
         self._outcomes = Outcomes(store, segments, self.dsns, assign, said)
@@ -104,6 +105,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
     def _insist(self, group: Committed) -> None:
         """Commit outcomes whose group failed: in small groups, again and again, on a full disk with the room of the ballast."""
         left = group.outcomes
+        self._store.spare = True  # until the disk is looked at again
         self.stalled = bool(left)  # else `_reopen` may have set it, and no group would come that ends it
         most, pause = SMALL_GROUP, RETRY_SECONDS
         while left:

@@ -4,6 +4,7 @@ import contextlib
 import email
 import email.policy
 import itertools
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import signal
 import smtplib
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections import defaultdict
@@ -190,6 +192,40 @@ def test_many_at_the_same_time_with_one_key_send_one_message(relay, site):
         said = list(threads.map(lambda _: relay.post(message(), "together"), range(48)))
     assert {one.status for one in said} <= {202, 409}
     assert len({one.json["id"] for one in said if one.status == 202}) == 1
+
+
+def test_what_is_said_in_the_query_belongs_to_a_request(relay):
+    whole = b"From: a@b.example\r\nSubject: q\r\n\r\nx\r\n"
+    for to, status in (("one", 202), ("two", 422), ("one", 202)):
+        said = relay.post(whole, "query", f"/v1/messages?to={to}@d.example", Content_Type="message/rfc822")
+        assert said.status == status
+
+
+def by_smtp(port: int, key: str, text: str = "x", to: str = "a@d.example", extra: str = "") -> tuple[int, str]:
+    with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE) as client:
+        client.ehlo()
+        client.mail("a@b.example")
+        client.rcpt(to)
+        code, answer = client.data(f"Subject: s\r\nX-Relay-Idempotency: {key}\r\n{extra}\r\n{text}\r\n".encode())
+        return code, answer.decode().rpartition(" ")[2]
+
+
+def test_another_message_with_a_key_is_refused_and_the_key_stays_here(relay, site):
+    code, ident = by_smtp(relay.port, "other")
+    again = by_smtp(relay.port, "other", extra="Date: Mon, 30 Nov 2026 00:00:00 +0000\r\nMessage-ID: <x@y>\r\n")
+    assert (code, again) == (250, (250, ident))
+    assert by_smtp(relay.port, "other", text="y")[0] == 550
+    large = "z" * 70 + "\r\n"
+    assert [by_smtp(relay.port, "large", text=large * count)[0] for count in (6000, 6000, 6001)] == [250, 250, 550]
+    assert arrived(site, ident)[2]["x-relay-idempotency"] is None
+    assert not [one for one in site.messages if b"Relay-Idempotency" in one[2]]
+    assert relay.ask("GET", f"/v1/messages/{ident}").status == 200  # the same client, which has given it a key
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+        client.ehlo()
+        client.mail("a@b.example")
+        client.rcpt("a@d.example")
+        plain = client.data(b"Subject: s\r\n\r\nx\r\n")[1].decode().rpartition(" ")[2]
+    assert relay.ask("GET", f"/v1/messages/{plain}").status == 404  # nobody can ask about that
 
 
 def test_what_smtp_repeats_is_not_sent_again(relay):
@@ -388,6 +424,24 @@ def test_a_batch_is_a_message_for_each_of_its_entries(relay, site):
     assert len(relay.ask("GET", "/v1/receipts/batch").json["messages"]) == 150
 
 
+def test_the_rest_of_a_batch_has_the_user_whose_it_is_though_the_client_has_gone(relay):
+    body = json.dumps(batch(400, subject="gone {{ name }}")).encode()
+    head = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+    with socket.create_connection(("127.0.0.1", relay.http), PATIENCE) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        before = len(relay.events("queued"))
+        sock.sendall(head + f"Authorization: {basic('shop')['Authorization']}\r\n\r\n".encode() + body)
+        wait_for(lambda: len(relay.events("queued")) > before, what="the first message")
+    wait_for(lambda: len(relay.events("queued")) >= before + 400, what="all messages")
+    assert {event["user"] for event in relay.events("queued")[before:]} == {"shop"}
+
+
+def test_two_requests_in_one_segment(relay):
+    body = b'{"from":"a@b.example","to":"c@d.example","text":"x"}'
+    one = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+    assert raw(relay, one % (len(body), body) * 2).count(b"HTTP/1.1 202") == 2
+
+
 @pytest.mark.parametrize("more, argument, detail", [
     ({"text": "ok\n{{ nobody }}"}, "text", "line 2"), ({"subject": "{{ name"}, "subject", "line 1"),
     ({"text": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"}, "text", "CPU"),
@@ -448,6 +502,23 @@ def test_whatever_dies_each_message_is_sent_once(tmp_path, kills):
         }
         assert not wrong
         assert copies.keys() == answers.keys()
+
+
+def test_a_relay_that_ends_takes_what_is_under_way(tmp_path):
+    with FakeMx({}) as site, Injecting(tmp_path, f"127.0.0.1:{site.port}") as relay:
+        body = b'{"from":"a@b.example","to":"c@d.example","text":"x"}'
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", relay.http), PATIENCE) as sock:
+            sock.sendall(head % len(body) + body[:20])
+            wait_for(lambda: relay.metric('relaymta_connections_total{result="accepted"}') >= 1, what="the connection")
+            time.sleep(0.2)
+            os.kill(relay.process.pid, signal.SIGTERM)  # type: ignore[union-attr]
+            time.sleep(0.3)
+            sock.sendall(body[20:])
+            sock.settimeout(PATIENCE)
+            said = sock.recv(65536)
+        assert said.startswith(b"HTTP/1.1 202") or b"421" in said or b" 503 " in said, said
+        relay.process.wait(PATIENCE)  # type: ignore[union-attr]
 
 
 def test_tls_is_needed_where_it_is_said(relay):

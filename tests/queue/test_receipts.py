@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 
+import lmdb
 import pytest
 
 from relaymta.accept.once import Busy, Once, key_of
@@ -132,7 +133,7 @@ async def test_the_end_is_kept_for_a_message_that_asks_for_it_and_no_other(tmp_p
         elif how == "deleted":
             left = {ident, other}
             while left:  # those that are not about to be offered
-                for one in left:
+                for one in sorted(left):
                     if (await bench.queue.change_messages("delete", [one]))[0]:
                         left.discard(one)
                 await asyncio.sleep(0.01)
@@ -180,6 +181,9 @@ async def test_a_message_for_later_is_not_tried_before(tmp_path):
         await bench.next()
         assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
         assert await bench.queue.change_messages("release", [ident]) == (1, 0)
+        with bench.queue.store.reading() as txn:
+            envelope = bench.queue.store.envelope(txn, ident)
+        assert envelope.deadline - envelope.not_before > bench.settings.max_age_ms - 1000  # it does not expire before its time
         before = bench.queue.clock.now()
         [entry] = await bench.next()
         assert entry.ident == ident and bench.queue.clock.now() - before > 500
@@ -234,6 +238,46 @@ async def test_one_request_with_a_key_at_a_time(tmp_path):
         cancelled.cancel()
         await asyncio.wait([cancelled])
         (await workers[1].begin("shop", "order-3", 1)).end()
+
+
+@pytest.mark.asyncio
+async def test_a_row_that_was_written_again_is_kept_as_long_as_was_said_last(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await put(bench, "c@d.example", request=request_of(keep=1))
+        await put(bench, "c@d.example", request=request_of(keep=KEEP))
+        await asyncio.sleep(0.01)
+        assert await bench.queue.task(lambda change: change.forget(bench.queue.clock.now())) == 1
+        assert list(shards(bench).kept(DIGEST)) == [0]
+
+
+@pytest.mark.asyncio
+async def test_receipts_give_way_where_there_is_no_room(tmp_path):
+    async with Bench(tmp_path) as bench:
+        kept, spared = await put(bench, "c@d.example"), await put(bench, "c@d.example")
+        for entry in await bench.next(2):
+            bench.queue.store.spare = entry.ident == spared
+            bench.queue.finish(entry, None)
+            await until(lambda: not bench.queue.writer._pending and not bench.queue.writer._busy)
+        assert told(bench, kept)[0] and shards(bench).message(spared) is None
+        bench.queue.disk.map_used = 0.6
+        bench.queue._look_at_receipts()
+        await bench.queue.task(lambda change: None)
+        assert bench.queue.store.spare and shards(bench).message(kept) is None
+
+
+def test_an_inlined_message_is_found_whatever_its_id(tmp_path):
+    """Ids are given before signing and filters: messages are committed in another order."""
+    from relaymta.proto.envelope import encode
+    from relaymta.queue.fresh import inlined
+
+    env = lmdb.open(str(tmp_path), max_dbs=2)
+    tables = {name: env.open_db(name.encode()) for name in ("fresh", "ended")}
+    with env.begin(write=True) as txn:
+        members = [(one, Envelope("a@b.example", [f"{one}@d.example"], 1, 0, 0, 0)) for one in (5, 3)]
+        txn.put((5).to_bytes(8, "big"), encode(members), db=tables["fresh"])
+        assert [inlined(txn, tables, one).recipients for one in (5, 3)] == [["5@d.example"], ["3@d.example"]]
+        txn.put((5).to_bytes(8, "big"), b"\2", db=tables["ended"])
+        assert inlined(txn, tables, 3) is None and inlined(txn, tables, 5) is not None
 
 
 def test_the_field_of_a_key():

@@ -213,6 +213,7 @@ class HttpConnection(ClientConnection[_Session]):
     def begins(self, request: web.BaseRequest) -> None:
         """The head of a request was read."""
         self.request = request
+        self.began_at = self.began_at or self.admission.now()
         self.taken = 0
 
     def done(self) -> None:
@@ -247,10 +248,8 @@ class HttpConnection(ClientConnection[_Session]):
             self.transport.close()
 
     def drain(self) -> None:
-        """Shutting down: close it, behind the answer that is under way."""
-        if self.request is not None:
-            self._leave()
-        elif self.transport is not None:
+        """Shutting down: close it, behind the answer that is under way (`done`)."""
+        if self.request is None and self.transport is not None:
             self.transport.close()
 
     def refusal(self, answer: bytes) -> bytes:

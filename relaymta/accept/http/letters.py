@@ -18,12 +18,13 @@ from relaymta.accept.http.models import Limits, Message, Wrong
 from relaymta.accept.http.receiving import Received, finished, media_type
 from relaymta.accept.http.submitting import Letter
 from relaymta.accept.http.templates import Templates, Unavailable
-from relaymta.accept.rights import Rights
+from relaymta.accept.once import FIELD
 from relaymta.problems import Problem
 from relaymta.proto.address import compared, plain
 from relaymta.proto.addressees import header_octets, recipients
 from relaymta.proto.header import HEADER_SEEN
 from relaymta.proto.mailbox import Malformed, authors
+from relaymta.proto.transaction import Limits as SessionLimits
 from relaymta.queue import wall_ms
 
 __all__ = ["Letters", "Order"]
@@ -71,24 +72,21 @@ class Letters:
         """The worker ends."""
         self._templates.end()
 
-    async def read(self, request: web.BaseRequest, received: Received, rights: Rights | None) -> Order:
-        """What a request wants. Problem."""
+    async def read(self, request: web.BaseRequest, received: Received, own: SessionLimits) -> Order:
+        """What a request wants. `own`: the limits of its client. Problem."""
         kind = media_type(request)
-        assert rights is not None
         _check_query(request, _PARAMETERS if kind == RAW else {"validate"})
         try:
             if kind == RAW:
-                return await self._work(received, _raw, request, received, rights.client.limits.recipients)
+                return await self._work(received, _raw, request, received, own.recipients)
             if kind not in JSON:
                 raise Problem(415, f"Content-Type is to be one of {', '.join((*JSON, RAW))}")
-            limits = Limits(recipients=rights.client.limits.recipients, text=TEXT_MOST)
+            limits = Limits(recipients=own.recipients, text=TEXT_MOST)
             message = await self._work(received, _parsed, received.body.buffer, limits)
         except Wrong as error:
             raise _wrong(error) from None
         at = 0 if message.send_at is None else int(message.send_at.timestamp() * 1000)
-        return Order(
-            received, message, list(message.tags), message.priority or "", _checked_time(at), rights.client.limits.message_size
-        )
+        return Order(received, message, list(message.tags), message.priority or "", _checked_time(at), own.message_size)
 
     async def of(self, order: Order, without: Container[int]) -> AsyncGenerator[tuple[int, Letter], None]:
         """The messages of a request with their numbers, but for those in `without`. Problem; none of the messages is returned
@@ -181,6 +179,10 @@ def _raw(request: web.BaseRequest, received: Received, most: int) -> Order:
     header = start[: header_octets(start)]
     if not header:
         raise Problem(422, "the message does not begin with a header")
+    if len(header) == len(start) and received.body.size > HEADER_SEEN:
+        raise Problem(422, f"the header of the message has more than {HEADER_SEEN} octets")
+    if FIELD in header.lower():
+        raise Problem(422, "X-Relay-Idempotency is for SMTP: give the key as the header Idempotency-Key of the request")
     sender = _sender(header) if "from" not in query else _address(query["from"], "from", True)
     named = query.getall("to", [])
     found = [_address(one, "to") for one in named] or [

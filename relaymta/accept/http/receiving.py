@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, TypeVar
 
-from aiohttp import BodyPartReader, MultipartReader, hdrs, web
+from aiohttp import BodyPartReader, HttpVersion11, MultipartReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from relaymta.accept.admission import Admission
@@ -34,6 +34,27 @@ def media_type(request: web.BaseRequest) -> str:
     return request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
 
 
+class _File:
+    """The file of a request, without a name, in which its bodies lie one behind the other."""
+
+    def __init__(self, folder: str) -> None:
+        self.descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self.end = 0
+
+    def begin(self) -> int:
+        """Where another body begins, so that it can be mapped."""
+        self.end = -(-self.end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        return self.end
+
+    def write(self, data: bytes) -> None:
+        """Append octets. OSError."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self.descriptor, view, self.end)
+            self.end += written
+            view = view[written:]
+
+
 class Body:
     """Octets that are in memory or in a file. `size`: how many."""
 
@@ -41,13 +62,14 @@ class Body:
         self.size = 0
         self._digest = digest
         self._pieces: list[bytes] = []
-        self._file = -1
+        self._file: _File | None = None
+        self._at = 0
         self._map: mmap.mmap | None = None
 
     @property
     def in_file(self) -> bool:
         """Whether it is, or begins, in a file."""
-        return self._file >= 0
+        return self._file is not None
 
     def add(self, piece: bytes) -> None:
         """More octets, in memory."""
@@ -55,19 +77,17 @@ class Body:
         self._digest.update(piece)
         self._pieces.append(piece)
 
-    def spill(self, folder: str) -> None:
-        """Write what is in memory to the file. Blocks. OSError."""
-        if self._file < 0:
-            self._file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    def spill(self, file: _File) -> None:
+        """Write what is in memory to the file, in which nobody else writes before this body has ended. Blocks. OSError."""
+        if self._file is None:
+            self._file, self._at = file, file.begin()
         pieces, self._pieces = self._pieces, []
-        data = memoryview(b"".join(pieces))
-        while data:
-            data = data[os.write(self._file, data) :]
+        file.write(b"".join(pieces))
 
     def read(self, at: int, most: int) -> bytes:
         """Octets from `at` on, `most` at most."""
-        if self._file >= 0:
-            return os.pread(self._file, most, at)
+        if self._file is not None:
+            return os.pread(self._file.descriptor, min(most, self.size - at), self._at + at)
         if len(self._pieces) != 1:
             self._pieces = [b"".join(self._pieces)]
         return self._pieces[0][at : at + most]
@@ -75,10 +95,10 @@ class Body:
     @property
     def buffer(self) -> bytes | mmap.mmap:
         """All of it; of a file without being in memory."""
-        if self._file < 0:
+        if self._file is None:
             return b"".join(self._pieces)
         if self._map is None:
-            self._map = mmap.mmap(self._file, 0, prot=mmap.PROT_READ)
+            self._map = mmap.mmap(self._file.descriptor, self.size, prot=mmap.PROT_READ, offset=self._at)
         return self._map
 
     def close(self) -> None:
@@ -86,9 +106,6 @@ class Body:
         if self._map is not None:
             with contextlib.suppress(BufferError):  # something still refers to it, and closes it in its end
                 self._map.close()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
         self._pieces = []
 
 
@@ -101,7 +118,8 @@ class Received:
         self._digest = blake2b(digest_size=DIGEST)
         self.body = Body(self._digest)
         self.parts: dict[str, Body] = {}
-        self.places: list[Reservation] = []
+        self._file: _File | None = None
+        self._place: Reservation | None = None  # of the file, among the descriptors
         self._held, self._octets = held, 0
 
     def part(self, name: str) -> Body:
@@ -134,9 +152,25 @@ class Received:
         self.hold(-self._octets)
         for one in (self.body, *self.parts.values()):
             one.close()
-        for place in self.places:
-            place.give_back()
         self.parts = {}
+        if self._file is not None:
+            os.close(self._file.descriptor)
+            self._file = None
+        if self._place is not None:
+            self._place.give_back()
+
+    def open(self, admission: Admission) -> None:
+        """There is to be a file. Problem: no descriptor is left for it."""
+        if self._place is None:
+            self._place = admission.file()
+            if self._place is None:
+                raise Problem(503, "no file descriptor is left for the body; try again later", {"Retry-After": "10"})
+
+    def spill(self, body: Body, folder: str) -> None:
+        """Write what is in memory of a body to the file. Blocks. OSError."""
+        if self._file is None:
+            self._file = _File(folder)
+        body.spill(self._file)
 
 
 class Receiver:
@@ -151,7 +185,8 @@ class Receiver:
         """The body of a request, `most` octets at most. Problem: it is too large, or not well-formed, or there is no room."""
         if request.content_length is not None and request.content_length > most:
             raise too_large(most)
-        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        coding = request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").strip().lower()
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity" or coding != "chunked":
             raise Problem(415, "Content-Encoding is not supported: send the body as it is")
         queue = self._admission.intake.queue
         if queue.full or (request.content_length or 0) > queue.room:
@@ -220,12 +255,8 @@ class Receiver:
             raise Problem(503, f"the body could not be stored: {error.strerror}", {"Retry-After": "60"}) from None
 
     async def _spill(self, received: Received, body: Body) -> None:
-        if not body.in_file:
-            place = self._admission.file()
-            if place is None:
-                raise Problem(503, "no file descriptor is left for the body; try again later", {"Retry-After": "10"})
-            received.places.append(place)
-        await finished(self._admission.loop.run_in_executor(self._admission.threads, body.spill, self._folder))
+        received.open(self._admission)
+        await finished(self._admission.loop.run_in_executor(self._admission.threads, received.spill, body, self._folder))
 
 
 async def finished(work: "asyncio.Future[T]") -> T:
@@ -244,5 +275,6 @@ def too_large(most: int) -> Problem:
 
 async def _continue(request: web.BaseRequest) -> None:
     """Tell a client that waits for it to send the body."""
-    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
+    expects = request.version >= HttpVersion11 and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue"
+    if expects and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

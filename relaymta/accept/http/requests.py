@@ -12,8 +12,9 @@ client has gone: what was begun under an idempotency key ends before the next on
 import asyncio
 import re
 from base64 import b64decode
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
+from hashlib import blake2b
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -25,13 +26,16 @@ from relaymta.accept.http import answers
 from relaymta.accept.http.answers import Accepted, MessageResult, ReceiptState
 from relaymta.accept.http.connection import Desk, HttpConnection
 from relaymta.accept.http.letters import Letters, Order
-from relaymta.accept.http.receiving import Received, Receiver
+from relaymta.accept.http.receiving import Received, Receiver, media_type
 from relaymta.accept.http.submitting import Answer, Letter, Submitter
 from relaymta.accept.once import Busy, Turn, Wanted, owner_of
+from relaymta.accept.origin import Client, Origin
+from relaymta.auth.identity import Identity
 from relaymta.errors import StoreError, redacted
 from relaymta.ident import parse_id
 from relaymta.metrics import COUNTERS, index
 from relaymta.problems import Problem
+from relaymta.proto.header import HEADER_SEEN
 from relaymta.proto.printable import printable
 from relaymta.proto.sasl import Claim, Password, Token
 from relaymta.queue import Kept, Known, Request, Shards
@@ -54,10 +58,14 @@ DETAIL_LOGGED = 300  # characters
 
 
 class Asked(NamedTuple):
-    """A request whose client is known. `key`: its idempotency key, "" without one; `traceparent`: likewise."""
+    """A request whose client is known, as it was then: what is done for it goes on when the client has gone. `identity`: of the
+    user, None: nobody has logged in; `key`: its idempotency key, "" without one; `traceparent`: likewise."""
 
     connection: HttpConnection
     request: web.BaseRequest
+    client: Client
+    identity: Identity | None
+    origin: Origin
     key: str
     traceparent: str
 
@@ -123,7 +131,10 @@ class Injection:
         """The user of the connection is the one of this request. Problem: there is none, and it needs one."""
         rights, listener = connection.rights, connection.listener
         assert rights is not None
-        given = request.headers.get(hdrs.AUTHORIZATION, "")
+        all_given = request.headers.getall(hdrs.AUTHORIZATION, [])
+        if len(all_given) > 1:
+            raise Problem(400, "there is more than one Authorization", argument=hdrs.AUTHORIZATION)
+        given = "".join(all_given)
         of_page = hdrs.ORIGIN in request.headers or request.headers.get("Sec-Fetch-Site", "none") != "none"
         if of_page and not given.lower().startswith("bearer "):  # a browser sends what it knows of us to whoever asks it to
             raise Problem(403, "requests of web pages are not taken, but with a bearer token")
@@ -158,6 +169,8 @@ class Injection:
         identity, said = await endpoint.logins.check(claim, client.address, client.behind, mechanism)
         if said.startswith(b"535"):
             await asyncio.sleep(began + self._admission.config.accounts.answer_after - self._admission.loop.time())
+        if connection.transport is None:
+            raise ConnectionResetError
         refused = said if identity is None else rights.log_in(identity)
         if refused is None:
             return
@@ -170,28 +183,35 @@ class Injection:
     # POST /v1/messages
 
     async def _post(self, asked: Asked) -> web.StreamResponse:
-        rights = asked.connection.rights
-        assert rights is not None
-        received = await self._receiver.receive(asked.request, rights.client.limits.message_size * 4 // 3 + SPARE)
-        work = self._admission.loop.create_task(self._in_turn(asked, received))
+        received = await self._receiver.receive(asked.request, asked.client.limits.message_size * 4 // 3 + SPARE)
+        work = self._admission.loop.create_task(self._inject(asked, received))
         work.add_done_callback(lambda task: received.close())
         return await asyncio.shield(work)
 
-    async def _in_turn(self, asked: Asked, received: Received) -> web.StreamResponse:
+    async def _order(self, asked: Asked, received: Received) -> Order:
+        """What a request wants. Of large ones few are read at the same time."""
         if received.size < LARGE:
-            return await self._inject(asked, received)
-        async with self._large:
-            return await self._inject(asked, received)
+            return await self._letters.read(asked.request, received, asked.client.limits)
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._large.acquire()
+        except TimeoutError:
+            raise Problem(503, "too many large requests at the same time; try again", {"Retry-After": "5"}) from None
+        try:
+            return await self._letters.read(asked.request, received, asked.client.limits)
+        finally:
+            self._large.release()
 
     async def _inject(self, asked: Asked, received: Received) -> web.StreamResponse:
-        order = await self._letters.read(asked.request, received, asked.connection.rights)
+        order = await self._order(asked, received)
         if asked.request.query.get("validate", "") in ("1", "true"):
             return _json(200, await self._validate(asked, order))
         turn = await self._turn(asked)
         try:
-            if turn is not None and any(kept.content != received.digest for kept in turn.kept.values()):
+            content = _content(asked.request, received)
+            if turn is not None and any(kept.content != content for kept in turn.kept.values()):
                 raise Problem(422, "another request was sent with this Idempotency-Key before", argument="Idempotency-Key")
-            results = await self._submit_all(asked, order, turn, received.digest)
+            results = await self._submit_all(asked, order, turn, content)
         finally:
             if turn is not None:
                 turn.end()
@@ -199,12 +219,12 @@ class Injection:
 
     async def _turn(self, asked: Asked) -> Turn | None:
         """The turn of a request with an idempotency key."""
-        once, rights = self._admission.intake.once, asked.connection.rights
+        once = self._admission.intake.once
         if not asked.key:
             return None
-        assert once is not None and rights is not None
+        assert once is not None
         try:
-            return await once.begin(owner_of(rights.origin), asked.key, TURN_SECONDS)
+            return await once.begin(owner_of(asked.origin), asked.key, TURN_SECONDS)
         except Busy as error:
             raise Problem(409, f"{error}; try again", {"Retry-After": "1"}, argument="Idempotency-Key") from None
         except StoreError as error:
@@ -255,7 +275,7 @@ class Injection:
 
         submitter: Submitter | None = None
         try:
-            submitter = await self._submitter(connection)
+            submitter = await self._submitter(asked)
             result = await submitter.submit(letter, wanted)
         except ConnectionError as error:
             reply = str(error) if str(error)[:1] == "4" else ENDING.whole
@@ -271,26 +291,26 @@ class Injection:
         return MessageResult(status=status, reply=result.answer.whole, recipients=rows)
 
     def _given_back(self, connection: HttpConnection, submitter: Submitter) -> None:
-        """A message was submitted, or that has failed: the session may be used for another one."""
+        """A message was submitted, or that has failed: the session may be used for another one of the same user."""
         connection.at_work.discard(submitter)
         if submitter.usable and connection.transport is not None and len(connection.submitters) < TOGETHER:
             connection.submitters.append(submitter)
         else:
             submitter.end()
 
-    async def _submitter(self, connection: HttpConnection, counts: bool = True) -> Submitter:
-        """A session for a message of the connection's user. ConnectionError: there is none now."""
-        if counts and connection.submitters:
+    async def _submitter(self, asked: Asked, counts: bool = True) -> Submitter:
+        """A session for a message of the request's user. ConnectionError: there is none now."""
+        connection = asked.connection
+        while counts and connection.submitters:
             found = connection.submitters.pop()
-            connection.at_work.add(found)
-            return found
-        rights = connection.rights
-        assert rights is not None
-        identity = rights.login.identity if rights.login is not None else None
-        made = Submitter(self._admission, connection.listener, rights.client, identity, connection.tls, counts)
+            if found.identity is asked.identity:
+                connection.at_work.add(found)
+                return found
+            found.end()
+        made = Submitter(self._admission, connection.listener, asked.client, asked.identity, connection.tls, counts)
         connection.at_work.add(made)
         try:
-            address = rights.client.address
+            address = asked.client.address
             await made.begin(f"[IPv6:{address}]" if ":" in address else f"[{address}]")
         except BaseException:
             connection.at_work.discard(made)
@@ -313,12 +333,10 @@ class Injection:
 
     async def _validate(self, asked: Asked, order: Order) -> answers.Check:
         connection, intake = asked.connection, self._admission.intake
-        assert connection.rights is not None
-        origin = connection.rights.origin
         async with aclosing(self._letters.of(order, {})) as letters:  # of a batch, the first
             letter = (await anext(letters))[1]
             try:
-                submitter = await self._submitter(connection, False)
+                submitter = await self._submitter(asked, False)
             except ConnectionError as error:
                 raise Problem(503, str(error), {"Retry-After": "5"}) from None
             try:
@@ -327,13 +345,12 @@ class Injection:
                 connection.at_work.discard(submitter)
                 submitter.end()
             rows = [answers.RouteOf(**msgspec.structs.asdict(answers.recipient(one, said))) for one, said in refused]
-            for one, name in intake.routed(taken, origin):
+            for one, name in intake.routed(taken, asked.origin):
                 rows.append(answers.RouteOf(address=one, status=answers.ACCEPTED, route=name.route, domain=name.domain))
-            start = b"".join(letter.pieces)
             return answers.Check(
                 valid=bool(taken), sender=letter.sender, sender_reply=answer.whole if answer.code >= 400 else "",
-                size=letter.size, size_limit=connection.rights.client.limits.message_size,
-                dkim=intake.signed_as(start, origin), recipients=rows,
+                size=letter.size, size_limit=asked.client.limits.message_size,
+                dkim=intake.signed_as(_header(letter.pieces), asked.origin), recipients=rows,
             )  # fmt: skip
 
     # What has become of it
@@ -355,10 +372,10 @@ class Injection:
             raise Problem(503, str(error), {"Retry-After": "5"}) from None
 
     async def _receipt(self, asked: Asked, key: str) -> web.StreamResponse:
-        rights, once = asked.connection.rights, self._admission.intake.once
-        assert rights is not None and once is not None
+        once = self._admission.intake.once
+        assert once is not None
         try:
-            kept: dict[int, Kept] = await once.kept(owner_of(rights.origin), key)
+            kept: dict[int, Kept] = await once.kept(owner_of(asked.origin), key)
         except StoreError as error:
             raise Problem(503, str(error), {"Retry-After": "5"}) from None
         if not kept:
@@ -389,7 +406,22 @@ def _asked(connection: HttpConnection, request: web.BaseRequest) -> Asked:
     keys, trace = request.headers.getall("Idempotency-Key", []), request.headers.get("traceparent", "")
     if keys and (len(keys) > 1 or not _KEY.match(keys[0])):
         raise Problem(400, "Idempotency-Key is 1 to 255 visible ASCII characters, once", argument="Idempotency-Key")
-    return Asked(connection, request, keys[0] if keys else "", trace if _TRACEPARENT.match(trace) else "")
+    rights = connection.rights
+    if rights is None or not rights.admitted:
+        raise ConnectionResetError
+    identity = rights.login.identity if rights.login is not None else None
+    trace = trace if _TRACEPARENT.match(trace) else ""
+    return Asked(connection, request, rights.client, identity, rights.origin, keys[0] if keys else "", trace)
+
+
+def _header(pieces: Iterator[bytes]) -> bytes:
+    """The beginning of message data, with its whole header, as far as that is read."""
+    found = b""
+    for piece in pieces:
+        found += piece
+        if b"\r\n\r\n" in found or len(found) > HEADER_SEEN:
+            break
+    return found
 
 
 def _part(
@@ -403,6 +435,14 @@ def _part(
         return Request(turn.digest, part, digest, taken, [(address, answer.whole) for address, answer in refused], keep)
 
     return request
+
+
+def _content(request: web.BaseRequest, received: Received) -> bytes:
+    """What tells a request from another one under the same key: all that it says."""
+    found = blake2b(received.digest, digest_size=len(received.digest))
+    for name, value in (("", media_type(request)), *sorted(request.query.items())):
+        found.update(f"{name}\0{value}\0".encode())
+    return found.digest()
 
 
 def _claim(given: str) -> Claim | None:
@@ -426,10 +466,12 @@ def _who_are_you(detail: str, auth: str) -> Problem:
 
 
 def _is_theirs(asked: Asked, known: Known) -> bool:
-    """Whether a message is one of the client's: of the same user, or, of nobody who has logged in, of the same application."""
-    assert asked.connection.rights is not None
-    origin, receipt = asked.connection.rights.origin, known.receipt
-    return receipt.user == origin.user and (bool(origin.user) or receipt.application == origin.application)
+    """Whether a message is one of the client's: of the same user, or, of nobody who has logged in, of the same address and
+    application."""
+    origin, receipt = asked.origin, known.receipt
+    if origin.user or receipt.user:
+        return receipt.user == origin.user
+    return (receipt.client, receipt.application) == (asked.client.address, origin.application)
 
 
 def _json(status: int, answer: Any) -> web.Response:

@@ -105,12 +105,13 @@ class Submitter(Connection):
     """The session of an HTTP client. `tls`: version and cipher of its connection, "": none; `quotas`: whether what is asked of it
     counts, false where nothing is sent."""
 
-    __slots__ = ("_awaited", "_closed", "_rest", "_said", "_waiting")
+    __slots__ = ("_awaited", "_closed", "_rest", "_said", "_waiting", "identity")
 
     def __init__(
         self, admission: Admission, listener: Listener, client: Client, identity: Identity | None, tls: str, counts: bool = True
     ) -> None:
         super().__init__(admission, listener)
+        self.identity = identity
         self._said: list[Answer] = []
         self._rest = b""
         self._awaited = 0
@@ -176,7 +177,9 @@ class Submitter(Connection):
 
     async def begin(self, helo: str) -> None:
         """Open the session. ConnectionError: it is refused."""
-        await self._replies(1)
+        [greeting] = await self._replies(1)
+        if greeting.code >= 400:
+            raise ConnectionAbortedError(greeting.whole)
         await self._say(b"EHLO %b\r\n" % helo.encode())
 
     async def envelope(self, letter: Letter) -> tuple[list[str], list[tuple[str, Answer]], Answer]:

@@ -225,6 +225,10 @@ def _work(sock: socket.socket, at: mmap.mmap) -> None:
             rendered = renderer.render(msgspec.msgpack.decode(_frame(sock), type=One))
             sock.sendall(framed(rendered))
             if rendered.wrong is not None:
+                # What was sent ahead is read: else the kernel would reset the connection, and the answer be lost.
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1 << 16):
+                    pass
                 break
 
 
