@@ -42,6 +42,7 @@ CATEGORIES: Final = (
 )  # fmt: skip
 
 ATTEMPTS_KEPT: Final = 8
+IN_DOUBT: Final = " (in doubt: the message was sent, its reply did not come)"  # ends the cause of an attempt
 HELD_SHOWN: Final = 200  # characters of the reason why a message is held
 ATTEMPT_SHOWN: Final = 500  # characters of a reply to an attempt that is not the last one
 
@@ -226,6 +227,11 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     def because(self) -> str:
         """Why it failed: one of CATEGORIES."""
         return self.category or category_of(self.phase, self.code, self.enhanced, self.text)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the peer may have the message all the same: its reply did not come."""
+        return (self.inside or self.text).endswith(IN_DOUBT)
 
     @property
     def whole(self) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from relaymta.control.filters import Filter
 from relaymta.disk.big import BigBody, BigFile
@@ -18,6 +18,7 @@ from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
+from relaymta.disk.journal import remove_journal
 from relaymta.disk.lock import OWNER_SECONDS, lock
 from relaymta.disk.operations import Task
 from relaymta.disk.room import Disk
@@ -38,6 +39,7 @@ from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed
 from relaymta.queue.importing import Importing
 from relaymta.queue.inspect import Totals
+from relaymta.queue.journal import JOURNAL, Journal, JournalSettings
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.quarantine import Keeper
@@ -60,6 +62,7 @@ SLOWEST = 1.0  # seconds that a 250 is delayed just before the disk is full
 FAILED_OFFER_MS = 60_000  # a queue sleeps so long after the deliverer raised an exception over an entry of it
 SWEEP_TICKS = 12_000  # ten minutes
 CHECK_TICKS = 20
+JOURNAL_TICKS = 1200  # a minute
 MATERIALIZE_MS = 5_000  # fresh mail that has not left after so long gets rows of its own
 
 
@@ -83,6 +86,7 @@ class Queue:
         self.assign, self.sign = assign, sign
         self._events = events
         self._awake = deliverer.awake
+        self._kept_journal: Journal | None = None  # also while none is kept
         self._materializing: set[int] = set()  # to be submitted to the writer at the end of this loop iteration
         self.path = spool / f"shard-{shard}"
         make_folder(self.path)
@@ -111,6 +115,7 @@ class Queue:
             on_commit=self._committed,
             sign=sign,
         )
+        self._open_journal(settings.journal)
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
         self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
@@ -187,6 +192,8 @@ class Queue:
         self._ask_materialize()
         await self.writer.close()
         await self._readers.close()
+        if self._kept_journal is not None:
+            self._kept_journal.files.close()
         self.segments.close()
         self.store.close()
         os.close(self._lock)
@@ -199,6 +206,47 @@ class Queue:
         self.quarantine.keep_ms = settings.quarantine_ms
         self.entries.resize(settings.window, settings.window_bytes)
         self.schedule.wake()
+        if settings.journal is not None or self.writer.journal is not None:
+            self.writer.submit(Task(lambda change: self._keep_journal(change, settings.journal)))
+
+    # The journal
+
+    def _open_journal(self, settings: JournalSettings | None) -> None:
+        """Before the start: keep a journal, or none; what there is of one that is not kept any more is removed, since nobody
+        reads it."""
+        if settings is None:
+            remove_journal(self.path / "journal")
+        else:
+            self.writer.journal = self._journal(settings, self.store.journal_row())
+
+    def _journal(self, settings: JournalSettings, row: bytes | None) -> Journal:
+        """`row`: of the store."""
+        if self._kept_journal is None:
+            folder, brim = self.path / "journal", lambda: self.disk.brim
+            self._kept_journal = Journal.opened(folder, row, self.clock, settings, brim)
+        self._kept_journal.files.configure(*settings)
+        return self._kept_journal
+
+    def _keep_journal(self, change: Change, settings: JournalSettings | None) -> None:
+        """Writer thread: keep a journal, with these bounds, or none, from the next group on. What there is of one stays until the
+        next start."""
+        row = change.txn.get(JOURNAL, db=self.store.tables["meta"])
+        self.writer.journal = self._journal(settings, row) if settings is not None else None
+
+    def _sweep_journal(self) -> None:
+        """On the loop, each second: have old files of the journal removed; and one where mail needs the room."""
+        journal, spare = self.writer.journal, not self.disk.room
+        if journal is not None and (spare or self._ticks % JOURNAL_TICKS == 0):
+            self.writer.submit(Task(lambda change: journal.files.sweep(self.clock.now(), spare)))
+
+    async def complained(self, ident: int, envelope: Envelope, addresses: list[str], more: dict[str, Any]) -> None:
+        """Note that recipients have complained of a message: as of `Journal.complained`. StoreError."""
+
+        def run(change: Change) -> None:
+            if change.journal is not None:
+                change.journal.complained(ident, envelope, addresses, more)
+
+        await self.writer.task(run)
 
     @property
     def full(self) -> bool:
@@ -381,6 +429,7 @@ class Queue:
             self._readers.start(self._big.sweep, lambda result: None)
             self._readers.start(self.store.forget_dead_readers, lambda result: None)
         if self._ticks % CHECK_TICKS == 0:
+            self._sweep_journal()
             self._readers.read_rows(self._housekeep, self._expiry.expire)
             self.quarantine.tick()
             late = self.clock.now() - MATERIALIZE_MS

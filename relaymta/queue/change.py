@@ -22,6 +22,7 @@ from relaymta.proto.envelope import (
     encode,
 )
 from relaymta.queue.ages import add, remove
+from relaymta.queue.journal import JOURNAL, Journal
 from relaymta.queue.store import (
     DUE,
     EXPIRY,
@@ -45,13 +46,15 @@ __all__ = ["Change"]
 class Change(Transaction):
     """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, journal: Journal | None = None) -> None:
+        """`journal`: where events are noted; None: nowhere."""
         super().__init__(store)
         self._store = store
+        self.journal = journal
         self._touched: set[int] = set()  # queues whose rows are to be written
         self._named: set[int] = set()  # queues whose rows may have been created here
         self._written: set[int] = set()  # queues whose rows were written before a part
-        self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` restores
+        self._before: tuple[dict[Any, int], int, int] = ({}, 0, 0)  # what `undo_part` restores
         self._fresh = store.fresh
         self.highest = 0
 
@@ -228,6 +231,7 @@ class Change(Transaction):
             if envelope.quarantine is not None:
                 self._quarantine(ident, envelope, envelope.quarantine)
             self.replace(ident, envelope)
+            self.tell("held", ident, envelope)
 
     def _quarantine(self, ident: int, envelope: Envelope, why: Quarantine) -> None:
         key = QUARANTINE_KEY.pack(why.judged, ident)
@@ -262,6 +266,12 @@ class Change(Transaction):
                 self.place(ident, envelope, placement)
             self.txn.put(EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
             self.replace(ident, envelope)
+            self.tell("released", ident, envelope)
+
+    def tell(self, kind: str, ident: int, envelope: Envelope, reason: str = "") -> None:
+        """Note in the journal, if there is one: as of `Journal.changed`."""
+        if self.journal is not None:
+            self.journal.changed(kind, ident, envelope, reason)
 
     def seen(self, ident: int, envelope: Envelope, now: int) -> None:
         """All filters have looked at an unseen message, and let it pass: it is due now (ms of the queue's clock)."""
@@ -341,9 +351,15 @@ class Change(Transaction):
         if self.highest:
             self.set_meta(b"highest", self.highest)
         self.set_meta(b"seen", now)
+        if self.journal is not None:
+            row = self.journal.files.write(now)
+            if row is not None:
+                self.txn.put(JOURNAL, row, db=self._tables["meta"])
         number = self._store.keep_number(self.txn)
         self._fresh.write(self.txn)
         self.txn.commit()
+        if self.journal is not None:
+            self.journal.files.settle()
         self._fresh.settle()
         self._store.number_kept(number)
 
@@ -355,7 +371,7 @@ class Change(Transaction):
             self._settle_queue(number)  # so that what is undone can be read again as it was
         self._written |= self._touched | self._named
         self._touched, self._named = set(), set()
-        self._before = self._fresh.ending(), self.highest
+        self._before = self._fresh.ending(), self.highest, self.journal.files.mark() if self.journal is not None else 0
         super().begin_part()
 
     def undo_part(self) -> None:
@@ -363,8 +379,10 @@ class Change(Transaction):
         super().undo_part()
         self._store.forget(self._touched | self._named)
         self._touched, self._named = set(), set()
-        ending, self.highest = self._before
+        ending, self.highest, mark = self._before
         self._fresh.end_only(ending)
+        if self.journal is not None:
+            self.journal.files.undo(mark)
 
     def _settle_queue(self, number: int) -> None:
         """Write a queue's row, and its wake row by the time of its first due row."""

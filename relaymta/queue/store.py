@@ -13,7 +13,7 @@
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
     meta       word                   schema, last committed time ("seen"), highest id, highest queue number ("queues"), octets
-                                      of judged mail in the quarantine ("quarantine")
+                                      of judged mail in the quarantine ("quarantine"), where the journal ends ("journal")
 
 Keys are big-endian, so that every query is a prefix scan. What a group commit changes: change.py.
 """
@@ -40,6 +40,7 @@ from relaymta.proto.envelope import (
     encode,
 )
 from relaymta.queue.fresh import Fresh
+from relaymta.queue.journal import JOURNAL
 
 __all__ = ["Histories", "QueueRow", "Store", "key_of"]
 
@@ -117,6 +118,13 @@ class Store(Environment):
         except msgspec.MsgspecError as error:
             raise StoreError(f"{self._path}: a row of its newest messages cannot be read: {error}: {CURE}") from None
         self.fresh = fresh  # when it is complete, since other threads read it
+
+    def journal_row(self) -> bytes | None:
+        """Where the journal ends (`disk.journal.END`), as it is committed; None: there is none. On the writer's thread, too, but
+        not within a transaction."""
+        with self.env.begin() as txn:
+            found: bytes | None = txn.get(JOURNAL, db=self.tables["meta"])
+            return found
 
     # Reading (any thread; the transaction is the caller's)
 

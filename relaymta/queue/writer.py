@@ -13,7 +13,6 @@ When it fails:
 import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from relaymta.disk.clock import ShardClock
@@ -28,6 +27,7 @@ from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns
 from relaymta.queue.entry import Outcome, Put
 from relaymta.queue.group import Assign, Committed, Operation
+from relaymta.queue.journal import Journal
 from relaymta.queue.outcomes import Outcomes, put_rows, restore_rows
 from relaymta.queue.store import Store
 
@@ -59,8 +59,11 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         on_commit: Callable[[Committed], None],
         sign: Callable[[bytes], bytes] = lambda data: b"",
     ) -> None:
-        begin = partial(Change, store)
-        super().__init__(loop, store, segments, clock, begin=begin, on_commit=on_commit, unawaited=Outcome, name="queue-writer")
+        super().__init__(
+            loop, store, segments, clock, begin=self._change, on_commit=on_commit, unawaited=Outcome, name="queue-writer"
+        )  # fmt: skip
+        self._store = store
+        self.journal: Journal | None = None  # set before the start, or by the thread itself
         self._ballast = ballast
         self.dsns = Dsns(segments, clock, ids, hostname, max_age_ms, assign, sign)
         self._outcomes = Outcomes(store, segments, self.dsns, assign)
@@ -140,7 +143,11 @@ class Writer(GroupWriter[Operation, Committed, Change]):
     def _record(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
         """Commit these operations in one LMDB transaction; the error when it failed (then nothing of them is committed)."""
 
+        journal = self.journal
+
         def fill(change: Change, now: int) -> None:
+            if journal is not None:
+                journal.accepted(puts)
             self._inline(change, [put for put in puts if put.fresh], now)
             for put in puts:
                 if put.replaces:
@@ -151,6 +158,9 @@ class Writer(GroupWriter[Operation, Committed, Change]):
                     put_rows(change, put, now)
             for outcome in outcomes:
                 self._outcomes.record(change, outcome, now)
+                if journal is not None and not outcome.gone:
+                    journal.ended(outcome)
+                    journal.accepted(outcome.puts)
             for task in tasks:
                 self._run_task(change, task)
             for move in moves:
@@ -162,8 +172,13 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         error = self._transact(fill)
         if error is None:
             self._outcomes.settle()
+        elif journal is not None:
+            journal.files.forget(self._store.journal_row())
         self._outcomes.forget()
         return error
+
+    def _change(self) -> Change:
+        return Change(self._store, self.journal)
 
     def _inline(self, change: Change, puts: list[Put], now: int) -> None:
         """Add messages that are delivered at once."""
