@@ -294,6 +294,22 @@ class SieveChange(_Arguments, frozen=True):
     text: bytes
 
 
+class OfWebhook(_Arguments, frozen=True):
+    """A webhook."""
+
+    name: Text
+
+
+class Replaying(_Arguments, frozen=True):
+    """Events of a webhook that have happened since a time, before another one (ms UTC; 0: until now), of these kinds (none: of
+    all that it wants)."""
+
+    name: Text
+    since: Number
+    until: Number = 0
+    kinds: list[Literal["accepted", "deferred", "delivered", "bounced", "held", "released", "complained"]] = []
+
+
 class Upgrading(_Arguments, frozen=True):
     """To the program at a path ("": the one that the relay was started with), each of whose steps may take so many seconds."""
 
@@ -450,6 +466,9 @@ REQUESTS: dict[str, Request] = {
         Request("abuse", Nothing, Where.SUPERVISOR),
         Request("abuse_why", OfAccount, Where.SUPERVISOR),
         Request("abuse_clear", OfAccount, Where.SUPERVISOR, changes=True),
+        Request("webhooks", Nothing, Where.SUPERVISOR, 10),
+        Request("webhook_test", OfWebhook, Where.SUPERVISOR, 310, changes=True),
+        Request("webhook_replay", Replaying, Where.SUPERVISOR, 60, changes=True),
         Request("lessons", Known, Where.SUPERVISOR),
         Request("learned", Learned, Where.SUPERVISOR, changes=True),
         Request("trace", Trace, Where.LIVE, pieces=True),

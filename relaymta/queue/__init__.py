@@ -115,7 +115,8 @@ class Queue:
             on_commit=self._committed,
             sign=sign,
         )
-        self._open_journal(settings.journal)
+        if settings.journal is not None:
+            self.writer.journal = self._journal(settings.journal, self.store.journal_row())
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
         self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
@@ -168,6 +169,8 @@ class Queue:
         """Begin to commit and to offer. Returns when the shard is ready to take mail. `culprit`: the id of a message to
         quarantine first (0: none)."""
         self.writer.start()
+        if self.writer.journal is None:
+            await self._readers.run(remove_journal, self.path / "journal")  # nobody reads what there is of one
         if culprit:
             self.quarantined = await self._opening.quarantine(culprit)
         await self._readers.run(self._housekeep)
@@ -210,14 +213,6 @@ class Queue:
             self.writer.submit(Task(lambda change: self._keep_journal(change, settings.journal)))
 
     # The journal
-
-    def _open_journal(self, settings: JournalSettings | None) -> None:
-        """Before the start: keep a journal, or none; what there is of one that is not kept any more is removed, since nobody
-        reads it."""
-        if settings is None:
-            remove_journal(self.path / "journal")
-        else:
-            self.writer.journal = self._journal(settings, self.store.journal_row())
 
     def _journal(self, settings: JournalSettings, row: bytes | None) -> Journal:
         """`row`: of the store."""

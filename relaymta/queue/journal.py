@@ -21,9 +21,8 @@ from relaymta.proto.envelope import DSN, PERMANENT, SUCCESS, Envelope, encode
 from relaymta.proto.said import Said
 from relaymta.queue.entry import Entry, Outcome, Put
 
-__all__ = ["EVENTS", "JOURNAL", "Journal", "JournalSettings", "Record", "decode_record", "events"]
+__all__ = ["JOURNAL", "Journal", "JournalSettings", "Record", "decode_record", "events", "stamp"]
 
-EVENTS: Final = ("accepted", "deferred", "delivered", "bounced", "held", "released", "complained")
 JOURNAL: Final = b"journal"  # the row in meta: where it ends
 SHOWN: Final = 500  # characters of a reply
 
