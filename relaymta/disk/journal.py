@@ -2,9 +2,14 @@
 
     journal/NNNNNNNN   a header, then frames: append-only, cut off into files of some megabytes, removed from the oldest on
 
-The writer thread appends the records of a group and syncs them before the store's transaction is committed, which records the end
-of the journal (`END`, a row of the store). Nobody reads beyond that end: what a group that was not committed has left there is
-cut off, or written over. A header says where the file before it ends, since a cut may have failed.
+The writer thread appends the records of a group before the store's transaction is committed, which records the end of the journal
+(`END`, a row of the store). Nobody reads beyond that end: what a group that was not committed has left there is cut off, or
+written over. A header says where the file before it ends, since a cut may have failed.
+
+A sync for each group would cost mail a third of its throughput. So the transaction also has a copy of what was appended (the
+*tail*, rows of the store beside `END`), which is durable with it; the file is synced once for many groups, and then their rows
+are deleted. After a power cut the owner writes the tail into the file again, before anything else. (A process that is killed
+takes nothing with it that it has written.)
 
 Records are numbered by what they tell of (a record of several events counts for so many), whether they could be written or not:
 the number goes on in the store. So whoever reads knows from a gap how many were dropped, for whatever reason: the disk was full,
@@ -16,16 +21,16 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from relaymta.disk.folders import make_folder, remove_file, sync_folder
-from relaymta.disk.segments import IOV_LIMIT, write_all
+from relaymta.disk.segments import write_all
 
-__all__ = ["END", "End", "Found", "JournalReader", "JournalWriter", "Piece", "file_numbers", "remove_journal"]
+__all__ = ["END", "End", "Found", "JournalReader", "JournalWriter", "Piece", "Rows", "Written", "file_numbers", "remove_journal"]
 
 FILE_MOST = 16 << 20  # octets of a file, but for one group that has more
 FILE_LEAST = 64 << 10
@@ -35,7 +40,10 @@ READ_LEAST = 64 << 10
 
 HEADER = struct.Struct(">4sIQQQQQQ")  # magic, 0, file, its first number, born, the file before, its end, checksum of all before
 FRAME = struct.Struct(">IIQQ")  # octets and count of a record, its number, xxh3-64 of it
-END = struct.Struct(">QQQ")  # file, offset, next number
+END = struct.Struct(">QQQQQ")  # file, offset, next number; the file and offset up to which all is synced
+TAIL = struct.Struct(">QQ")  # the key of a row of the tail: file, offset
+ROW_OCTETS = 1900  # of the tail: LMDB keeps up to about 2,000 within a page
+SYNC_OCTETS, SYNC_MS = 512 << 10, 5000  # what the tail has at most, and for how long, where there is more
 MAGIC = b"rmJ1"
 _NAME = re.compile("[0-9]{8,}")
 
@@ -51,7 +59,28 @@ class End(NamedTuple):
     @classmethod
     def of(cls, row: bytes | None) -> "End":
         """From the row of a store; None: it has none."""
-        return cls(*END.unpack(row)) if row else cls()
+        return cls(*END.unpack(row)[:3]) if row else cls()
+
+
+class Rows(NamedTuple):
+    """What a store has of a journal: the row END, None: it has none; and the rows of its tail, by their keys."""
+
+    end: bytes | None = None
+    tail: Sequence[tuple[bytes, bytes]] = ()
+
+    @property
+    def synced(self) -> tuple[int, int]:
+        """The file and offset up to which all is synced."""
+        file, offset = END.unpack(self.end)[3:] if self.end else (0, 0)
+        return file, offset
+
+
+class Written(NamedTuple):
+    """What a transaction has to do for a journal: the row END, rows of the tail to put, and keys of such to delete."""
+
+    end: bytes
+    put: list[tuple[bytes, bytes]]
+    deleted: list[bytes]
 
 
 class Header(NamedTuple):
@@ -109,16 +138,22 @@ class JournalWriter:
     """The write side, which belongs to the writer thread: `add` within a transaction, then `write` and, when its row is
     committed, `settle`, else `forget`; `sweep` now and then. Nothing here raises because of the disk.
 
-    `row`: as the store has it; `most`: octets that all files may have; `keep_ms`: for how long records are kept, by the shard's
-    clock; `brim()`: whether nothing is to be written that can be spared. `dropped`: how many could not be written since the
-    start, `error`: why the last could not."""
+    `rows`: as the store has them; `most`: octets that all files may have; `keep_ms`: for how long records are kept, by the
+    shard's clock; `brim()`: whether nothing is to be written that can be spared. `dropped`: how many could not be written since
+    the start, `error`: why the last could not."""
 
     def __init__(
-        self, folder: Path, row: bytes | None, now: int, most: int, keep_ms: int, brim: Callable[[], bool] = lambda: False
+        self, folder: Path, rows: Rows, now: int, most: int, keep_ms: int, brim: Callable[[], bool] = lambda: False
     ) -> None:
         self._folder = folder
         self._brim = brim
-        self.end = End.of(row)
+        self.end = End.of(rows.end)
+        self._synced = rows.synced
+        self._tail = [key for key, _ in rows.tail]  # the keys of what is in the store
+        self._unsynced = sum(len(value) for _, value in rows.tail)  # octets of these
+        self._last_sync = now
+        self._written = Written(b"", [], [])  # by the group under way
+        self._syncs = False  # the group under way has synced the file
         self.dropped = 0
         self.error = ""
         self._next = self.end  # of the group under way
@@ -134,6 +169,7 @@ class JournalWriter:
         self._last = now  # when there were records last
         self.configure(most, keep_ms)
         self._load(now)
+        self._recover(rows)
 
     def configure(self, most: int, keep_ms: int) -> None:
         """Other bounds."""
@@ -150,6 +186,17 @@ class JournalWriter:
                 header = read_header(self._folder, file)
                 self._born[file] = min(now, header.born) if header is not None else now
                 self._octets[file] = journal_file(self._folder, file).stat().st_size
+
+    def _recover(self, rows: Rows) -> None:
+        """Write the tail again: a power cut may have left anything in its place. It stays until the next sync. (Where this fails,
+        who reads finds that it is damaged.)"""
+        with contextlib.suppress(OSError):
+            if self.end.file and self._reopened(rows.synced[1]):
+                for key, value in rows.tail:
+                    file, offset = TAIL.unpack(key)
+                    if file == self._open and offset < self.end.offset:
+                        write_all(self._fd, [value], offset)
+                self._octets[self._open] = os.fstat(self._fd).st_size
 
     @property
     def octets(self) -> int:
@@ -170,30 +217,40 @@ class JournalWriter:
         """Forget what was staged behind a mark."""
         del self._staged[mark:]
 
-    def write(self, now: int) -> bytes | None:
-        """Write and sync what is staged; the row that the transaction has to write, None: nothing was staged. Where the disk
-        refuses it, it is dropped, and the row says only how many there were."""
+    def write(self, now: int) -> Written | None:
+        """Write what is staged; what the transaction has to do, None: nothing was staged. Where the disk refuses it, it is
+        dropped, and END says only how many there were."""
         staged, self._staged = self._staged, []
         if not staged:
             return None
         file, offset, number = self.end
-        buffers = []
+        buffers = list[bytes]()
         for count, record in staged:
             buffers += [FRAME.pack(len(record), count, number, _checksum(number, count, record)), record]
             number += count
+        data, self._syncs = b"".join(buffers), False
+        synced, put, deleted = self._synced, list[tuple[bytes, bytes]](), list[bytes]()
         try:
-            file, offset = self._put(buffers, now)
+            file, offset = self._put(data, now)
+            if self._syncs:
+                synced, deleted = (file, offset), self._tail
+            else:
+                starts = range(0, len(data), ROW_OCTETS)
+                first = offset - len(data)
+                put = [(TAIL.pack(file, first + at), data[at : at + ROW_OCTETS]) for at in starts]
         except OSError as error:
             self.error = error.strerror or str(error)
             self._lost = number - self.end.number
+            self._syncs = False
             self._refused()
         self._next = End(file, offset, number)
         self._last = now
-        return END.pack(*self._next)
+        self._written = Written(END.pack(*self._next, *synced), put, deleted)
+        return self._written
 
-    def _put(self, buffers: list[bytes], now: int) -> tuple[int, int]:
-        """Write and sync these; the file, and the offset behind them. OSError."""
-        octets = sum(map(len, buffers)) + HEADER.size  # of a new file, if there is one
+    def _put(self, data: bytes, now: int) -> tuple[int, int]:
+        """Write these octets, and sync the file if it is time; the file, and the offset behind them. OSError."""
+        octets = len(data) + HEADER.size  # of a new file, if there is one
         if time.monotonic() < self._again:
             raise OSError(0, self.error)
         if self._brim():
@@ -206,16 +263,17 @@ class JournalWriter:
         if not (fits and file != self._sealed and self._reopened()):
             offset = self._begin_file(now)
             file = self._open
-        for start in range(0, len(buffers), IOV_LIMIT):
-            offset += write_all(self._fd, buffers[start : start + IOV_LIMIT], offset)
-        os.fdatasync(self._fd)
+        offset += write_all(self._fd, [data], offset)
+        if self._made or self._unsynced + len(data) >= SYNC_OCTETS or now - self._last_sync >= SYNC_MS:
+            os.fdatasync(self._fd)
+            self._syncs, self._last_sync = True, now
         if self._made:
             sync_folder(self._folder)
         self._octets[file] = offset
         return file, offset
 
-    def _reopened(self) -> bool:
-        """Have the file that is written open; False: it is gone, or has not all of what was committed."""
+    def _reopened(self, least: int = -1) -> bool:
+        """Have the file that is written open; False: it is gone, or has less than `least` octets (-1: all that was committed)."""
         file, offset, _ = self.end
         if self._fd >= 0 and self._open == file:
             return True
@@ -225,13 +283,18 @@ class JournalWriter:
         except FileNotFoundError:
             return False
         self._open = file
-        if os.fstat(self._fd).st_size < offset:
+        size = os.fstat(self._fd).st_size
+        if size < (offset if least < 0 else least):
+            self._close()
             return False
-        os.ftruncate(self._fd, offset)
+        if size > offset:
+            os.ftruncate(self._fd, offset)
         return True
 
     def _begin_file(self, now: int) -> int:
         """Make the next file; the offset behind its header. OSError."""
+        if self._tail and self.end.file != self._sealed and self._reopened():
+            os.fdatasync(self._fd)  # the tail is deleted with this group
         self._close()
         file = self.end.file + 1
         make_folder(self._folder)
@@ -253,16 +316,25 @@ class JournalWriter:
         self._remove_oldest()
 
     def settle(self) -> None:
-        """The row that `write` has returned is committed."""
+        """What `write` has returned is committed."""
         self.end = self._next
+        written, self._written = self._written, Written(b"", [], [])
+        if self._syncs:
+            self._tail, self._unsynced, self._syncs = [], 0, False
+            self._synced = self.end.file, self.end.offset
+        for key, value in written.put:
+            self._tail.append(key)
+            self._unsynced += len(value)
         self.dropped += self._lost
         self._lost = self._made = 0
 
-    def forget(self, row: bytes | None) -> None:
-        """The commit has failed; the store has this row now."""
+    def forget(self, rows: Rows) -> None:
+        """The commit has failed; the store has these rows now."""
         self._staged.clear()
-        self._lost = 0
-        self._next = self.end = End.of(row)
+        self._lost, self._syncs, self._written = 0, False, Written(b"", [], [])
+        self._next = self.end = End.of(rows.end)
+        self._synced, self._tail = rows.synced, [key for key, _ in rows.tail]
+        self._unsynced = sum(len(value) for _, value in rows.tail)
         self._cut()
 
     def _cut(self) -> None:
@@ -373,9 +445,10 @@ class JournalReader:
                 found.append(End(file, HEADER.size, header.number))
         return found
 
-    def read(self, place: End, end: End, most: int = 1 << 20) -> Piece:
+    def read(self, place: End, end: End, most: int = 1 << 20, synced: tuple[int, int] = (1 << 63, 0)) -> Piece:
         """Records from `place` on, up to the committed `end`: about `most` octets, one at least where there is any. A place
-        behind the end is of a store that was replaced by an older one: reading goes on at the end. OSError."""
+        behind the end is of a store that was replaced by an older one: reading goes on at the end. What is damaged behind
+        `synced` is waited for: its owner writes it again. OSError."""
         records: list[Found] = []
         gaps: dict[int, int] = {}
         if place.number > end.number or place.file > end.file:
@@ -391,12 +464,22 @@ class JournalReader:
             records += found
             if found:
                 continue
+            if (
+                (place.file, place.offset) >= synced
+                and place.file == end.file
+                and place.offset < end.offset
+                and self._is_there(place)
+            ):
+                break
             following = self._behind(place.file, end)
             number = end.number if following is None else max(following.number, place.number)
             if number > place.number:
                 gaps[number] = gaps.get(number, 0) + number - place.number
             place = end if following is None else following._replace(number=number)
         return Piece(records, place, sum(gaps.values()), gaps)
+
+    def _is_there(self, place: End) -> bool:
+        return journal_file(self._folder, place.file).exists()
 
     def _behind(self, file: int, end: End) -> End | None:
         """The first place of the next file behind this one; None: there is none up to the end."""

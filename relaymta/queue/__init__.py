@@ -18,7 +18,7 @@ from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
-from relaymta.disk.journal import remove_journal
+from relaymta.disk.journal import Rows, remove_journal
 from relaymta.disk.lock import OWNER_SECONDS, lock
 from relaymta.disk.operations import Task
 from relaymta.disk.room import Disk
@@ -39,7 +39,7 @@ from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed
 from relaymta.queue.importing import Importing
 from relaymta.queue.inspect import Totals
-from relaymta.queue.journal import JOURNAL, Journal, JournalSettings
+from relaymta.queue.journal import Journal, JournalSettings
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.quarantine import Keeper
@@ -116,7 +116,7 @@ class Queue:
             sign=sign,
         )
         if settings.journal is not None:
-            self.writer.journal = self._journal(settings.journal, self.store.journal_row())
+            self.writer.journal = self._journal(settings.journal, self.store.journal_rows())
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
         self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
@@ -214,19 +214,19 @@ class Queue:
 
     # The journal
 
-    def _journal(self, settings: JournalSettings, row: bytes | None) -> Journal:
-        """`row`: of the store."""
+    def _journal(self, settings: JournalSettings, rows: Rows) -> Journal:
+        """`rows`: of the store."""
         if self._kept_journal is None:
             folder, brim = self.path / "journal", lambda: self.disk.brim
-            self._kept_journal = Journal.opened(folder, row, self.clock, settings, brim)
+            self._kept_journal = Journal.opened(folder, rows, self.clock, settings, brim)
         self._kept_journal.files.configure(*settings)
         return self._kept_journal
 
     def _keep_journal(self, change: Change, settings: JournalSettings | None) -> None:
         """Writer thread: keep a journal, with these bounds, or none, from the next group on. What there is of one stays until the
         next start."""
-        row = change.txn.get(JOURNAL, db=self.store.tables["meta"])
-        self.writer.journal = self._journal(settings, row) if settings is not None else None
+        rows = self.store.journal_rows_in(change.txn)
+        self.writer.journal = self._journal(settings, rows) if settings is not None else None
 
     def _sweep_journal(self) -> None:
         """On the loop, each second: have old files of the journal removed; and one where mail needs the room."""

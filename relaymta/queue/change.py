@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from relaymta.disk.clock import wall_ms
+from relaymta.disk.journal import Written
 from relaymta.disk.transaction import Transaction
 from relaymta.proto.envelope import (
     CLASSES,
@@ -352,9 +353,7 @@ class Change(Transaction):
             self.set_meta(b"highest", self.highest)
         self.set_meta(b"seen", now)
         if self.journal is not None:
-            row = self.journal.files.write(now)
-            if row is not None:
-                self.txn.put(JOURNAL, row, db=self._tables["meta"])
+            self._write_journal(self.journal.write(now))
         number = self._store.keep_number(self.txn)
         self._fresh.write(self.txn)
         self.txn.commit()
@@ -362,6 +361,15 @@ class Change(Transaction):
             self.journal.files.settle()
         self._fresh.settle()
         self._store.number_kept(number)
+
+    def _write_journal(self, written: Written | None) -> None:
+        if written is not None:
+            meta = self._tables["meta"]
+            self.txn.put(JOURNAL, written.end, db=meta)
+            for key, value in written.put:
+                self.txn.put(JOURNAL + key, value, db=meta)
+            for key in written.deleted:
+                self.txn.delete(JOURNAL + key, db=meta)
 
     # A part: a nested transaction
 
@@ -371,7 +379,7 @@ class Change(Transaction):
             self._settle_queue(number)  # so that what is undone can be read again as it was
         self._written |= self._touched | self._named
         self._touched, self._named = set(), set()
-        self._before = self._fresh.ending(), self.highest, self.journal.files.mark() if self.journal is not None else 0
+        self._before = self._fresh.ending(), self.highest, self.journal.mark() if self.journal is not None else 0
         super().begin_part()
 
     def undo_part(self) -> None:
@@ -382,7 +390,7 @@ class Change(Transaction):
         ending, self.highest, mark = self._before
         self._fresh.end_only(ending)
         if self.journal is not None:
-            self.journal.files.undo(mark)
+            self.journal.undo(mark)
 
     def _settle_queue(self, number: int) -> None:
         """Write a queue's row, and its wake row by the time of its first due row."""

@@ -15,15 +15,16 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from relaymta.disk.clock import ShardClock, wall_ms
-from relaymta.disk.journal import JournalWriter
+from relaymta.disk.journal import JournalWriter, Rows, Written
 from relaymta.ident import format_id
 from relaymta.proto.envelope import DSN, PERMANENT, SUCCESS, Envelope, encode
 from relaymta.proto.said import Said
 from relaymta.queue.entry import Entry, Outcome, Put
 
-__all__ = ["JOURNAL", "Journal", "JournalSettings", "Record", "decode_record", "events", "stamp"]
+__all__ = ["JOURNAL", "Journal", "JournalSettings", "Record", "decode_records", "events", "stamp"]
 
-JOURNAL: Final = b"journal"  # the row in meta: where it ends
+JOURNAL: Final = b"journal"  # the row in meta: where it ends; and, with more behind it, the rows of its tail
+TOGETHER: Final = 256  # events in one frame, about
 SHOWN: Final = 500  # characters of a reply
 
 # Why a message was bounced: a reply or a cause that is permanent; its time was over; an operator has bounced it, or deleted it;
@@ -36,6 +37,9 @@ class JournalSettings(NamedTuple):
 
     octets: int
     keep_ms: int
+
+
+_NO_MORE: dict[str, Any] = {}
 
 
 class Party(msgspec.Struct, array_like=True, gc=False):
@@ -65,7 +69,7 @@ class Record(msgspec.Struct, array_like=True, gc=False):
     more: dict[str, Any] = {}
 
 
-decode_record = msgspec.msgpack.Decoder(Record).decode
+decode_records = msgspec.msgpack.Decoder(list[Record]).decode
 
 
 class Journal:
@@ -74,13 +78,44 @@ class Journal:
     def __init__(self, files: JournalWriter, clock: ShardClock) -> None:
         self.files = files
         self._clock = clock
+        self._noted: list[tuple[Any, ...]] = []  # records, in the transaction under way
 
     @classmethod
     def opened(
-        cls, folder: Path, row: bytes | None, clock: ShardClock, settings: JournalSettings, brim: Callable[[], bool]
+        cls, folder: Path, rows: Rows, clock: ShardClock, settings: JournalSettings, brim: Callable[[], bool]
     ) -> "Journal":
-        """The journal in a folder. `row`: of the store; `brim()`: as of JournalWriter."""
-        return cls(JournalWriter(folder, row, clock.now(), settings.octets, settings.keep_ms, brim), clock)
+        """The journal in a folder. `rows`: of the store; `brim()`: as of JournalWriter."""
+        return cls(JournalWriter(folder, rows, clock.now(), settings.octets, settings.keep_ms, brim), clock)
+
+    def mark(self) -> int:
+        """What is noted so far, for `undo`."""
+        return len(self._noted)
+
+    def undo(self, mark: int) -> None:
+        """Forget what was noted behind a mark."""
+        del self._noted[mark:]
+
+    def write(self, now: int) -> Written | None:
+        """As `JournalWriter.write`, of what was noted."""
+        noted, self._noted = self._noted, []
+        first, count = 0, 0
+        for at, record in enumerate(noted, 1):
+            count += len(record[4])
+            if count >= TOGETHER or at == len(noted):
+                self._stage(noted[first:at], count)
+                first, count = at, 0
+        return self.files.write(now)
+
+    def _stage(self, records: list[tuple[Any, ...]], count: int) -> None:
+        try:
+            self.files.add(encode(records), count)
+        except Exception:  # a defect: what cannot be encoded has no event, and must not fail the group
+            traceback.print_exc()
+
+    def forget(self, rows: Rows) -> None:
+        """As `JournalWriter.forget`."""
+        self._noted = []
+        self.files.forget(rows)
 
     def _note(
         self, kind: str, ident: int, envelope: Envelope, parties: Sequence[Sequence[Any]], moment: int, attempt: int = 0,
@@ -89,7 +124,7 @@ class Journal:
         about = (
             envelope.sender, envelope.application, envelope.user, envelope.tags, envelope.message_id, envelope.traceparent,
         )  # fmt: skip
-        self.files.add(encode((kind, moment, ident, about, parties, attempt, more or {})), len(parties))
+        self._noted.append((kind, moment, ident, about, parties, attempt, more or _NO_MORE))
 
     def accepted(self, puts: Iterable[Put]) -> None:
         """These messages come into the queue."""
@@ -175,8 +210,16 @@ def stamp(milliseconds: int) -> str:
     return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03}Z"
 
 
-def events(number: int, record: Record) -> Iterator[dict[str, Any]]:
-    """The events of a record with this number, one for each recipient, as a webhook's JSON has them (docs/webhooks.md)."""
+def events(number: int, records: list[Record]) -> Iterator[dict[str, Any]]:
+    """The events of records, the first of which has this number: one for each recipient, as a webhook's JSON has them
+    (docs/webhooks.md)."""
+    for record in records:
+        yield from events_of(number, record)
+        number += len(record.parties)
+
+
+def events_of(number: int, record: Record) -> Iterator[dict[str, Any]]:
+    """As `events`, of one record."""
     message, moment = format_id(record.ident), stamp(record.time)
     sender, application, user, tags, message_id, traceparent = record.about
     for at, party in enumerate(record.parties):

@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 
 from relaymta.disk.environment import CURE, MAP_SIZE, Environment
+from relaymta.disk.journal import Rows
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     Body,
@@ -119,12 +120,21 @@ class Store(Environment):
             raise StoreError(f"{self._path}: a row of its newest messages cannot be read: {error}: {CURE}") from None
         self.fresh = fresh  # when it is complete, since other threads read it
 
-    def journal_row(self) -> bytes | None:
-        """Where the journal ends (`disk.journal.END`), as it is committed; None: there is none. On the writer's thread, too, but
-        not within a transaction."""
+    def journal_rows(self) -> Rows:
+        """What there is of the journal, as it is committed. On the writer's thread, too, but not within a transaction."""
         with self.env.begin() as txn:
-            found: bytes | None = txn.get(JOURNAL, db=self.tables["meta"])
-            return found
+            return self.journal_rows_in(txn)
+
+    def journal_rows_in(self, txn: Any) -> Rows:
+        """As `journal_rows`, in the caller's transaction."""
+        tail = []
+        cursor = txn.cursor(db=self.tables["meta"])
+        if cursor.set_range(JOURNAL + b"\0"):
+            for key, value in cursor:
+                if not key.startswith(JOURNAL):
+                    break
+                tail.append((key[len(JOURNAL) :], value))
+        return Rows(txn.get(JOURNAL, db=self.tables["meta"]), tail)
 
     # Reading (any thread; the transaction is the caller's)
 

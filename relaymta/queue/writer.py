@@ -173,7 +173,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         if error is None:
             self._outcomes.settle()
         elif journal is not None:
-            journal.files.forget(self._store.journal_row())
+            journal.forget(self._store.journal_rows())
         self._outcomes.forget()
         return error
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import msgspec
 
 from relaymta.disk.environment import Environment
-from relaymta.disk.journal import End, Found, JournalReader, Piece
+from relaymta.disk.journal import End, Found, JournalReader, Piece, Rows
 from relaymta.errors import StoreError
-from relaymta.queue.journal import JOURNAL, Record, decode_record
+from relaymta.queue.journal import JOURNAL, Record, decode_records
 
-__all__ = ["Shard", "record_of"]
+__all__ = ["Shard", "records_of"]
 
 
 class Shard:
@@ -21,6 +21,7 @@ class Shard:
         self._environment: Environment | None = None
         self.reader = JournalReader(self._path / "journal")
         self.known = End()  # where it ended when somebody looked last
+        self._synced = 0, 0
 
     def open(self) -> None:
         """Open the store, once its owner has made it. On one thread at a time."""
@@ -36,13 +37,13 @@ class Shard:
         environment = self._environment
         assert environment is not None
         with environment.reading() as txn:
-            found = End.of(txn.get(JOURNAL, db=environment.tables["meta"]))
-        self.known = found
-        return found
+            row = txn.get(JOURNAL, db=environment.tables["meta"])
+        self.known, self._synced = End.of(row), Rows(row).synced
+        return self.known
 
     def read(self, place: End, most: int) -> Piece:
         """As `JournalReader.read`, up to the committed end."""
-        return self.reader.read(place, self.end(), most)
+        return self.reader.read(place, self.end(), most, self._synced)
 
     def from_time(self, moment: int) -> End:
         """The first place of the last file that begins before a time (ms UTC): what happened since then is behind it, unless it
@@ -52,7 +53,7 @@ class Shard:
         found = starts[0] if starts else end
         for start in starts:
             first = self.reader.read(start, end, 1).records
-            if first and (record := record_of(first[0])) is not None and record.time < moment:
+            if first and (records := records_of(first[0])) and records[0].time < moment:
                 found = start
         return found
 
@@ -62,9 +63,9 @@ class Shard:
             self._environment.close()
 
 
-def record_of(found: Found) -> Record | None:
-    """A record; None: a newer version has written it in a form that is not known here."""
+def records_of(found: Found) -> list[Record]:
+    """The records in a frame; none: a newer version has written it in a form that is not known here."""
     try:
-        return decode_record(found.record)
+        return decode_records(found.record)
     except msgspec.MsgspecError:
-        return None
+        return []

@@ -9,7 +9,7 @@ depend on it: there is one for each consumer and shard.
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ import msgspec
 
 from relaymta.disk.journal import End, Found
 from relaymta.errors import RelayError, StoreError
-from relaymta.queue.journal import events
+from relaymta.queue.journal import events_of
 from relaymta.report import places
-from relaymta.report.shards import Shard, record_of
+from relaymta.report.shards import Shard, records_of
 
 __all__ = ["Consumer", "NotTaken", "Pace", "Stream"]
 
@@ -28,6 +28,7 @@ POLL = 0.2  # seconds between looks at a journal in which there was nothing new,
 READ = 1 << 20  # octets of a journal that are read at once
 OCTETS_MOST = 1 << 20  # of the events of a batch, as JSON; one event may have more
 FIRST, MOST = 1.0, 300.0  # seconds of back-off
+FEW = 800  # octets of an event in the journal, on average in its frame
 SAVE_SECONDS = 5.0  # for a place behind events that the consumer does not want
 
 
@@ -204,8 +205,7 @@ class Stream:
             if record.number >= limit:
                 self._more = False
                 return found._replace(place=self._until or piece.place, dropped=dropped)
-            for taken, event, moment in self._of(record, place):
-                size = len(msgspec.json.encode(event))
+            for taken, event, moment, size in self._of(record, place):
                 if found.events and (octets + size > OCTETS_MOST or len(found.events) >= self.consumer.batch):
                     self._more = True
                     return found._replace(place=record.place(taken), dropped=dropped)
@@ -217,16 +217,19 @@ class Stream:
         self._more = piece.place.number < self.shard.known.number
         return found._replace(dropped=dropped)
 
-    def _of(self, found: Found, place: End) -> list[tuple[int, dict[str, Any], int]]:
-        """The events of a record from a place on that the consumer wants: (how many are before it, event, ms UTC)."""
-        record = record_of(found)
-        if record is None:
-            return []
-        return [
-            (taken, event, record.time)
-            for taken, event in enumerate(events(found.number, record))
-            if found.number + taken >= place.number and self._only(event) and self.consumer.wants(event)
-        ]
+    def _of(self, found: Found, place: End) -> Iterator[tuple[int, dict[str, Any], int, int]]:
+        """The events in a frame from a place on that the consumer wants: (how many are before it, event, ms UTC, octets of its
+        JSON: where they are few, a guess that is rather too high)."""
+        few = len(found.record) // found.events < FEW
+        wants, only, taken = self.consumer.wants, self._only, -1
+        for record in records_of(found):
+            if found.number + taken + len(record.parties) < place.number:
+                taken += len(record.parties)
+                continue
+            for event in events_of(found.number + taken + 1, record):
+                taken += 1
+                if found.number + taken >= place.number and only(event) and wants(event):
+                    yield taken, event, record.time, FEW * 2 if few else len(msgspec.json.encode(event))
 
     async def _hand_over(self, batch: Batch) -> None:
         """Until it is taken, or all of it is too old."""

@@ -16,29 +16,33 @@ import hypothesis.strategies as st
 import lmdb
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from relaymta.disk import journal as files
-from relaymta.disk.journal import End, JournalReader, JournalWriter, file_numbers
+from relaymta.disk.journal import End, JournalReader, JournalWriter, Rows, file_numbers
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import HELD, PERMANENT, SUCCESS, TRANSIENT, Attempt, Envelope
 from relaymta.queue import format_id, wall_ms, writer
 from relaymta.queue.change import Change
-from relaymta.queue.journal import JournalSettings, decode_record, events
+from relaymta.queue.journal import JournalSettings, decode_records, events
 from tests.queue.test_one_end import Watched
 from tests.queue.test_queue import until
 
 
 class JournalMachine(RuleBasedStateMachine):
-    """`row`: what the store has committed. `written`: the records of committed groups that the disk has taken, by number."""
+    """`end`, `tail`: what the store has committed. `written`: the records of committed groups that the disk has taken, by
+    number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp()) / "journal"
-        self.kept = {name: getattr(files, name) for name in ("FILE_MOST", "FILE_LEAST", "AGAIN_SECONDS")}
-        files.FILE_MOST, files.FILE_LEAST, files.AGAIN_SECONDS = 400, 100, -1.0
-        self.fdatasync = os.fdatasync
-        self.row: bytes | None = None
+        self.kept = {
+            name: getattr(files, name) for name in ("FILE_MOST", "FILE_LEAST", "AGAIN_SECONDS", "SYNC_OCTETS", "ROW_OCTETS")
+        }
+        files.FILE_MOST, files.FILE_LEAST, files.AGAIN_SECONDS, files.SYNC_OCTETS, files.ROW_OCTETS = 700, 100, -1.0, 300, 50
+        self.real = os.fdatasync, files.write_all
+        self.end: bytes | None = None
+        self.tail: dict[bytes, bytes] = {}
         self.now, self.number = 1000, 0
         self.written: dict[int, tuple[int, bytes]] = {}
         self.refused: set[int] = set()
@@ -46,13 +50,17 @@ class JournalMachine(RuleBasedStateMachine):
         self.place = End()
         self.reader = JournalReader(self.folder)
 
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.end, sorted(self.tail.items()))
+
     @initialize(most=st.sampled_from([1500, 4000, 1 << 20]))
     def begin(self, most) -> None:
         self.most = most
-        self.writer = JournalWriter(self.folder, self.row, self.now, most, 500)
+        self.writer = JournalWriter(self.folder, self.rows, self.now, most, 500)
 
     def teardown(self) -> None:
-        os.fdatasync = self.fdatasync
+        os.fdatasync, files.write_all = self.real
         for name, value in self.kept.items():
             setattr(files, name, value)
         self.writer.close()
@@ -64,12 +72,6 @@ class JournalMachine(RuleBasedStateMachine):
         self.writer.add(record, count)
         self.staged.append((count, record))
 
-    @precondition(lambda self: self.staged)
-    @rule(keep=st.integers(0, 10))
-    def undo(self, keep) -> None:
-        self.writer.undo(keep)
-        del self.staged[keep:]
-
     def numbered(self) -> dict[int, tuple[int, bytes]]:
         found, number = {}, self.number
         for count, record in self.staged:
@@ -77,55 +79,86 @@ class JournalMachine(RuleBasedStateMachine):
             number += count
         return found
 
-    @rule(refuse=st.sampled_from([0, 0, 0, 0, 1]))
+    @rule(refuse=st.sampled_from(["", "", "", "", "write", "sync"]))
     def commit(self, refuse) -> None:
-        before = self.writer.dropped
-        if refuse:
-            os.fdatasync = self._refuse
-        row = self.writer.write(self.now)
-        os.fdatasync = self.fdatasync
+        before, refused = self.writer.dropped, []
+
+        def fails(*arguments) -> None:
+            refused.append(1)
+            raise OSError(28, "No space left on device")
+
+        if refuse == "write":
+            files.write_all = fails
+        elif refuse == "sync":
+            os.fdatasync = fails
+        done = self.writer.write(self.now)
+        os.fdatasync, files.write_all = self.real
         group, self.staged = self.numbered(), []
-        assert (row is None) == (not group)
-        if row is None:
+        assert (done is None) == (not group)
+        if done is None:
             return
-        self.row = row
+        self.end = done.end
+        self.tail |= done.put
+        for key in done.deleted:
+            del self.tail[key]
         self.writer.settle()
+        assert sum(map(len, self.tail.values())) <= 300
         total = sum(count for count, _ in group.values())
         self.number += total
-        assert End.of(row).number == self.number
+        assert End.of(self.end).number == self.number
         if self.writer.dropped > before:
             assert self.writer.dropped == before + total
-            assert refuse or sum(24 + len(record) for _, record in group.values()) > self.most // 2
+            assert refused or sum(24 + len(record) for _, record in group.values()) > self.most // 2 - 100
             self.refused.update(range(self.number - total, self.number))
         else:
-            assert not refuse
+            assert not refused
             self.written |= group
-
-    def _refuse(self, descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
 
     @rule()
     def commit_fails(self) -> None:
         self.writer.write(self.now)
-        self.writer.forget(self.row)
+        self.writer.forget(self.rows)
         self.staged = []
 
+    def cut_off(self) -> None:
+        """The process ends, without a commit of what it has staged, or in the middle of one."""
+        self.staged = []
+        self.writer.close()
+
     @rule(octets=st.integers(0, 400), written=st.booleans(), cut=st.booleans())
-    def crash(self, octets, written, cut) -> None:
+    def kill(self, octets, written, cut) -> None:
         """Before the commit, at any octet of what was written; what lies behind it may be anything."""
         if written:
             self.writer.write(self.now)
-        self.staged = []
-        self.writer.close()
-        end, numbers = End.of(self.row), file_numbers(self.folder)
+        self.cut_off()
+        end, numbers = End.of(self.end), file_numbers(self.folder)
         if cut and numbers:
             last = files.journal_file(self.folder, numbers[-1])
             least = end.offset if numbers[-1] == end.file else 0
-            with last.open("r+b") as opened:
-                opened.truncate(max(least, last.stat().st_size - octets))
-                opened.seek(0, os.SEEK_END)
-                opened.write(random.randbytes(octets % 7))
-        self.writer = JournalWriter(self.folder, self.row, self.now, self.most, 500)
+            self._damage(last, max(least, last.stat().st_size - octets), octets % 7)
+        self.writer = JournalWriter(self.folder, self.rows, self.now, self.most, 500)
+
+    @rule(octets=st.integers(0, 400), garbage=st.integers(0, 500), written=st.booleans())
+    def power_cut(self, octets, garbage, written) -> None:
+        """What was not synced may be lost, or be anything; who reads meanwhile waits for it."""
+        if written:
+            self.writer.write(self.now)
+        self.cut_off()
+        file, offset = self.rows.synced
+        for number in file_numbers(self.folder):
+            path = files.journal_file(self.folder, number)
+            if number >= file and number <= End.of(self.end).file:
+                least = offset if number == file else 0
+                self._damage(path, max(least, path.stat().st_size - octets), garbage)
+        self._read(self.place, 1 << 20, waits=True)
+        self.writer = JournalWriter(self.folder, self.rows, self.now, self.most, 500)
+
+    @staticmethod
+    def _damage(path: Path, size: int, garbage: int) -> None:
+        with path.open("r+b") as opened:
+            opened.truncate(size)
+            opened.seek(0, os.SEEK_END)
+            opened.write(random.randbytes(garbage))
 
     @rule(passed=st.integers(0, 400), spare=st.sampled_from([False, False, True]))
     def sweep(self, passed, spare) -> None:
@@ -138,17 +171,17 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule(taken=st.integers(0, 5))
     def read_within_a_record(self, taken) -> None:
-        piece = self.reader.read(self.place, End.of(self.row), 1)
+        piece = self.reader.read(self.place, End.of(self.end), 1)
         if piece.records and not piece.dropped:
             first = piece.records[0]
             behind = first.place(min(taken, first.events))
             if behind.number >= self.place.number:
                 self.place = behind
 
-    def _read(self, place: End, most: int) -> End:
+    def _read(self, place: End, most: int, waits: bool = False) -> End:
         """What is read and what is dropped are all there is, once; nothing is dropped that is there."""
-        end = End.of(self.row)
-        piece = self.reader.read(place, end, most)
+        end = End.of(self.end)
+        piece = self.reader.read(place, end, most, self.rows.synced)
         number, first = place.number, self.reader.oldest().number if self.writer.octets else end.number
         for found in piece.records:
             gap = piece.gaps.get(found.number, 0)
@@ -166,7 +199,7 @@ class JournalMachine(RuleBasedStateMachine):
     def all_can_be_read(self) -> None:
         if not hasattr(self, "writer"):
             return
-        place, end = End(), End.of(self.row)
+        place, end = End(), End.of(self.end)
         while place.number < end.number:
             before = place
             place = self._read(place, 700)
@@ -207,10 +240,10 @@ class Noted(Watched):
     def told(self, spool: Path | None = None) -> list[dict]:
         """All events that are there; none was dropped."""
         folder = (spool or self.folder) / "shard-0"
-        end = End.of(self.queue.store.journal_row())
+        end = End.of(self.queue.store.journal_rows().end)
         piece = JournalReader(folder / "journal").read(End(), end, 1 << 30)
         assert piece.dropped == 0 and piece.place == end
-        return [event for one in piece.records for event in events(one.number, decode_record(one.record))]
+        return [event for one in piece.records for event in events(one.number, decode_records(one.record))]
 
     def words(self) -> list[tuple]:
         return [(one["event"], one["message"], one["recipient"]) for one in self.told()]
@@ -317,7 +350,7 @@ async def test_an_event_is_there_only_if_its_change_was_committed(tmp_path, monk
         def fails(change, now) -> None:
             if len(failures) < 3:
                 failures.append(1)
-                change.journal.files.write(now)  # as far as it comes before the commit
+                change.journal.write(now)  # as far as it comes before the commit
                 raise lmdb.Error("I/O error")
             finish(change, now)
 
@@ -362,13 +395,13 @@ async def test_where_no_journal_is_kept_there_is_none_and_what_there_was_goes(tm
     async with Noted(tmp_path) as bench:
         await bench.store("a@d.example")
         assert len(bench.told()) == 1
-        end = End.of(bench.queue.store.journal_row())
+        end = End.of(bench.queue.store.journal_rows().end)
     async with Noted(tmp_path, journal=None) as bench:
         await bench.store("a@d.example")
         assert list((tmp_path / "shard-0/journal").iterdir()) == []
     async with Noted(tmp_path) as bench:
         await bench.store("a@d.example")
-        piece = JournalReader(tmp_path / "shard-0/journal").read(end, End.of(bench.queue.store.journal_row()))
+        piece = JournalReader(tmp_path / "shard-0/journal").read(end, End.of(bench.queue.store.journal_rows().end))
         assert [one.number for one in piece.records] == [1], "the numbers go on"
 
 
@@ -438,7 +471,7 @@ async def test_a_journal_without_room_on_the_disk_costs_no_mail(tmp_path, monkey
             lost = journal.dropped
             filling.unlink()
             last = await bench.store("c@d.example")
-            end = End.of(bench.queue.store.journal_row())
+            end = End.of(bench.queue.store.journal_rows().end)
             piece = JournalReader(tmp_path / "shard-0/journal").read(End(), end, 1 << 30)
-            there = [decode_record(one.record).ident for one in piece.records]
+            there = [record.ident for one in piece.records for record in decode_records(one.record)]
             assert piece.dropped == lost and len(there) == 32 - lost and there[0] < idents[0] and there[-1] == last

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from relaymta.disk.journal import End, JournalReader, JournalWriter
+from relaymta.disk.journal import End, JournalReader, JournalWriter, Rows
 from relaymta.proto.envelope import encode
 from relaymta.queue import wall_ms
 from relaymta.report import places, streams
@@ -22,7 +22,7 @@ class Shard:
     number = 0
 
     def __init__(self, folder) -> None:
-        self.writer = JournalWriter(folder / "journal", None, 1, 64 << 20, 1 << 40)
+        self.writer = JournalWriter(folder / "journal", Rows(), 1, 64 << 20, 1 << 40)
         self.reader = JournalReader(folder / "journal")
         self.known = End()
         self.idents = 0
@@ -32,7 +32,7 @@ class Shard:
             self.idents += 1
             about = ("a@b.example", "shop", "", [], text, "")
             parties = [(f"{number}@d.example",) for number in range(to)]
-            self.writer.add(encode((kind, wall_ms() - age_ms, self.idents, about, parties, 0, {})), to)
+            self.writer.add(encode([(kind, wall_ms() - age_ms, self.idents, about, parties, 0, {})]), to)
         self.writer.write(1)
         self.writer.settle()
 
