@@ -114,6 +114,8 @@ class Reporter:
                 except (OSError, StoreError):  # its owner has not made it yet
                     continue
                 self._shards[number] = shard
+            with contextlib.suppress(OSError, StoreError):
+                await self._run(shard.end)  # how far streams are behind that wait for their consumer
             for told in self._told.values():
                 if number not in told.streams:
                     stream = Stream(
@@ -177,19 +179,22 @@ class Reporter:
         return {"replay": replay.name, "events": sum(last.number - first.number for first, last in shards.values())}
 
     def _replay(self, told: Told, replay: Replay) -> None:
-        streams = [
-            Stream(
-                told.consumer, self._shards[number], replay.place_file(told.folder, number), told.pace, told.replayed,
-                self._threads, told.warn, last, replay.only(),
-            )
-            for number, (_, last) in replay.shards.items() if number in self._shards
-        ]  # fmt: skip
+        streams: list[Stream] = []
         told.replays[replay.name] = replay, streams
         told.spawn(self._replayed(told, replay, streams))
 
     async def _replayed(self, told: Told, replay: Replay, streams: list[Stream]) -> None:
-        await asyncio.gather(*(stream.run() for stream in streams))
-        told.warn(f"the replay of what has happened since {stamp(replay.since)} has ended")
+        async def of(number: int, last: End) -> None:
+            while number not in self._shards:  # this process has just been started
+                await asyncio.sleep(LOOK_SECONDS)
+            stream = Stream(
+                told.consumer, self._shards[number], replay.place_file(told.folder, number), told.pace, told.replayed,
+                self._threads, told.warn, last, replay.only(),
+            )  # fmt: skip
+            streams.append(stream)
+            await stream.run()
+
+        await asyncio.gather(*(of(number, last) for number, (_, last) in replay.shards.items()))
         del told.replays[replay.name]
         with contextlib.suppress(OSError):
             await self._run(replay.remove, told.folder)

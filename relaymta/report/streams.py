@@ -141,7 +141,8 @@ class Stream:
         self.waits_since = 0  # ms UTC: when the first event happened that it has and that is not taken; 0: it has none
         self._file, self._pace, self._tally, self._threads, self._warn = file, pace, tally, threads, warn
         self._until, self._only, self._fresh = until, only, fresh
-        self._saved = 0.0
+        self._saved = 0.0  # when its place was written, and which
+        self._kept = End()
         self._trouble = ""
         self._more = False
 
@@ -165,8 +166,8 @@ class Stream:
                 self._dropped(batch.dropped, "were there no more, or could not be written")
             if batch.events:
                 await self._hand_over(batch)
-            if batch.place != self.place:
-                self.place = batch.place
+            self.place = batch.place
+            if self.place != self._kept:
                 await self._save(bool(batch.events))
             self.waits_since = 0
             if not self._more:
@@ -179,7 +180,7 @@ class Stream:
         """Find its place."""
         while True:
             try:
-                self.place = await self._run(self._first)
+                self.place = self._kept = await self._run(self._first)
                 return
             except (OSError, StoreError) as error:
                 self._say(f"{error}: its events wait")
@@ -268,5 +269,6 @@ class Stream:
             self._saved = now
             try:
                 await self._run(places.save, self._file, self.place)
+                self._kept = self.place
             except OSError as error:
                 self._say(f"its place cannot be written: {error.strerror or error}: events are sent again after a restart")

@@ -207,6 +207,25 @@ def test_what_was_sent_is_sent_again_on_request(tmp_path):
             assert json.loads(relay.cli("webhook", "show", "shop", "--json").stdout)["replayed"] == 6
 
 
+def test_a_replay_goes_on_when_its_process_was_killed(tmp_path):
+    secret = secret_file(tmp_path / "secret")
+    with FakeMx({}) as peer, consumer(secret) as shop:
+        keys = settings(table("shop", shop.url, tmp_path / "secret", "private = true, batch = 3"))
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", keys, workers=2) as relay:
+            for _ in range(10):
+                relay.send()
+            wait_for(lambda: len(shop.events) == 20, 30, "the events")
+            before, shop.requests = {one["id"] for one in shop.events}, []
+            shop.reply = lambda request: (200, {}, b"") if len(shop.requests) < 3 else (500, {}, b"")
+            relay.cli("webhook", "replay", "shop", "--since", "1h")
+            wait_for(lambda: len(shop.refused) > 0, 30, "a failure")
+            os.kill(process_of(relay), signal.SIGKILL)
+            shop.reply = lambda request: (200, {}, b"")
+            wait_for(lambda: {one["id"] for one in shop.events} == before, 30, "the rest")
+            wait_for(lambda: not list((relay.spool / "report/shop/replays").iterdir()), 30, "its end")
+            assert any("the process of the webhooks has ended (-9)" in row["text"] for row in relay.events("warning"))
+
+
 def test_a_relay_that_starts_again_goes_on_where_it_was(tmp_path):
     secret, port = secret_file(tmp_path / "secret"), free_port()
     keys = settings(table("shop", f"http://127.0.0.1:{port}/", tmp_path / "secret"))
