@@ -414,12 +414,14 @@ class Found(NamedTuple):
 
 class Piece(NamedTuple):
     """`records`: in order; the first may begin before the place that was asked for. `place`: behind them. `dropped`: how many are
-    there no more, or were never written, in all; `gaps`: by the number of the record before which (or of `place`)."""
+    there no more, or were never written, in all; `gaps`: by the number of the record before which (or of `place`). `start`: where
+    reading began."""
 
     records: list[Found]
     place: End
     dropped: int
     gaps: dict[int, int]
+    start: End
 
 
 class JournalReader:
@@ -447,12 +449,14 @@ class JournalReader:
 
     def read(self, place: End, end: End, most: int = 1 << 20, synced: tuple[int, int] = (1 << 63, 0)) -> Piece:
         """Records from `place` on, up to the committed `end`: about `most` octets, one at least where there is any. A place
-        behind the end is of a store that was replaced by an older one: reading goes on at the end. What is damaged behind
-        `synced` is waited for: its owner writes it again. OSError."""
+        behind the end is of a journal that is there no more, such as after a backup was restored: reading begins with the oldest
+        record that there is. What is damaged behind `synced` is waited for: its owner writes it again. OSError."""
         records: list[Found] = []
         gaps: dict[int, int] = {}
         if place.number > end.number or place.file > end.file:
-            return Piece(records, end, 0, gaps)
+            oldest = self.oldest()
+            place = oldest if oldest.file and oldest.number < end.number else end
+        start = place
         octets = 0
         while place.number < end.number and octets < most:
             found = self._frames(place, end, most - octets)
@@ -476,7 +480,7 @@ class JournalReader:
             if number > place.number:
                 gaps[number] = gaps.get(number, 0) + number - place.number
             place = end if following is None else following._replace(number=number)
-        return Piece(records, place, sum(gaps.values()), gaps)
+        return Piece(records, place, sum(gaps.values()), gaps, start)
 
     def _is_there(self, place: End) -> bool:
         return journal_file(self._folder, place.file).exists()

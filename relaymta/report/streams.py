@@ -199,7 +199,7 @@ class Stream:
         """On a thread: the next events, as many as there are for one batch."""
         piece = self.shard.read(self.place, READ)
         found = Batch([], [], piece.place, 0)
-        octets, dropped, place = 0, 0, self.place
+        octets, dropped, place = 0, 0, piece.start
         limit = self._until.number if self._until is not None else 1 << 63
         for record in piece.records:
             dropped += piece.gaps.get(record.number, 0)

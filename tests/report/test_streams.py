@@ -208,6 +208,20 @@ async def test_a_place_that_cannot_be_read_begins_with_the_oldest(tmp_path):
         await until(lambda: bench.taker.numbers == [0, 1, 2])
 
 
+async def test_another_journal_in_its_place_is_read_from_its_beginning(tmp_path):
+    """As after a backup was restored, or a shard begun anew."""
+    shard = Shard(tmp_path / "old")
+    shard.write(*["accepted"] * 7)
+    async with streaming(tmp_path, shard=shard) as bench:
+        await until(lambda: len(bench.taker.numbers) == 7)
+        await until(lambda: places.load(tmp_path / "places/shard-0") == shard.end())
+    shard = Shard(tmp_path / "new")
+    shard.write(*["accepted"] * 3)
+    async with streaming(tmp_path, shard=shard, fresh=False) as bench:
+        await until(lambda: bench.taker.numbers == [0, 1, 2])
+        assert bench.tally.dropped == 0
+
+
 async def test_a_replay_ends_where_it_was_to_and_keeps_its_own_place(tmp_path):
     shard = Shard(tmp_path)
     shard.write("accepted", age_ms=600_000)
