@@ -86,6 +86,8 @@ class Reporter:
             if isinstance(consumer, Webhook) and wanted.get(name) != consumer.settings:
                 await told.close()
                 del self._told[name]
+            else:
+                told.pace.revive()
         others = [one for one in self._others if one.name not in self._told]
         for consumer in [*others, *(Webhook(row) for name, row in wanted.items() if name not in self._told)]:
             name = consumer.name

@@ -102,6 +102,12 @@ class Pace:
             self.gone = True
             self._told(f"{why}: nothing is sent to it before a reload, or before a test of it succeeds")
 
+    def revive(self) -> None:
+        """It may be asked again, if it was gone."""
+        if self.gone:
+            self.gone, self.until = False, 0.0
+            self._changed.set()
+
     def succeeded(self) -> None:
         """It has taken a batch."""
         if self.failures:

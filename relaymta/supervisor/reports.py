@@ -48,11 +48,11 @@ class Reports:
 
     def configured(self, config: Config) -> None:
         """A reload has replaced the configuration."""
-        before, self._config = self._config, config
+        self._config = config
         known = {row.name for row in config.webhook}
         self._totals = {name: found for name, found in self._totals.items() if name in known}
         self._changed.set()
-        if config.webhook and config.webhook != before.webhook and self._channel is not None:
+        if config.webhook and self._channel is not None:
             with contextlib.suppress(RelayError):
                 self._channel.notify("configure", config=config.to_json())
 

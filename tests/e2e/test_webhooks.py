@@ -161,6 +161,8 @@ def test_no_consumer_keeps_another_one_waiting(tmp_path):
         assert rows["gone"]["lag_events"] == 40 and rows["slow"]["lag_seconds"] > 0
         text = relay.cli("webhook", "list").stdout
         assert "HTTP 301" in text and "HTTP 410" in text
+        relay.cli("reload", check=False)
+        wait_for(lambda: len(consumers["gone"].refused) == 2, 30, "that it is asked again after a reload")
         consumers["gone"].reply = replies["good"]
         done = relay.cli("webhook", "test", "gone")
         assert done.stdout.startswith("HTTP 200 after")
@@ -295,3 +297,28 @@ def test_a_mistake_is_named_with_its_line(tmp_path):
     assert done.returncode == 78
     assert f"{file}:5: webhook.0.url: 10.0.0.1 is not an address in the Internet: set private = true" in done.stderr
     assert f"{file}:11: webhook.1.events.0: " in done.stderr
+
+
+def test_a_dead_consumer_costs_disk_up_to_the_bound_and_hears_the_rest(tmp_path):
+    """Twice as many events as there is room for: the oldest are gone, counted and named, and mail was taken as ever."""
+    secret, many = secret_file(tmp_path / "secret"), [f"{number:040}@d.example" for number in range(100)]
+    with FakeMx({}) as peer, consumer(secret) as shop:
+        shop.reply = lambda request: (500, {}, b"")
+        keys = settings(table("shop", shop.url, tmp_path / "secret"))
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", keys, "webhooks.store=1048576") as relay:
+            for _ in range(120):
+                relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", *many)
+            wait_for(lambda: relay.summary() == [], 60, "the queue to be empty")
+            assert 500_000 < sum(path.stat().st_size for path in relay.spool.glob("shard-*/journal/*")) <= 1 << 20
+            shop.reply = lambda request: (200, {}, b"")
+
+            def row() -> dict:
+                found = relay.cli("webhook", "show", "shop", "--json", check=False).stdout
+                return json.loads(found) if found else {}
+
+            found = wait_for(lambda: (now := row()) and now["lag_events"] == 0 and now["delivered"] and now, 60, "the rest")
+            assert found["dropped"] > 0 and found["dropped"] + found["delivered"] == 2 * 120 * 100
+            warnings = [one["text"] for one in relay.events("warning") if "were there no more" in one["text"]]
+            assert sum(int(text.split()[2]) for text in warnings) == found["dropped"]
+            numbers = [int(event["id"].partition("-")[2]) for event in shop.events]
+            assert numbers[-1] == 2 * 120 * 100 - 1 and len(numbers) == found["delivered"]
