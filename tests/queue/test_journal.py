@@ -21,12 +21,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from relaymta.disk import journal as files
 from relaymta.disk.journal import End, JournalReader, JournalWriter, Rows, file_numbers
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, PERMANENT, SUCCESS, TRANSIENT, Attempt, Envelope
+from relaymta.proto.envelope import DSN, HELD, PERMANENT, SUCCESS, TRANSIENT, Attempt, Envelope
 from relaymta.queue import format_id, wall_ms, writer
 from relaymta.queue.change import Change
 from relaymta.queue.journal import JournalSettings, decode_records, events
+from relaymta.queue.quarantine import Release
 from tests.queue.test_one_end import Watched
+from tests.queue.test_quarantine import Ward
 from tests.queue.test_queue import until
+from tests.queue.test_unseen import Unlooked
 
 
 class JournalMachine(RuleBasedStateMachine):
@@ -332,6 +335,36 @@ async def test_an_attempt_in_doubt_says_so(tmp_path):
         assert bench.told()[1]["in_doubt"] is True
 
 
+async def test_what_leaves_the_quarantine_or_is_discarded_by_filters_is_told_of(tmp_path):
+    class Both(Noted, Ward, Unlooked):
+        pass
+
+    async with Both(tmp_path) as bench:
+        first, second, third = await bench.held(), await bench.held(), await bench.held()
+        await bench.queue.change_messages("release quarantined", [first], Release(["z@z.example"], "pm@relay.example", True))
+        await bench.queue.change_messages("quarantine expired", [second])
+        await bench.queue.change_messages("release quarantined", [third], Release([], "", True))
+        unseen, _ = await bench.unseen()
+        taken = await bench.taken(unseen)
+        await bench.queue.unseen.dropped(taken)
+        taken.release()
+        found = bench.told()
+    of = {ident: [one for one in found if one["message"] == format_id(ident)] for ident in (first, second, third, unseen)}
+    begin = ["accepted", "held"]
+    assert [one["event"] for one in of[first]] == [*begin, "released"] and of[first][-1]["recipient"] == "z@z.example"
+    assert [one["event"] for one in of[second]] == [*begin, "bounced"] and of[second][-1]["reason"] == "quarantine expired"
+    assert [one["event"] for one in of[third]] == [*begin, "released"] and of[third][-1]["recipient"] == "c@d.example"
+    assert [one["event"] for one in of[unseen]] == ["accepted", "bounced"] and of[unseen][-1]["reason"] == "discarded"
+
+
+async def test_nothing_is_told_of_a_dsn_that_an_operator_holds_or_deletes(tmp_path):
+    async with Noted(tmp_path) as bench:
+        ident = await bench.store("a@d.example", sender="", flags=DSN)
+        for verb in ("hold", "release", "delete"):
+            assert await bench.queue.change_messages(verb, [ident]) == (1, 0)
+        assert bench.told() == []
+
+
 async def test_a_complaint_is_noted_by_a_task(tmp_path):
     async with Noted(tmp_path) as bench:
         ident = await bench.store("a@d.example")
@@ -350,7 +383,8 @@ async def test_an_event_is_there_only_if_its_change_was_committed(tmp_path, monk
         def fails(change, now) -> None:
             if len(failures) < 3:
                 failures.append(1)
-                change.journal.write(now)  # as far as it comes before the commit
+                if len(failures) == 2:
+                    change.journal.write(now)  # as far as it comes before the commit
                 raise lmdb.Error("I/O error")
             finish(change, now)
 

@@ -179,6 +179,18 @@ async def test_what_was_removed_before_it_was_read_is_counted_and_told_once(tmp_
         assert len([text for text in bench.warnings if "4 events of shard 0" in text]) == 1
 
 
+async def test_what_was_removed_last_is_counted_though_nothing_follows(tmp_path):
+    shard = Shard(tmp_path)
+    shard.write("accepted")
+    shard.write("held", to=3)
+    shard.writer.remove()
+    (tmp_path / "places").mkdir()
+    places.save(tmp_path / "places/shard-0", End())
+    async with streaming(tmp_path, shard=shard) as bench:
+        await until(lambda: bench.stream.place == shard.end())
+        assert bench.tally.dropped == 4 and not bench.taker.taken
+
+
 async def test_a_consumer_that_does_not_answer_delays_no_other(tmp_path):
     class Slow(Taker):
         async def take(self, events) -> None:
