@@ -55,6 +55,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "orig_id",
         "unseen",
         "held",
+        "tags",
+        "traceparent",
     ),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id", "stays"),
     "quota_warning": ("user", "filled"),
@@ -101,9 +103,10 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "attempt",
         "users",
         "stays",
+        "traceparent",
     ),
     "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt"),
-    "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "delay", "attempt"),
+    "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "delay", "attempt", "traceparent"),
     "bounced": (
         "id",
         "sender",
@@ -118,6 +121,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "attempt",
         "expired",
         "stays",
+        "traceparent",
     ),
     # `ends`: seconds; `until`: the same in milliseconds, for one version more.
     "site": ("route", "state", "reason", "fault", "cause", "until", "ends"),
@@ -132,14 +136,14 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 ADDED = {"message_id", "users", "retrieved", "commands", "program", "mechanism"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stays", "expired", "ids"}
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stays", "expired", "ids", "tags", "traceparent"}
 
 # The types of fields that are no strings, in all events.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("pid", "slot", "size", "filled", "messages", "changes", "port", "attempt", "count"), int),
     **dict.fromkeys(("seconds", "value", "limit", "ends", "until", "delay", "next"), float),
     **dict.fromkeys(("good", "enforced", "stays", "expired"), bool),
-    **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to", "ids"), list[str]),
+    **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to", "ids", "tags"), list[str]),
     **dict.fromkeys(("users", "actions"), list[str] | str),
     **dict.fromkeys(("retrieved", "commands"), int | str),
     "score": float | None,

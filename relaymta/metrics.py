@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
+from relaymta.proto.suppression import REASONS
+
 __all__ = [
     "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
     "SITES_SHOWN", "SITE_GAUGES", "SITE_RESULTS", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "Own",
@@ -70,7 +72,15 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Rejections that the log has as `rejected`, by phase and class of the reply", "phase reply",
         tuple(f"{phase} {reply}" for phase in ("connect", "mail", "rcpt", "data") for reply in ("4xx", "5xx")),
     ),
+    "relaymta_http_requests_total": (
+        "Requests of applications that hand in mail by HTTP, by operation and class of the answer", "operation answer",
+        tuple(f"{name} {answer}" for name in ("send", "message", "receipt", "other") for answer in ("2xx", "4xx", "5xx")),
+    ),
     "relaymta_recipients_refused_total": ("Recipients rejected at RCPT, or of LMTP by their mailbox", "", ("",)),
+    "relaymta_suppressed_total": (
+        "Recipients rejected at RCPT since they are in the suppression list, by its reason", "reason",
+        REASONS,
+    ),
     "relaymta_recipients_total": ("Recipients by result", "result", ("delivered", "deferred", "bounced", "expired")),
     "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),
     "relaymta_mailbox_deliveries_total": (
@@ -215,6 +225,12 @@ GAUGES: dict[str, tuple[str, bool | str]] = {
     ),
     "relaymta_oldest_message_seconds": ("Age of the oldest message in the queue that is not held", True),
     "relaymta_oldest_held_seconds": ("Age of the oldest held message, those in the quarantine included", True),
+    "relaymta_drop_files": ("Messages in the drop folder that wait to be taken", False),
+    "relaymta_drop_oldest_seconds": ("For how long the relay has seen the one of these that waits longest", True),
+    "relaymta_drop_bad_files": ("Messages in the drop folder that were put aside (bad/)", False),
+    "relaymta_pickup_files": ("Messages in the pickup folder that wait to be taken", False),
+    "relaymta_pickup_oldest_seconds": ("For how long the relay has seen the one of these that waits longest", True),
+    "relaymta_pickup_bad_files": ("Messages in the pickup folder that were put aside (bad/)", False),
     "relaymta_connections": ("Open incoming connections", False),
     "relaymta_sessions": ("Open outgoing connections", False),
     "relaymta_window": ("Messages in memory for delivery", False),
@@ -288,6 +304,8 @@ WEBHOOK_GAUGES = ("relaymta_webhook_lag_events", "relaymta_webhook_lag_seconds",
 GENERATION, REFUSED = "relaymta_config_generation", "relaymta_config_reload_refused"
 REFUSALS = "relaymta_config_reload_errors_total"
 SITE_TOTAL = "relaymta_site_attempts_total"
+SUPPRESSIONS, SUPPRESSIONS_MOST = "relaymta_suppression_entries", "relaymta_suppression_entries_most"
+SUPPRESSIONS_LEFT = "relaymta_suppression_left_out_total"
 OTHER = "other"  # the sites that are not shown
 SITE_RESULTS = ("delivered", "deferred", "bounced")
 LABEL_MOST = 100  # characters of a label's value that comes from outside
@@ -315,7 +333,8 @@ LAYOUT = repr(
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
 _ROWS = (
     QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE, RESTARTS, WORKERS, CERTIFICATES,
-    GENERATION, REFUSED, REFUSALS, SITE_TOTAL, WEBHOOK_TOTAL, *WEBHOOK_GAUGES,
+    GENERATION, REFUSED, REFUSALS, SITE_TOTAL, SUPPRESSIONS, SUPPRESSIONS_MOST, SUPPRESSIONS_LEFT, WEBHOOK_TOTAL,
+    *WEBHOOK_GAUGES,
 )  # fmt: skip
 NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
 
@@ -586,7 +605,8 @@ def webhook_families(totals: dict[str, WebhookTotals]) -> list[object]:
 class Own(NamedTuple):
     """What the supervisor knows of itself. `generation`: the number of the configuration in use; `refused`: whether the last
     reload was refused, and how often one was; `restarts`: of workers, by reason; `workers`: by state; `certificates`: when they
-    end (seconds since 1970), by path."""
+    end (seconds since 1970), by path; of the suppression list, its entries by reason, how many there may be, and how many were
+    left out."""
 
     generation: int
     refused: bool
@@ -594,6 +614,9 @@ class Own(NamedTuple):
     restarts: dict[str, int]
     workers: dict[str, int]
     certificates: dict[str, int]
+    suppressions: dict[str, int]
+    suppressions_most: int
+    suppressions_left_out: int
 
 
 def certificate_name(path: str) -> str:
@@ -614,11 +637,24 @@ def own_families(own: Own, now: float) -> list[object]:
     ends = GaugeMetricFamily(CERTIFICATES, "Seconds until a certificate in use ends, by its file", labels=["name"])
     for path, moment in own.certificates.items():
         ends.add_metric([shown(path)], moment - now)
+    entries = GaugeMetricFamily(
+        SUPPRESSIONS, "Entries of the suppression list, where it is used, by reason (expired ones until they are swept)",
+        labels=["reason"],
+    )  # fmt: skip
+    for reason, count in own.suppressions.items():
+        entries.add_metric([reason], count)
     return [
         GaugeMetricFamily(GENERATION, "The number of the configuration in use, counted since the start", value=own.generation),
         GaugeMetricFamily(REFUSED, "1 while the last reload was refused: the file is not what is in use", value=own.refused),
         CounterMetricFamily(REFUSALS, "Reloads that were refused", value=own.refusals),
-        restarts, workers, ends,
+        restarts, workers, ends, entries,
+        GaugeMetricFamily(
+            SUPPRESSIONS_MOST, "How many entries the suppression list may have; 0: it is not used", value=own.suppressions_most
+        ),
+        CounterMetricFamily(
+            SUPPRESSIONS_LEFT, "Entries that were not added to the suppression list, since it was full",
+            value=own.suppressions_left_out,
+        ),
     ]  # fmt: skip
 
 

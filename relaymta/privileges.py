@@ -1,4 +1,4 @@
-"""What root may touch, and how root privileges are dropped.
+"""What root may touch, how root privileges are dropped, and who is at the other end of a unix socket.
 
 The relay binds its ports as root and runs as `user`. A file in a folder that another user can write may be a link to a file of
 root's. So root creates and gives away only files in folders that no other user could have changed; all else is done after root
@@ -10,16 +10,38 @@ import difflib
 import grp
 import os
 import pwd
+import socket
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.errors import ConfigError
 
-__all__ = ["account", "acting_as_owner", "append_to", "become", "give", "group", "owner_of", "roots_alone", "user_of"]
+if TYPE_CHECKING:
+    from asyncio.trsock import TransportSocket
+
+__all__ = [
+    "Peer", "account", "acting_as_owner", "append_to", "become", "give", "group", "owner_of", "peer_of", "roots_alone", "user_of",
+]  # fmt: skip
 
 _LINKS = 40  # symbolic links in a path, as the kernel's limit
 _ACL = "system.posix_acl_access"
+_CREDENTIALS = struct.Struct("iII")  # ucred (unix(7)): process, user, group
+
+
+class Peer(NamedTuple):
+    """Who has opened the other end of a unix socket, or listens there (SO_PEERCRED): the numbers of process, user and group."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(sock: "socket.socket | TransportSocket") -> Peer:
+    """Who is at the other end of a unix socket; of a transport: `get_extra_info("socket")`. OSError."""
+    return Peer(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
 
 
 def account(name: str) -> pwd.struct_passwd:

@@ -72,7 +72,14 @@ class Shared:
 
     def in_flight(self, slot: int) -> "InFlight":
         """The messages that a slot's worker has, or had when it died, in flight."""
-        return InFlight(Cells(self._map, 8 * (_IN_FLIGHT_AT + slot * IN_FLIGHT), IN_FLIGHT))
+        return InFlight(self._flights(slot))
+
+    def is_in_flight(self, slot: int, ident: int) -> bool:
+        """Whether a slot's worker has a message in flight, as far as it is recorded."""
+        return slot < SLOTS and ident in self._flights(slot).values()
+
+    def _flights(self, slot: int) -> Cells:
+        return Cells(self._map, 8 * (_IN_FLIGHT_AT + slot * IN_FLIGHT), IN_FLIGHT)
 
     def rates(self, workers: int, slot: int = SUPERVISOR) -> "Rates":
         """The rates of delivery, as seen by one of `workers` workers. `slot`: the caller's, where several processes take."""

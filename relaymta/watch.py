@@ -7,20 +7,28 @@ from typing import Generic, TypeVar
 __all__ = ["Watched"]
 
 T = TypeVar("T")
+
+
+def _never(value: object) -> bool:
+    return False
+
+
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class Watched(Generic[T]):
     """The result of `load()`, which reads the files `paths`. `value`: of its last success (None: there was none). `problem`: why
-    the current files are not in use, "" if they are; `error`: that of the last load, None if it succeeded. `refresh` is called on
-    a thread, by one caller at a time; the attributes may be read anywhere."""
+    the current files are not in use, "" if they are; `error`: that of the last load, None if it succeeded. `again(value)`:
+    whether it is loaded at each look, whatever the files show. `refresh` is called on a thread, by one caller at a time; the
+    attributes may be read anywhere."""
 
-    def __init__(self, paths: list[str], load: Callable[[], T]) -> None:
+    def __init__(self, paths: list[str], load: Callable[[], T], again: Callable[[T], bool] = _never) -> None:
         self.value: T | None = None
         self.problem = ""
         self.error: Exception | None = None
         self._paths = paths
         self._load = load
+        self._again = again
         self._stamp: Stamp | None = None  # not loaded yet: `load` is called once even without files
 
     @property
@@ -34,7 +42,7 @@ class Watched(Generic[T]):
     def refresh(self) -> None:
         """Load the files again if they have changed, or could not be loaded the last time. Blocks."""
         stamp = tuple(_stamp(path) for path in self._paths)
-        if stamp == self._stamp and not self.problem:
+        if stamp == self._stamp and not self.problem and (self.value is None or not self._again(self.value)):
             return
         self._stamp = stamp
         try:

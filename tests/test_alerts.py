@@ -52,6 +52,7 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_filter_timeout_seconds", {"filter": "virus"}, 10, 10),
     ],
     "RelaymtaUnseen": [("relaymta_unseen_oldest_seconds", {}, 601, 0)],
+    "RelaymtaDropWaits": [("relaymta_drop_oldest_seconds", {}, 901, 0)],
     "RelaymtaQuarantineFull": [
         ("relaymta_quarantine_octets", {}, 81_000_000, 70_000_000),
         ("relaymta_quarantine_limit_octets", {}, 100_000_000, 100_000_000),
@@ -115,6 +116,7 @@ HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_filter_timeout_seconds", {"filter": "virus"}, 30, 30),
     ],
     "RelaymtaUnseen": [("relaymta_unseen_oldest_seconds", {}, 599, 599)],
+    "RelaymtaDropWaits": [("relaymta_drop_oldest_seconds", {}, 899, 899)],
     "RelaymtaQuarantineFull": [
         ("relaymta_quarantine_octets", {}, 79_000_000, 79_000_000),
         ("relaymta_quarantine_limit_octets", {}, 100_000_000, 100_000_000),

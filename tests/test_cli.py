@@ -115,6 +115,8 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("sieve", "put"): ["a@b.example", "/dev/null"], ("sieve", "check"): ["/dev/null"], ("sieve", "list"): ["a@b.example"],
     ("sieve", "get"): ["a@b.example", "x"], ("sieve", "activate"): ["a@b.example", "x"],
     ("sieve", "remove"): ["a@b.example", "x"],
+    **{("suppression", verb): ["a@b.example"] for verb in ("add", "complaint", "remove", "show")},
+    ("suppression", "import"): ["/dev/null"],
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("token", "create"): ["--name", "n", "--scope", "read"], ("token", "revoke"): ["n"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],

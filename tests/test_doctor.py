@@ -173,7 +173,8 @@ def test_a_healthy_relay_and_what_may_happen_to_it(place: Place, monkeypatch: py
     rules = {"EHLO": b"250-mx.test\r\n250 STARTTLS\r\n"}
     with FakeMx(rules, tls=context) as peer:
         own = to(f"mx.test:{peer.port}", more='tls = "verify"\n') + certified(place.folder, authority, "mail.test")
-        path = place.write(own)
+        clear = 'protocol = "http"\ntls = "off"\n'
+        path = place.write(own + f'[[listener]]\naddress = "127.0.0.1:{free_port()}"\n{clear}')
         with Configured(place, path) as relay:
             status, found = doctor("-c", path, "--dnsbl")
             assert status == 0 and {state for state, _ in found.values()} == {"ok"}, found
@@ -547,6 +548,11 @@ def test_an_open_relay(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     state, what = doctor("-c", path, "--offline")[1]["open relay"]
     assert state == "warning" and "loopback addresses only" in what
     monkeypatch.setattr("relaymta.cli.doctor_config.default_addresses", lambda: ["8.8.8.8"])
+    login = 'protocol = "http"\ntls = "implicit"\nauth = "require"\n[accounts]\nurl = "https://login.test/"\n'
+    wide = '[relay]\nnetworks = ["0.0.0.0/0"]\nopen_relay = true\n'
+    certificate = certified(place.folder, trustme.CA(), "mail.test")
+    path = place.write(f'{to("127.0.0.1:1")}{wide}{certificate}[[listener]]\naddress = "0.0.0.0:{free_port()}"\n{login}')
+    assert doctor("-c", path, "--offline")[1]["open relay"] == (state, what), "nobody sends there without a login"
     place.listener = f"0.0.0.0:{place.port}"
     path = place.write(to("127.0.0.1:1") + '[relay]\nnetworks = ["0.0.0.0/0"]\nopen_relay = true\n')
     status, found = doctor("-c", path, "--offline")

@@ -17,6 +17,7 @@ from relaymta.files import Unreadable, read_octets, read_secret, read_text
 from relaymta.filter.keys import load_key
 from relaymta.route.table import RouteTable
 from relaymta.send import login, oauth
+from relaymta.watch import Watched
 
 BOM = b"\xef\xbb\xbf"
 
@@ -133,3 +134,15 @@ def test_a_certificate_and_a_key_in_two_files_that_begin_with_a_mark(tmp_path):
     (tmp_path / "chain").write_bytes(BOM + b"".join(one.bytes() for one in made.cert_chain_pems))
     (tmp_path / "key").write_bytes(BOM + made.private_key_pem.bytes())
     tls.check(config(certificate=[{"chain": str(tmp_path / "chain"), "key": str(tmp_path / "key")}]))
+
+
+def test_what_is_in_doubt_is_loaded_at_each_look(tmp_path):
+    """Whether a file may be read now is not seen by its time."""
+    path, found = tmp_path / "file", iter([1, 1, 2, 3])
+    watched = Watched([str(path)], lambda: next(found), lambda value: value == 1)
+    for expected in (1, 1, 2, 2):
+        watched.refresh()
+        assert watched.value == expected
+    path.touch()
+    watched.refresh()
+    assert watched.value == 3

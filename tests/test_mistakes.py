@@ -15,6 +15,7 @@ SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
 DKIM = '[[dkim]]\ndomain = "a.example"\nselector = "s"\nkey = "/k"\n'
 ROUTE = '[[route]]\nhosts = ["h"]\n'
 LMTP = L.replace(":25", ":24") + 'protocol = "lmtp"\n'
+HTTP = L.replace(":25", ":8025") + 'protocol = "http"\n'
 TOO_LATE = "who waits for `delay` comes too late, if `retry_window` is not longer: nobody would get through"
 GREYLIST = L + '[[filter]]\nname = "v"\ntype = "greylist"\n'
 DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n'
@@ -192,8 +193,16 @@ TABLES = [
     (f'{L}[verify]\ndmarc = "enforce"\n',
      "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it"),
     (f'{L}protocol = "lmpt"\n',
-     "3: listener.0.protocol: Input should be 'smtp', 'lmtp', 'pop3', 'imap' or 'managesieve' (it is 'lmpt') "
+     "3: listener.0.protocol: Input should be 'smtp', 'http', 'lmtp', 'pop3', 'imap' or 'managesieve' (it is 'lmpt') "
      '(did you mean "lmtp"?)'),
+    (HTTP, '1: listener.0.tls: is to be given with protocol = "http": "implicit" (https), or "off" on a loopback address'),
+    (HTTP.replace("127.0.0.1", "0.0.0.0") + 'tls = "off"\n',
+     '4: listener.0.tls: "off" on 0.0.0.0:8025: mail and passwords would be sent in clear; "implicit", or a loopback address'),
+    (HTTP + 'tls = "implicit"\n', '4: listener.0.tls: \'implicit\' needs a [[certificate]]'),
+    (HTTP + 'tls = "off"\nauth = "require"\n[accounts]\nfile = "/a"\n',
+     "5: listener.0.auth: needs tls, or auth_in_clear on a loopback address: no client could log in"),
+    (HTTP + 'tls = "off"\nfiltered = true\n',
+     '5: listener.0.filtered: it has no meaning with protocol = "http": content filters give mail back by SMTP'),
     (LMTP, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
     (LMTP + ROUTE, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
     (f'{L}protocol = "lmtp"\n{HERE}',
@@ -492,6 +501,12 @@ NOTES = [
     (GOOD.replace(L, LMTP.replace("127.0.0.1", "192.0.2.1")) + HERE,
      "4: listener.0.address: other hosts can connect, but none may deliver: name them in relay.networks, or listen on "
      "127.0.0.1"),
+    (GOOD.replace(L, HTTP) + 'tls = "off"\n', None),
+    (GOOD.replace(L, HTTP.replace("127.0.0.1", "0.0.0.0")) + 'tls = "implicit"\n[[certificate]]\nchain = "/c"\n',
+     "4: listener.0.address: other hosts can connect, but none may send: let them log in (auth = \"require\"), name them in "
+     "relay.networks, or listen on 127.0.0.1"),
+    (GOOD.replace(L, HTTP.replace("127.0.0.1", "0.0.0.0")) + 'tls = "implicit"\n[[certificate]]\nchain = "/c"\n[relay]\n'
+     'networks = ["192.0.2.0/24"]\n', None),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),
     (GOOD + FILTER.removeprefix(L) + 'listener = ["127.0.0.1:25"]\n', None),
     (GOOD + FILTER.removeprefix(L) + 'listener = ["127.0.0.1:26"]\n',

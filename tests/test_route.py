@@ -268,7 +268,15 @@ def test_differences_of_provider_profiles():
 
 
 @pytest.mark.parametrize(
-    "words", [("--to", "x@"), ("--to", "nobody"), ("--to", ""), ("--to", "a b@c.test"), ("--from", "x", "--to", "a@b.test")]
+    "words",
+    [
+        ("--to", "x@"),
+        ("--to", "no body"),
+        ("--to", "@"),
+        ("--to", ""),
+        ("--to", "a b@c.test"),
+        ("--from", "x", "--to", "a@b.test"),
+    ],
 )
 def test_what_is_no_address_is_refused(words):
     done = CliRunner().invoke(main, ["route", "test", *words])
@@ -293,6 +301,39 @@ def test_mail_that_is_kept_here_has_no_site():
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0 and "\n  kept here, in mailboxes; " in done.stdout and "bounces" not in done.stdout
     assert json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)["kept_here"] is True
+
+
+def test_an_alias_is_followed_to_each_address(tmp_path):
+    """As a message for it would be: names have the domain that completes them, and staging redirects what they lead to."""
+    (tmp_path / "aliases").write_text(f"root: ann@b.test, bob\nteam: :include:{tmp_path}/none\n")
+    settings = (
+        'listener=[{address="127.0.0.1:25"}]', 'route=[{name="out", hosts=["127.0.0.1:8"]}]', "hostname=mail.a.test",
+        f"local.aliases={tmp_path}/aliases",
+    )  # fmt: skip
+    words = ["route", "test", *(word for one in settings for word in ("--set", one)), "--to"]
+
+    def shown(*more: str) -> str:
+        done = CliRunner().invoke(main, [*words, *more])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    lines = shown("root").splitlines()
+    assert lines[0] == "<root@a.test> is an alias (local.aliases): leads to 2 addresses"
+    assert [line for line in lines[1:] if not line.startswith(" ")] == ["<ann@b.test>", "<bob@a.test>"]
+    assert lines.count("  site  out, counted as out") == 2
+    assert shown("root@mail.a.test").splitlines()[0].startswith("<root@mail.a.test> is an alias")
+    assert shown("root@a.test").splitlines()[0] == "<root@a.test>"
+    assert shown("ann").splitlines()[0] == "<ann@a.test>"
+    found = json.loads(shown("root", "--json"))
+    assert (found["recipient"], [one["recipient"] for one in found["leads_to"]]) == ("root@a.test", ["ann@b.test", "bob@a.test"])
+    assert [one["site"] for one in found["leads_to"]] == ["out", "out"]
+    assert json.loads(shown("root@a.test", "--json"))["leads_to"] == []
+    assert json.loads(shown("root", "--set", 'staging={redirect="all@sink.test"}', "--json"))["leads_to"][0]["redirected_to"]
+    assert "mail for it waits" in shown("team") and "mail for it waits" in json.loads(shown("team", "--json"))["error"]
+    (tmp_path / "aliases").write_text("root: " + ", ".join(f"u{number}" for number in range(130)) + "\n")
+    assert "\nand 30 more: --json has all of them\n" in shown("root")
+    (tmp_path / "aliases").write_text("root: |x\n")
+    assert CliRunner().invoke(main, [*words, "root"]).exit_code == 78
 
 
 def test_mail_that_staging_redirects_is_shown_where_it_goes():

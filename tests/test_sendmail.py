@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 import socket
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import relaymta
+from relaymta.sendmail import status as statuses
+from relaymta.sendmail.dropping import FOLDER, FOLDER_VARIABLE, PROGRAM_VARIABLE
 from relaymta.sendmail.handing import NotNow, hand_over
 from relaymta.sendmail.message import Envelope, User, address, author, enveloped, read
-from relaymta.sendmail.options import parsed
+from relaymta.sendmail.options import _LETTERS, _MODES, parsed
+from relaymta.sendmail.program import SOCKET_VARIABLE
 from relaymta.sendmail.status import Stop
 
 PROGRAM = Path(relaymta.__file__).parent / "sendmail" / "__main__.py"
@@ -53,6 +57,20 @@ def test_it_imports_next_to_nothing(arguments, status):
     with_it = imported(f"{environment}from relaymta.sendmail import main; assert main({words}) == {status}")
     more = {one for one in with_it - imported("import os") if not one.startswith("relaymta.sendmail")}
     assert more <= {"relaymta", "relaymta.proto", "relaymta.proto.addressees", "pwd", "_socket", "fcntl", "select"}
+
+
+# Pages
+
+
+@pytest.mark.parametrize("page", ["packaging/deb/sendmail.1", "docs/sendmail.md"])
+def test_pages_have_all_options_statuses_and_variables(page):
+    text = re.sub(r"\\f[A-Z]|\\", "", (PROGRAM.parents[2] / page).read_text())
+    missing = [f"-{letter}" for letter in _LETTERS if letter != "b" and not re.search(rf"(?<![\w-])-{letter}(?![a-z])", text)]
+    missing += [f"-b{mode}" for mode in _MODES if f"-b{mode}" not in text]
+    names = ("OK", "USAGE", "DATA", "NO_INPUT", "UNAVAILABLE", "SOFTWARE", "CANNOT_CREATE", "IO", "TEMPFAIL", "NO_PERMISSION")
+    missing += [name for name in names if not re.search(rf"\b{getattr(statuses, name)}\b", text)]
+    missing += [one for one in (SOCKET_VARIABLE, FOLDER_VARIABLE, PROGRAM_VARIABLE, "NAME", FOLDER) if one not in text]
+    assert missing == []
 
 
 # Options

@@ -5,40 +5,64 @@
 A target is an address, a name (an alias, or who it is at this machine; behind a backslash it is no alias), or :include:/path, a
 file of more targets. Programs and files, which others have as targets, too, are refused: mail to them would run as the relay's
 user.
+
+What is wrong in the file itself is an error. An included file may be somebody else's: one that is wrong, or not there, is a
+warning, and what was read of it before stays in use. Where there is nothing, mail for the aliases that lead there has to wait.
 """
 
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from relaymta.errors import ConfigError
 from relaymta.files import Unreadable, read_text
 from relaymta.proto.address import comparable, domain_of, plain
 from relaymta.proto.transaction import NO_NAMES
 
-__all__ = ["Aliases", "read"]
+__all__ = ["UNKNOWN_ALIAS", "Aliases", "read"]
 
 DEEPEST = 20  # aliases of aliases, files that include files
 MOST = 5000  # addresses that an alias leads to, or those of a message's recipients together
 PROBLEMS_MOST = 20
 INCLUDE = ":include:"
 INCLUDED_OCTETS = 1 << 20  # of a file
+WAITS = "mail for what leads there waits (451)"
+UNKNOWN_ALIAS: Final = -1  # instead of a number of addresses: it is not known now
+
+
+class _Target(NamedTuple):
+    """`word`: an address, or a name; `final`: it is no alias."""
+
+    word: str
+    final: bool
+
+
+_MISSING = _Target("", True)  # those of an included file of which nothing is known
 
 
 class Aliases:
-    """`files`: all that were read. The targets of each name are addresses, and names without a domain that are no aliases."""
+    """`files`: all that were read; `troubles`: what is wrong with those that are included; `lists`: what these have, by their
+    paths. The targets of each name are addresses, and names without a domain that are no aliases."""
 
-    def __init__(self, domains: frozenset[str], targets: dict[str, list[str]], files: list[str]) -> None:
+    def __init__(
+        self, domains: frozenset[str], targets: dict[str, list[str]], files: list[str], troubles: list[str],
+        lists: dict[str, list[_Target]],
+    ) -> None:  # fmt: skip
         """`domains`: those whose addresses are looked up here."""
         self._domains = domains
-        self._targets = targets
-        self.files = files
+        self._unknown = frozenset(name for name, found in targets.items() if _MISSING.word in found)
+        self._targets = {name: found for name, found in targets.items() if name not in self._unknown}
+        self.files, self.troubles, self.lists = files, troubles, lists
 
     def leads(self, address: str, named: bool = False) -> int:
-        """To how many addresses an address leads; 0: it is no alias. `named`: it was given as a name, without its domain."""
+        """To how many addresses an address leads; 0: it is no alias; UNKNOWN_ALIAS: one of a list that is not known. `named`: it
+        was given as a name, without its domain."""
         found = self._of(address, named)
-        return 0 if found is None else max(len(found), 1)
+        if found is None:
+            own = named or domain_of(address) in self._domains
+            return UNKNOWN_ALIAS if own and _name(address) in self._unknown else 0
+        return max(len(found), 1)
 
     def expanded(self, recipients: list[str], names: Mapping[str, bool] = NO_NAMES) -> list[str]:
         """A message's recipients, with aliases replaced by what they lead to, each address once. The same list when there is
@@ -57,36 +81,37 @@ class Aliases:
         domain = domain_of(address)
         if domain not in self._domains and not named:
             return None
-        targets = self._targets.get(address.rpartition("@")[0].lower())
+        targets = self._targets.get(_name(address))
         return None if targets is None else [one if "@" in one else f"{one}@{domain}" for one in targets]
 
 
-class _Target(NamedTuple):
-    """`word`: an address, or a name; `final`: it is no alias."""
-
-    word: str
-    final: bool
+def _name(address: str) -> str:
+    return address.rpartition("@")[0].lower()
 
 
-def read(path: str, domains: Iterable[str]) -> Aliases:
-    """The aliases in a file. ConfigError names each line that is wrong (PROBLEMS_MOST at most), and circles."""
+def read(path: str, domains: Iterable[str], before: Aliases | None = None) -> Aliases:
+    """The aliases in a file. ConfigError names each line that is wrong in itself (PROBLEMS_MOST at most), and circles; those of
+    included files are `troubles`. `before`: what was read before, with the lists that stay in use where theirs are wrong now."""
     own = frozenset(domain.lower() for domain in domains)
-    reader = _Reader(own)
-    table = reader.table(path)
-    targets = reader.flat(table)
+    reader = _Reader(own, before.lists if before is not None else {})
+    targets = reader.flat(reader.table(path))
     if reader.problems:
         raise ConfigError(list(dict.fromkeys(reader.problems))[:PROBLEMS_MOST])
-    return Aliases(own, targets, reader.files)
+    return Aliases(own, targets, reader.files, list(dict.fromkeys(reader.troubles))[:PROBLEMS_MOST], reader.lists)
 
 
 class _Reader:
-    """Reads the files, and collects what is wrong with them."""
+    """Reads the files, and collects what is wrong with them: `problems` in the first one, `troubles` by those that are included.
+    `lists`: what these have, by their paths: each is read once."""
 
-    def __init__(self, domains: frozenset[str]) -> None:
+    def __init__(self, domains: frozenset[str], before: dict[str, list[_Target]]) -> None:
         self._domains = domains
+        self._before = before
         self.problems: list[str] = []
+        self.troubles: list[str] = []
         self.files: list[str] = []
-        self._lists: dict[str, list[_Target]] = {}  # of included files, by their path: each is read once
+        self.lists: dict[str, list[_Target]] = {}
+        self._including: set[str] = set()  # names whose targets are not those of the first file alone
 
     def table(self, path: str) -> dict[str, list[_Target]]:
         """The targets of each name, as they are written."""
@@ -98,8 +123,21 @@ class _Reader:
             elif name.lower() in found:
                 self.problems.append(f"{place}: {name!r} is there twice")
             else:
-                found[name.lower()] = self._bounded(self._targets(value, place, [path]), place)
+                found[name.lower()] = self._own(name.lower(), value, place, path)
         return found
+
+    def _own(self, name: str, value: str, place: str, path: str) -> list[_Target]:
+        """The targets in a line of the first file."""
+        if not any(word.lower().startswith(INCLUDE) for word in _words(value)):
+            return self._bounded(self._targets(value, place, [path]), place)
+        self._including.add(name)
+        found: dict[_Target, None] = {}
+        for one in self._targets(value, place, [path]):
+            found[one] = None
+            if len(found) > MOST:  # each of the files has less
+                self.troubles.append(f"{place}: leads to more than {MOST} addresses; {WAITS}")
+                return [_MISSING]
+        return list(found)
 
     def _lines(self, path: str, what: str) -> Iterator[tuple[str, str]]:
         """(place, line) of each logical line."""
@@ -152,10 +190,24 @@ class _Reader:
         elif len(way) > DEEPEST:
             self.problems.append(f"{place}: files include others more than {DEEPEST} deep")
         else:
-            if path not in self._lists:
-                inner = (one for where, line in self._lines(path, place) for one in self._targets(line, where, [*way, path]))
-                self._lists[path] = self._bounded(inner, place)
-            yield from self._lists[path]
+            if path not in self.lists:
+                self.lists[path] = self._list(path, place, way)
+            yield from self.lists[path]
+
+    def _list(self, path: str, place: str, way: list[str]) -> list[_Target]:
+        """The targets in an included file; where something is wrong with it, those that it had before."""
+        outside, self.problems = self.problems, []
+        try:
+            inner = (one for where, line in self._lines(path, place) for one in self._targets(line, where, [*way, path]))
+            found = self._bounded(inner, place)
+            if not self.problems:
+                return found
+            before = self._before.get(path, [_MISSING])
+            instead = WAITS if _MISSING in before else "what was read before stays in use"
+            self.troubles += [f"{one}; {instead}" for one in self.problems]
+            return before
+        finally:
+            self.problems = outside
 
     def _bounded(self, targets: Iterator[_Target], place: str) -> list[_Target]:
         """Targets, each once; a problem where there are more than MOST: lists of lists may grow without end."""
@@ -178,23 +230,32 @@ class _Reader:
         if name in done:
             return done[name]
         if name in way:
-            self.problems.append(f"local.aliases: a circle: {' -> '.join([*way[way.index(name) :], name])}")
-            return []
+            circle = way[way.index(name) :]
+            return self._wrong(circle, f"a circle: {' -> '.join([*circle, name])}")
         if len(way) > DEEPEST:
-            self.problems.append(f"local.aliases: {way[0]} leads to others more than {DEEPEST} deep")
-            return []
+            return self._wrong(way, f"{way[0]} leads to others more than {DEEPEST} deep")
         found: dict[str, None] = {}
         for word, final in table[name]:
             if final or word == name or word not in table:  # `root: root, ann@x.example`: also root's own
                 found[word] = None
             else:
                 found |= dict.fromkeys(self._flatten(word, table, done, [*way, name]))
+                self._including |= {name} if word in self._including else set()
         if len(found) > MOST:
-            self.problems.append(f"local.aliases: {name} leads to more than {MOST} addresses")
+            found = dict.fromkeys(self._wrong([name], f"{name} leads to more than {MOST} addresses"))
         elif not found and not table[name] and not self.problems:
-            self.problems.append(f"local.aliases: {name} leads to nobody")
+            found = dict.fromkeys(self._wrong([name], f"{name} leads to nobody"))
         done[name] = list(found)
         return done[name]
+
+    def _wrong(self, names: Iterable[str], what: str) -> list[str]:
+        """What there is instead of the addresses of an alias that is wrong: a list that one of `names` includes may be the
+        reason."""
+        if self._including.isdisjoint(names):
+            self.problems.append(f"local.aliases: {what}")
+            return []
+        self.troubles.append(f"local.aliases: {what}; {WAITS}")
+        return [_MISSING.word]
 
 
 def _text(path: str, most: int) -> str:

@@ -48,7 +48,8 @@ class Arrival:
         self._header = None
         connection, intake = self.connection, self.connection.admission.intake
         connection.release()
-        early = reply.TALKING_EARLY if connection.listener.tls != "implicit" and unread(self._socket) else None
+        waits = connection.greets and connection.listener.tls != "implicit"
+        early = reply.TALKING_EARLY if waits and unread(self._socket) else None
         client = intake.client(address) if address else intake.unknown_client(self._peer)
         return self._entered(connection.enter(client, early))
 

@@ -24,7 +24,7 @@ from relaymta.proto import reply
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.sasl import Claim
 
-__all__ = ["ENGAGED", "KEPT", "STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection"]
+__all__ = ["ENGAGED", "KEPT", "STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection", "described"]
 
 FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
@@ -76,6 +76,7 @@ class ClientConnection(Line, Generic[S]):
     """One client's connection. `enter` begins it, `release` is its end. `steps`: what is to be done in a state of the session."""
 
     steps: ClassVar[dict[int, Callable[[Any, Any], None]]] = {}
+    greets: ClassVar[bool] = True  # the server speaks first: a client that does not wait for that is no mail program
 
     __slots__ = (
         "delayed",
@@ -146,7 +147,7 @@ class ClientConnection(Line, Generic[S]):
                 self.count_refused()
                 transport.abort()  # type: ignore[attr-defined]
                 return
-            early = unread(transport.get_extra_info("socket"))
+            early = self.greets and unread(transport.get_extra_info("socket"))
             refusal = self.enter(client, reply.TALKING_EARLY if early else None)
             if refusal is not None:
                 self.write(self.refusal(refusal))
@@ -377,18 +378,18 @@ class ClientConnection(Line, Generic[S]):
         self.admission.intake.counters.add(RESUMED if resumed else FULL, 1)
         self.active_at = self.admission.now()
         if self.tap is not None:
-            self.tap.event(f"TLS {_described(transport)}{', resumed' if resumed else ''}")
+            self.tap.event(f"TLS {described(transport)}{', resumed' if resumed else ''}")
         if self.session is not None:
             self.waits, self.blocked_at = 0, 0.0  # replies were sent before the handshake began
             self.set_buffer_limits()
             self.session.tls_started()
-            self.secured(_described(transport))
+            self.secured(described(transport))
         elif self.early:
             self.write(self.refusal(reply.TALKING_EARLY))
             transport.close()
         else:
             self._greet(True)
-            self.secured(_described(transport))
+            self.secured(described(transport))
 
     def log_in(self, session: S) -> None:
         assert session.claim is not None
@@ -431,7 +432,7 @@ class ClientConnection(Line, Generic[S]):
         return reply.LOGIN_UNAVAILABLE
 
 
-def _described(transport: asyncio.Transport) -> str:
+def described(transport: asyncio.Transport) -> str:
     """TLS version and cipher of a transport, as Postfix writes them into Received:."""
     cipher = transport.get_extra_info("cipher")
     if cipher is None:

@@ -49,6 +49,7 @@ Its recipients:
 
 The administrator of this machine has the message.
 """
+KINDS = ("drop", "pickup")
 T = TypeVar("T")
 
 
@@ -93,20 +94,36 @@ class _Work:
 
 @dataclass(slots=True)
 class _State:
-    """What is known of the files of a folder, by their names. `later`: when those are tried again that could not be dealt with
-    (loop time); `works`: of messages that some recipients have, or all, but that are still there; `warned`: what was logged."""
+    """What is known of the files of a folder, by their names. `since`: when they were seen first, `oldest`: the first of these
+    times (loop time; None: no file is there); `bad`: how many are put aside; `later`: when those are tried again that could not
+    be dealt with (loop time); `works`: of messages that some recipients have, or all, but that are still there; `warned`: what
+    was logged."""
 
+    since: dict[str, float] = field(default_factory=dict)
+    oldest: float | None = None
+    bad: int = 0
     later: dict[str, float] = field(default_factory=dict)
     works: dict[str, _Work] = field(default_factory=dict)
     warned: dict[str, str] = field(default_factory=dict)
 
-    def forget(self, there: set[str]) -> None:
-        """Forget all but those that are there."""
+    def clear_counts(self) -> None:
+        """The folder is not there, or another program's to empty. Who has a message already is still known."""
+        self.since.clear()
+        self.oldest, self.bad = None, 0
+
+    def note(self, there: set[str], now: float) -> None:
+        """These are there. Forget all others."""
+        for name in there:
+            self.since.setdefault(name, now)
         known: dict[str, object]
-        for known in (self.later, self.works, self.warned):  # type: ignore[assignment]
+        for known in (self.since, self.later, self.works, self.warned):  # type: ignore[assignment]
             for name in list(known):  # one by one: a difference of sets would keep the event loop waiting
                 if name not in there:
                     del known[name]
+        self.oldest = min(self.since.values(), default=None)
+
+
+_NOTHING = _State()
 
 
 class Collector:
@@ -129,6 +146,16 @@ class Collector:
         await asyncio.wait({self._task}, timeout=END_SECONDS)
         for folder, _ in self._folders.values():
             folder.end()
+        self._folders.clear()
+
+    def set_gauges(self, gauge: Callable[[str, float], None]) -> None:
+        """What is in the folders, as it was seen last; of those that are others' to empty, nothing."""
+        now = self._admission.now()
+        for kind in KINDS:
+            _, state = self._folders.get(f"local.{kind}", (None, _NOTHING))
+            gauge(f"relaymta_{kind}_files", len(state.since))
+            gauge(f"relaymta_{kind}_oldest_seconds", 0.0 if state.oldest is None else now - state.oldest)
+            gauge(f"relaymta_{kind}_bad_files", state.bad)
 
     async def _run(self) -> None:
         while not self._ending.is_set():
@@ -137,9 +164,13 @@ class Collector:
                     await self._ending.wait()
             for key, folder, state in self._there():
                 try:
-                    if not self._ending.is_set() and await self._thread(folder.begin):
+                    if self._ending.is_set():
+                        break
+                    if await self._thread(folder.begin):
                         await self._empty(folder, state)
                         self._told.pop(key, None)
+                    else:
+                        state.clear_counts()
                 except Exception as error:  # nothing ends this but the end of the process
                     text = f"{key}: {folder.path}: {_said(error)}"
                     if self._told.get(key) != text:
@@ -284,7 +315,9 @@ class Collector:
 def _due(folder: Folder, state: _State, now: float) -> list[str]:
     """The names of files that are to be taken now. It blocks: there may be very many. OSError."""
     due, there = folder.names(state.later, now)
-    state.forget(there)
+    state.note(there, now)
+    with contextlib.suppress(OSError):  # a count keeps no mail waiting
+        state.bad = folder.bad_files()
     return due
 
 

@@ -26,6 +26,7 @@ COMMANDS_MOST = 4 << 20  # octets of the commands of a dropped message
 HEADER_MOST = 256 << 10  # octets of the header of a message that is picked up
 AT_ONCE = 1000  # names that are returned at once
 PIECE = 65536
+BAD_SETTLED_SECONDS = 2.0
 LEFT_OVER_SECONDS = 86_400.0  # after this a file that was not completed is removed
 _HAS_X = (b"x-sender", b"x-receiver")
 
@@ -88,6 +89,8 @@ class Folder:
         self._opened = opened
         self.drops = drops
         self._descriptor = -1
+        self._bad_stamp: tuple[int, int] | None = None  # of BAD, when what is there was counted
+        self._bad_count = 0
 
     def place(self, name: str) -> str:
         """The path of a file, to be shown."""
@@ -205,6 +208,24 @@ class Folder:
         finally:
             os.close(bad)
         os.fsync(self._descriptor)
+
+    def bad_files(self) -> int:
+        """How many messages are in BAD. It is looked through only where it has changed. OSError."""
+        try:
+            found = os.stat(BAD, dir_fd=self._descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return 0
+        stamp = found.st_ino, found.st_mtime_ns
+        if stamp != self._bad_stamp:
+            descriptor = os.open(BAD, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._descriptor)
+            try:
+                with os.scandir(descriptor) as entries:
+                    self._bad_count = sum(not os.fsencode(entry.name).endswith(REASON) for entry in entries)
+            finally:
+                os.close(descriptor)
+            # What changes in the same tick of the kernel's clock does not change the time of the folder.
+            self._bad_stamp = stamp if time.time() - found.st_mtime > BAD_SETTLED_SECONDS else None
+        return self._bad_count
 
     def _bad(self) -> int:
         """A descriptor of BAD. OSError: it is not a folder of ours."""

@@ -91,6 +91,7 @@ class Endpoint:
         self._loop = asyncio.get_running_loop()
         self.chains: Chains | None = None  # None: there are no filters
         self._mail_user = mail_user
+        self.aliases: Watched[Aliases] | None = None
         self._tickets = tickets
         self._resolver = resolver
         self._rates, self._limits, self._counters, self._log = rates, limits, counters, log
@@ -121,7 +122,7 @@ class Endpoint:
             [SigningKey(one) for one in config.dkim],
             Logins(config, self._checker, self._rates, self._limits, self._counters, self._log, self._mail_user),
             Watched([path] if path else [], lambda: _recipients(path)),
-            _aliases(config),
+            _aliases(config, self.aliases),
             self._verifier(config) if config.verify.results or config.verify.no_author == "reject" else None,
             self._chains(config) if config.filter or config.mail_rule else None,
         )
@@ -203,6 +204,8 @@ class Endpoint:
     def _report(self) -> None:
         """Log each new and each resolved problem once, and update the gauges."""
         problems = {one.problem: one.trouble for one in self._parts.watched if one.problem}
+        if self.aliases is not None and self.aliases.value is not None:
+            problems |= {trouble: trouble for trouble in self.aliases.value.troubles}
         for problem in problems.keys() - self._reported:
             self._log.event("warning", text=problems[problem])
         for problem in self._reported - problems.keys():
@@ -245,17 +248,20 @@ def _check_aliases(config: Config) -> None:
         aliases.read(config.local.aliases, config.alias_domains)
 
 
-def _aliases(config: Config) -> Watched[Aliases] | None:
-    """The aliases of this machine, which are read again when one of their files changes; None: there are none."""
+def _aliases(config: Config, before: Watched[Aliases] | None) -> Watched[Aliases] | None:
+    """The aliases of this machine, which are read again when one of their files changes; None: there are none. `before`: those of
+    the configuration before."""
     path, domains = config.local.aliases, config.alias_domains
     files = [path]
 
     def load() -> Aliases:
-        found = aliases.read(path, domains)
+        known = made.value or (None if before is None else before.value)
+        found = aliases.read(path, domains, known)
         files[:] = list(dict.fromkeys(found.files))
         return found
 
-    return Watched(files, load) if path else None
+    made = Watched(files, load, lambda value: bool(value.troubles))
+    return made if path else None
 
 
 def _recipients(path: str) -> frozenset[str] | None:

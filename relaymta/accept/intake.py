@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from relaymta.accept.aliases import MOST
+from relaymta.accept.aliases import MOST, UNKNOWN_ALIAS
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
+from relaymta.accept.once import FIELD, Once, Wanted, key_of
 from relaymta.accept.origin import Client, Origin, Taken, protocol_of, spoken
 from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity, group_of, plain_address
@@ -19,7 +20,7 @@ from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_matches, domain_of, domain_of_host, in_u_labels
-from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, held_because
+from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UNSEEN, UTF8_HEADER, Body, Envelope, QueueName, held_because
 from relaymta.proto.header import (
     HEADER_SEEN,
     begins_well,
@@ -39,6 +40,7 @@ from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
 if TYPE_CHECKING:
+    from relaymta.accept.suppressed import Suppressed
     from relaymta.filter.conduct import Conduct
 
 __all__ = ["Intake"]
@@ -64,7 +66,6 @@ _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
 TRUSTED_CONNECTIONS = 200  # of one client that may relay, at least
 LOCAL_ERRORS = 1_000_000  # of a user of this machine: each recipient that is refused is one
-UNKNOWN_ALIAS = -1
 FILTER_GROWTH = 1 << 20  # octets by which content filters may let a message grow
 THIS_MACHINE = "127.0.0.1"
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
@@ -103,6 +104,8 @@ class Intake:
         self.out_of_memory = False
         self.local: LocalRecipients | None = None  # None: no mailboxes are kept here
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
+        self.once: Once | None = None  # set before the first client connects
+        self.suppressed: Suppressed | None = None  # None: the suppression list is not used
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
@@ -221,6 +224,9 @@ class Intake:
             refused = reply.NOT_KEPT_HERE
         else:
             refused = None if origin.may_relay else self._refusal(address)
+        suppressed = self.suppressed if refused is None and "@" in address else None
+        if suppressed is not None and suppressed.is_about(origin, transaction.sender):
+            refused = suppressed.refusal(origin.application, address, self._reached(origin, address, transaction))
         if refused is not None:
             self.counters.add(RECIPIENTS_REFUSED, 1)
             self._rejected("rcpt", origin, session, transaction.sender, [address], refused)
@@ -228,7 +234,8 @@ class Intake:
         return self._spend(origin.client, origin.identity, transaction)
 
     def _led(self, origin: Origin, address: str, transaction: Transaction) -> int:
-        """To how many addresses an address leads as an alias of this machine; 0: it is none, UNKNOWN_ALIAS: it may be one."""
+        """To how many addresses an address leads as an alias of this machine; 0: it is none, UNKNOWN_ALIAS: it may be one, or
+        one whose addresses are not known."""
         if self._endpoint.aliases is None or origin.lmtp:
             return 0
         aliases = self._endpoint.aliases.value
@@ -245,6 +252,15 @@ class Intake:
             return reply.TOO_MANY_RECIPIENTS  # the client sends the message again for this one
         transaction.led += 0 if refused is not None else led
         return refused
+
+    def _reached(self, origin: Origin, address: str, transaction: Transaction) -> list[str]:
+        """To whom an alias leads; nobody: it is none."""
+        found = [address]
+        if self._endpoint.aliases is not None and self._endpoint.aliases.value is not None:
+            found = self._endpoint.aliases.value.expanded(found, _names(origin, transaction))
+        if self.local is not None:
+            found = self.local.expanded(found, self.is_local)
+        return [] if found == [address] else found
 
     def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
@@ -300,6 +316,12 @@ class Intake:
         recipients = [recipient] if recipient else transaction.recipients
         phase = "rcpt" if recipient else "data" if recipients else "mail"
         self._rejected(phase, origin, session, transaction.sender, recipients, answer)
+
+    def not_asked_well(self, client: Client, user: str, answer: str) -> None:
+        """Log a request by HTTP that was refused as a whole."""
+        self.log.event(
+            "rejected", phase="http", client=client.address, helo=user, protocol="HTTP", sender="", recipients=[], reply=answer
+        )  # fmt: skip
 
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
@@ -372,6 +394,11 @@ class Intake:
             seconds=now,
             tls=session.tls,
         )
+        if origin.may_relay and FIELD in header.lower():
+            key = key_of(header)
+            if key is None:
+                return reply.BAD_KEY
+            transaction.key = key
         transaction.message_id = message_id(header)
         transaction.utf8_header = transaction.smtputf8 and not header.isascii()
         if origin.submission:
@@ -403,9 +430,10 @@ class Intake:
         data: list[bytes] | Body,
         size: int,
         done: Callable[[StoreError | None], None],
+        wanted: Wanted | None = None,
     ) -> None:
         """Submit a complete message to the queue, for these recipients. `size`: octets, our fields included; `done(None)` is
-        called once it is synced, `done(error)` if it could not be stored."""
+        called once it is synced, `done(error)` if it could not be stored; `wanted`: what its application wants of it."""
         if self.conduct is not None and not origin.filtered:
             self._watch(self.conduct, transaction, recipients, origin, size)
         flags = HELD if transaction.held else UNSEEN if transaction.unseen is not None else 0
@@ -443,7 +471,20 @@ class Intake:
             unseen=transaction.unseen,
             quarantine=transaction.quarantine,
         )
-        queue.submit(ident, envelope, data, done)
+        if wanted is None:
+            queue.submit(ident, envelope, data, done)
+        else:
+            self._as_wanted(envelope, wanted)
+            queue.submit(ident, envelope, data, done, wanted.request)
+
+    def _as_wanted(self, envelope: Envelope, wanted: Wanted) -> None:
+        envelope.tags, envelope.traceparent = wanted.tags, wanted.traceparent
+        envelope.priority = wanted.priority or envelope.priority
+        envelope.receipt = int(self._config.intake.receipts_keep * 1000)
+        later = wanted.send_at - wall_ms()
+        if wanted.send_at and later > 0:
+            envelope.not_before = self.queue.clock.now() + later
+            envelope.deadline += later
 
     def _watch(self, conduct: "Conduct", transaction: Transaction, recipients: list[str], origin: Origin, size: int) -> None:
         """Count what an account sends, and hold it where that is not as usual."""
@@ -463,6 +504,28 @@ class Intake:
         if self.local is not None:
             recipients = self.local.expanded(recipients, self.is_local)
         return recipients if self._staging is None else self._staging.recipients(recipients)
+
+    def routed(self, recipients: list[str], origin: Origin) -> list[tuple[str, QueueName]]:
+        """The queue in which a message would wait for each of these."""
+        found = []
+        for address in recipients:
+            envelope = Envelope("", [address], 0, 0, 0, 0, application=origin.application, priority=origin.priority)
+            envelope.client, envelope.user, envelope.listener = origin.client.address, origin.user, origin.listener
+            found += [(address, name) for name, _ in self._routes.assign(envelope)]
+        return found
+
+    def signed_as(self, data: bytes, origin: Origin) -> list[str]:
+        """The domains in whose name a message would be signed."""
+        from relaymta.filter.signing import Unsignable  # as above
+
+        signer = self._endpoint.signer
+        if not signer or not origin.may_relay:
+            return []
+        try:
+            draft = signer.draft(b"", data, origin.application, partly=True)
+        except Unsignable:
+            return []
+        return [] if draft is None else draft.domains
 
     def readdressed(self, recipients: list[str]) -> list[str]:
         """As `expanded`, of recipients that filters have given a message in the queue."""

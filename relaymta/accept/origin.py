@@ -46,7 +46,7 @@ class Origin(NamedTuple):
     without a domain, "": it is rejected; `trusted`: Authentication-Results in our name are kept, since the client is of our own
     network and has not logged in, such as a filter that hands back what we have verified (RFC 8601 5); `lmtp`: it goes into
     mailboxes, past the queue; `listener`: its address; `chain`: the filters that look at it, None: none does; `filtered`: a
-    content filter gives it back."""
+    content filter gives it back; `http`: it comes by HTTP."""
 
     client: Client
     identity: Identity | None
@@ -64,13 +64,14 @@ class Origin(NamedTuple):
     listener: str
     chain: "Chain | None" = None
     filtered: bool = False
+    http: bool = False
 
     @classmethod
     def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
         """Of a client of a listener."""
         user = identity if identity is not None else _NOBODY
         may_relay = identity is not None or client.trusted
-        lmtp = listener.protocol == "lmtp"
+        lmtp, http = listener.protocol == "lmtp", listener.protocol == "http"
         domain = client.domain or (client.login_domain if identity is not None else "")
         return cls(
             client,
@@ -78,16 +79,17 @@ class Origin(NamedTuple):
             user.name,
             user.application or client.application or listener.application,
             user.priority or client.priority or listener.priority,
-            listener.submission,
+            listener.submission or http,
             may_relay,
             may_relay and not (client.message_rate or client.recipient_rate or user.quotas),
-            listener.submission or (identity is not None and not lmtp),
+            listener.submission or http or (identity is not None and not lmtp),
             domain,
             client.postmaster or (f"postmaster@{domain}" if domain else ""),
             identity is None and may_relay,
             lmtp,
             listener.address,
             filtered=listener.filtered,
+            http=http,
         )
 
 
@@ -105,12 +107,16 @@ class Taken(NamedTuple):
 
 
 def spoken(origin: Origin, session: Session) -> str:
-    """The protocol of a session: SMTP, ESMTP or LMTP."""
+    """The protocol of a session: SMTP, ESMTP, LMTP or HTTP."""
+    if origin.http:
+        return "HTTP"
     return "LMTP" if origin.lmtp else "ESMTP" if session.extended else "SMTP"
 
 
 def protocol_of(origin: Origin, session: Session, smtputf8: bool) -> str:
     """The protocol as Received: names it (RFC 3848, 6531 4.3)."""
+    if origin.http:
+        return "HTTP"
     if not session.extended and not origin.lmtp:
         return "SMTP"
     name = ("UTF8" if smtputf8 else "" if origin.lmtp else "E") + ("LMTP" if origin.lmtp else "SMTP")

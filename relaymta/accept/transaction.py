@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.large import Large
+from relaymta.accept.once import Busy, Wanted, owner_of
 from relaymta.accept.origin import Origin, spoken
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
@@ -28,7 +29,7 @@ from relaymta.proto.envelope import Body, Unseen
 from relaymta.proto.header import HEADER_SEEN, begins_well, first_octets, header_end
 from relaymta.proto.session import Question, Session
 from relaymta.proto.transaction import Transaction
-from relaymta.queue import BigBody, format_id
+from relaymta.queue import BigBody, Request, format_id
 from relaymta.reservation import Reservation
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = ["Flow", "IncomingTransaction"]
 T = TypeVar("T")
 
 REWRITTEN_MEMORY = 262144  # octets of a new body that are kept in memory
+ONCE_SECONDS = 60.0  # for another message with the same idempotency key
 FIELDS = 4096  # octets of `queue.big_limit` that are left for the fields added here
 
 
@@ -67,7 +69,7 @@ class IncomingTransaction(Transaction):
     __slots__ = (
         "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_left", "_over",
         "_session", "_units", "_verdict", "_writing",
-        "began_at", "dialogue", "large", "octets", "origin",
+        "began_at", "dialogue", "large", "octets", "origin", "wanted",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, origin: Origin, session: Session, flow: Flow, admission: Admission) -> None:
@@ -90,6 +92,7 @@ class IncomingTransaction(Transaction):
         self._verdict: Verified | None = None  # of SPF, DKIM and DMARC
         self._left: tuple[str, ...] = ()  # filters that look at it in the queue
         self.dialogue: Dialogue | None = None
+        self.wanted: Wanted | None = None  # what its application wants of it
 
     # Receiving
 
@@ -97,7 +100,8 @@ class IncomingTransaction(Transaction):
         intake = self._admission.intake
         if (
             self.origin.free and "@" in address
-            and self._admission.endpoint.aliases is None and (intake.local is None or not intake.is_local(address))
+            and self._admission.endpoint.aliases is None and intake.suppressed is None
+            and (intake.local is None or not intake.is_local(address))
         ):  # fmt: skip
             return None
         return intake.accept_recipient(self.origin, address, self, self._session)
@@ -585,8 +589,53 @@ class IncomingTransaction(Transaction):
         self._hand_over(data)
 
     def _hand_over(self, data: list[bytes] | Body) -> None:
+        if self.key and self.wanted is None:
+            self._admission.spawn(self._hand_over_once(data))
+            return
         helo, octets = self._session.helo, self.octets
-        self._admission.intake.admit(self._ident, self, self.recipients, self.origin, helo, data, octets, self._stored)
+        self._admission.intake.admit(
+            self._ident, self, self.recipients, self.origin, helo, data, octets, self._stored, self.wanted
+        )
+
+    async def _hand_over_once(self, data: list[bytes] | Body) -> None:
+        """Of a message with an idempotency key: for those recipients for whom it was not accepted before."""
+        admission = self._admission
+        once, keep = admission.intake.once, admission.config.intake.idempotency_keep
+        assert once is not None
+        try:
+            turn = await once.begin(owner_of(self.origin), self.key, ONCE_SECONDS)
+        except Busy:
+            self._reject(reply.KEY_BUSY)
+            return
+        except BaseException as error:
+            self._stored(store_error(error))
+            if not isinstance(error, Exception):
+                raise
+            return
+
+        def stored(error: StoreError | None) -> None:
+            turn.end()
+            self._stored(error)
+
+        try:
+            before = {address: kept.ident for kept in turn.kept.values() for address in kept.recipients}
+            left = [address for address in self.recipients if address not in before]
+            if not left:
+                turn.end()
+                self._repeated(before[self.recipients[0]])
+                return
+            request = Request(turn.digest, max(turn.kept, default=-1) + 1, b"", left, [], int(keep * 1000))
+            self.recipients, self.wanted = left, Wanted([], "", "", 0, request)
+            admission.intake.admit(
+                self._ident, self, left, self.origin, self._session.helo, data, self.octets, stored, self.wanted
+            )
+        except Exception as error:
+            turn.end()
+            self._failed(error)
+
+    def _repeated(self, ident: int) -> None:
+        """All recipients have the message already, by that of this id: the client is told as it was, or would have been, then."""
+        self._admission.loop.call_soon(self._flow.answer, self, f"250 2.0.0 Ok: queued as {format_id(ident)}\r\n".encode())
 
     def _stored(self, error: StoreError | None) -> None:
         """Called by the queue: the group commit has returned, or the message could not be stored."""

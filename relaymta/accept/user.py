@@ -5,8 +5,6 @@ has opened the socket, and whose a file is.
 import asyncio
 import os
 import pwd
-import socket
-import struct
 import time
 
 from relaymta.accept.admission import Admission
@@ -15,11 +13,11 @@ from relaymta.accept.origin import Client
 from relaymta.accept.rights import Rights
 from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
+from relaymta.privileges import peer_of
 from relaymta.proto.smtp_server import ServerSession
 
 __all__ = ["UserConnection", "identified", "name_of"]
 
-_CREDENTIALS = struct.Struct("iII")  # ucred (unix(7)): process, user, group
 EVERYBODY = "*"
 KEPT_SECONDS, KEPT_MOST = 60.0, 1000
 _known: dict[int, tuple[str, float]] = {}  # names of users, and until when they count (monotonic seconds)
@@ -68,8 +66,7 @@ class UserConnection(Connection):
 
     def connected(self, transport: asyncio.BaseTransport) -> Client | None:
         if self._uid is None:
-            found = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            self._uid = _CREDENTIALS.unpack(found)[1]
+            self._uid = peer_of(transport.get_extra_info("socket")).uid
         return self.admission.intake.local_client(name_of(self._uid))
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:

@@ -35,6 +35,8 @@ SCOPES = {
     "policy:write": "set and remove them",
     "abuse:read": "accounts that are not as usual",
     "abuse:write": "end what was found about them",
+    "suppression:read": "the suppression list: recipients to whom no mail is to be sent",
+    "suppression:write": "add and remove them",
     "metrics:read": "status of the processes, readiness, rates, latencies",
     "config:write": "reload the configuration",
 }

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from aiohttp import web
 
 from relaymta.admin.tokens import SCOPES, Token, Tokens
-from relaymta.api.problems import Problem
 from relaymta.config import Config, parse_hostport
-from relaymta.supervisor.audit import peer_of
+from relaymta.privileges import peer_of
+from relaymta.problems import Problem
 
 __all__ = ["Access", "Caller", "Session"]
 
@@ -213,7 +213,7 @@ async def _user(request: web.Request) -> str:
     transport = request.transport
     if transport is None:
         raise Problem(400, "the client has gone")
-    uid = peer_of(transport)
+    uid = peer_of(transport.get_extra_info("socket")).uid
     try:
         name = (await asyncio.to_thread(pwd.getpwuid, uid)).pw_name
     except KeyError:

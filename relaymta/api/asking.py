@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import click
 
 from relaymta import control
-from relaymta.api.problems import Problem
 from relaymta.cli.options import missing, note_missing
 from relaymta.cli.peer import Daemon
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import RelayError
+from relaymta.problems import Problem
 
 __all__ = ["Asker", "Peer", "not_there"]
 
@@ -28,6 +28,11 @@ class Peer(Daemon):
     def __init__(self, path: Path, by: tuple[str, str]) -> None:
         super().__init__(path)
         self._by = by
+
+    @property
+    def who(self) -> str:
+        """On whose behalf it is asked."""
+        return self._by[0]
 
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
         """As of `Daemon`."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from relaymta.control.requests import SUPPRESSIONS
 from relaymta.queue.listing import Row
 
 __all__ = [
@@ -48,6 +49,14 @@ __all__ = [
     "Rows",
     "Sites",
     "Status",
+    "SuppressionAdd",
+    "SuppressionAdded",
+    "SuppressionCounts",
+    "SuppressionRemove",
+    "SuppressionRow",
+    "Suppressions",
+    "SuppressionsOf",
+    "SuppressionsQuery",
     "Suspend",
     "Suspended",
 ]  # fmt: skip
@@ -402,6 +411,83 @@ class Abuses(_Parts):
     """What was found about accounts."""
 
     findings: list[dict[str, Any]]
+
+
+Why = Literal["hard-bounce", "complaint", "unsubscribe", "manual"]
+Addresses = Annotated[list[Word], msgspec.Meta(min_length=1, max_length=SUPPRESSIONS)]
+
+
+class SuppressionsQuery(_Arguments):
+    """A page of the suppression list. `app`: entries of this application; `all_mail`: those about all mail; `prefix`: of
+    addresses that begin so; `cursor`: `next` of the page before. A page may be empty and not the last."""
+
+    app: Word | None = None
+    all_mail: bool = False
+    reason: Why | None = None
+    prefix: Word | None = None
+    limit: Limit = 100
+    cursor: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+
+
+class SuppressionsOf(_Arguments):
+    """A recipient."""
+
+    address: Word
+
+
+class SuppressionAdd(_Arguments):
+    """Recipients to add, or whose entries to replace: for mail of this application (without `app`: for all mail), for so many
+    `seconds` (without: as is configured for the reason, else for ever). `note`: in the reply to RCPT."""
+
+    addresses: Addresses
+    app: Word | None = None
+    reason: Why = "manual"
+    seconds: Annotated[float, msgspec.Meta(ge=1, le=36500 * 86400.0)] | None = None
+    note: Annotated[str, msgspec.Meta(max_length=1000, pattern=r"\A[^\x00]*\Z")] = ""
+
+
+class SuppressionRemove(_Arguments):
+    """Recipients to remove: all of their entries, those of an application, or those about all mail."""
+
+    addresses: Addresses
+    app: Word | None = None
+    all_mail: bool = False
+
+
+class SuppressionAdded(_Parts):
+    """How many entries were added, and how many replaced."""
+
+    added: int
+    replaced: int
+
+
+class SuppressionRow(msgspec.Struct):
+    """An entry. `application`: "": about all mail; `text`: the reply, or a note; `until`: 0: for ever."""
+
+    application: str
+    address: str
+    reason: str
+    text: str
+    since: float
+    until: float
+    by: str
+
+
+class Suppressions(_Parts):
+    """Entries of the suppression list, expired ones until they are swept, too; `next`: the cursor of the next page, "": this
+    is the last."""
+
+    suppressions: list[SuppressionRow]
+    next: str = ""
+
+
+class SuppressionCounts(_Parts):
+    """How many entries there are, and may be; of each application ("": about all mail) and reason; octets of the file."""
+
+    entries: int
+    most: int
+    octets: int
+    each: list[dict[str, Any]]
 
 
 class Status(_Parts):

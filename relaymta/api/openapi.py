@@ -6,8 +6,8 @@ import msgspec
 
 from relaymta import __version__
 from relaymta.admin.tokens import SCOPES
-from relaymta.api.problems import ProblemDetails
 from relaymta.api.routes import PREFIX, ROUTES, Route
+from relaymta.problems import ProblemDetails
 
 __all__ = ["description"]
 

@@ -12,8 +12,8 @@ from aiohttp import web
 from relaymta.api.access import Access, Caller
 from relaymta.api.asking import Asker
 from relaymta.api.openapi import description
-from relaymta.api.problems import Problem, of_arguments
 from relaymta.api.routes import PREFIX, ROUTES, Route
+from relaymta.problems import Problem, of_arguments
 from relaymta.proto.printable import printable_json
 
 __all__ = ["BODY_MOST", "Operations", "as_json", "problem", "read_body"]

@@ -22,11 +22,11 @@ from relaymta.api import verbs as v
 from relaymta.api.access import COOKIE, Access, Session
 from relaymta.api.asking import Asker, Peer
 from relaymta.api.operations import SECURE, read_body
-from relaymta.api.problems import Problem, of_arguments
 from relaymta.api.rates import HEIGHT, WIDTH, Rates, bars, chart, lately, per_second, quantile
 from relaymta.api.routes import ROUTES, Route
 from relaymta.cli.message import RESULTS, waiting, what_happened
 from relaymta.cli.peer import asked, due, lasting, size, until, when
+from relaymta.problems import Problem, of_arguments
 from relaymta.proto.printable import printable
 
 __all__ = ["ACTIONS", "Page"]

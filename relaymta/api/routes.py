@@ -94,6 +94,26 @@ ROUTES: dict[str, Route] = {
             outside=partial(v.policy_set, outside=True),
         ),
         Route("policy_end", "POST", "/policies/remove", "policy:write", m.PolicyEnd, m.Cleared, v.policy_end),
+        Route(
+            "suppressions", "GET", "/suppressions", "suppression:read", m.SuppressionsQuery, m.Suppressions, v.suppressions,
+            lines=v.suppression_lines,
+        ),
+        Route(
+            "suppression_counts", "GET", "/suppressions/stats", "suppression:read", m.Nothing, m.SuppressionCounts,
+            v.suppression_counts,
+        ),
+        Route(
+            "suppressions_of", "GET", "/suppressions/{address}", "suppression:read", m.SuppressionsOf, m.Suppressions,
+            v.suppressions_of,
+        ),
+        Route(
+            "suppression_add", "POST", "/suppressions", "suppression:write", m.SuppressionAdd, m.SuppressionAdded,
+            v.suppression_add,
+        ),
+        Route(
+            "suppression_remove", "POST", "/suppressions/remove", "suppression:write", m.SuppressionRemove, m.Cleared,
+            v.suppression_remove,
+        ),
         Route("abuse", "GET", "/abuse", "abuse:read", m.Nothing, m.Abuses, v.abuse),
         Route("abuse_why", "GET", "/abuse/why", "abuse:read", m.Account, m.Rows, v.abuse_why),
         Route("abuse_clear", "POST", "/abuse/clear", "abuse:write", m.AbuseClear, m.Cleared, v.abuse_clear),

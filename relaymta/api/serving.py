@@ -21,9 +21,9 @@ from relaymta.api.asking import Asker
 from relaymta.api.connections import LOOK_SECONDS, Connections, Door
 from relaymta.api.operations import BODY_MOST, Operations, problem
 from relaymta.api.page import Page
-from relaymta.api.problems import Problem
 from relaymta.config import Config
 from relaymta.log import Log
+from relaymta.problems import Problem
 
 __all__ = ["WORKER", "Server"]
 

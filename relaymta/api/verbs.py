@@ -1,11 +1,14 @@
 """The verbs: what the command line does for each, with arguments and answers that are models (models.py)."""
 
+import base64
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from relaymta.api import models as m
 from relaymta.api.asking import Peer, away, not_there
-from relaymta.api.problems import Problem
 from relaymta.cli.finding import Finder, Search, moment
 from relaymta.cli.options import missing
 from relaymta.cli.peer import asked, read_pieces
@@ -13,8 +16,10 @@ from relaymta.cli.policy import POLICIES, about_mail, enact, shown_policy
 from relaymta.cli.quarantine import header_of
 from relaymta.cli.queue import KINDS, change, is_named, names_of_sites, pages
 from relaymta.cli.site import counted_name, end_suspension, note_suspensions
+from relaymta.cli.suppression import entries, put
 from relaymta.control.requests import AGES
 from relaymta.ident import format_id, parse_id
+from relaymta.problems import Problem
 from relaymta.proto.address import plain
 
 __all__ = [
@@ -49,6 +54,12 @@ __all__ = [
     "site",
     "sites",
     "status",
+    "suppression_add",
+    "suppression_counts",
+    "suppression_lines",
+    "suppression_remove",
+    "suppressions",
+    "suppressions_of",
     "suspend",
     "verb",
 ]  # fmt: skip
@@ -405,6 +416,75 @@ def abuse_why(peer: Peer, args: m.Account) -> Answer:
 def abuse_clear(peer: Peer, args: m.AbuseClear) -> Answer:
     """As `abuse clear`."""
     return {"changed": len(asked(peer, "abuse_clear", account=args.account, check=args.check))}
+
+
+# The suppression list
+
+
+def suppressions(peer: Peer, args: m.SuppressionsQuery) -> Answer:
+    """A page of `suppression list`."""
+    try:
+        after = base64.urlsafe_b64decode(args.cursor)
+    except ValueError:
+        raise Problem(400, f"{args.cursor!r} is no cursor of an earlier answer", argument="cursor") from None
+    found = asked(peer, "suppression_page", after=after, most=args.limit, **_suppressed(args))
+    return {"suppressions": found["rows"], "next": base64.urlsafe_b64encode(found["after"]).decode()}
+
+
+def suppression_lines(peer: Peer, args: m.SuppressionsQuery) -> Iterator[bytes]:
+    """All entries that match, as lines of JSON, many at a time."""
+    chosen = _suppressed(args)
+    for rows in entries(peer, chosen["application"], chosen["reason"], chosen["prefix"]):
+        yield b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+
+
+def _suppressed(args: m.SuppressionsQuery) -> Answer:
+    return {"application": _whose(args), "reason": args.reason or "", "prefix": (args.prefix or "").lower()}
+
+
+def _whose(args: m.SuppressionsQuery | m.SuppressionRemove) -> str | None:
+    if args.app is not None and args.all_mail:
+        raise Problem(400, "app and all_mail do not go together", argument="all_mail")
+    return "" if args.all_mail else args.app
+
+
+def suppressions_of(peer: Peer, args: m.SuppressionsOf) -> Answer:
+    """As `suppression show`."""
+    rows = asked(peer, "suppression_find", address=_listed(args.address))
+    if not rows:
+        raise not_there(f"no such address in the suppression list: {args.address}")
+    return {"suppressions": rows}
+
+
+def _listed(text: str, argument: str = "address") -> str:
+    found = plain(text)
+    if not found:
+        raise Problem(400, f"{text!r} is not an address", argument=argument)
+    return found
+
+
+def suppression_counts(peer: Peer, args: m.Nothing) -> Answer:
+    """As `suppression stats`."""
+    return dict(asked(peer, "suppression_counts"))
+
+
+def suppression_add(peer: Peer, args: m.SuppressionAdd) -> Answer:
+    """As `suppression add`."""
+    until = int(time.time() + args.seconds) if args.seconds else None
+    common = {"application": args.app or "", "reason": args.reason, "text": args.note, "until": until, "by": peer.who}
+    done = put(peer, [{"address": _listed(one, "addresses"), **common} for one in args.addresses])
+    if done["left_out"]:
+        raise Problem(409, "the suppression list is full (suppression.entries)", left_out=done["left_out"])
+    return {"added": done["added"], "replaced": done["replaced"]}
+
+
+def suppression_remove(peer: Peer, args: m.SuppressionRemove) -> Answer:
+    """As `suppression remove`."""
+    addresses = [_listed(one, "addresses") for one in args.addresses]
+    done = asked(peer, "suppression_remove", addresses=addresses, application=_whose(args))
+    if not done:
+        raise not_there("none of these addresses is in the suppression list")
+    return {"changed": done}
 
 
 # The relay

@@ -65,6 +65,7 @@ VERBS = {
     "site": Verb("site", "The sites that mail is sent to."),
     "standing": Verb("policy"),
     "status": Verb("queue", "Show the state of the daemon and its workers."),
+    "suppression": Verb("suppression", "Recipients to whom no mail is to be sent any more."),
     "token": Verb("token", "Manage tokens of the HTTP API."),
     "top": Verb("top", "Watch the relay: rates, the queue, workers and sites, as they are now."),
     "trace": Verb("trace", "Show SMTP dialogues as they happen."),

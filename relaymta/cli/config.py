@@ -64,6 +64,7 @@ def check(read: Configuration, no_connect: bool) -> None:
         checks.check_program(config)
     except ConfigError as error:  # a note: `relaymta serve` may be that of another installation
         remarks += error.problems
+    remarks += checks.broken_lists(config)
     if problems:
         fail(78, "\n".join(dict.fromkeys(problems)))
     remarks += checks.closed_socket(config)

@@ -36,7 +36,8 @@ def open_relay(scene: Scene) -> list[Row]:
     found = [what for _, what in open_to_all(config)]
     if not found:
         return [("open relay", "warning", "relay.open_relay = true, and the networks do not need it: remove the key")]
-    hosts = [parse_hostport(one.address)[0] for one in config.listener]
+    open_ones = [one for one in config.listener if one.auth != "require" and not one.reads_mail]
+    hosts = [parse_hostport(one.address)[0] for one in open_ones]
     reached = [host for host in hosts if not is_loopback(host)]
     own = [*default_addresses(), *(host for host in reached if host not in ("0.0.0.0", "::"))]
     public = any(_is_global(address) for address in own)

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -154,14 +153,15 @@ def _reach(path: Path) -> None:
 
 def process_of(path: Path) -> int:
     """The id of the process that listens at a control socket; 0: none does, or it is not ours to ask."""
+    from relaymta.privileges import peer_of
+
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(CONNECT_SECONDS)
             sock.connect(str(path))
-            pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return peer_of(sock).pid
     except OSError:
         return 0
-    return int(pid)
 
 
 def _answers(path: Path) -> bool:

@@ -10,7 +10,7 @@ from relaymta.cli.console import say, say_json
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, no_such
 from relaymta.errors import ConfigError
-from relaymta.proto.address import plain
+from relaymta.proto.address import domain_of_host, plain
 from relaymta.proto.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from relaymta.route.sites import Site
 
 __all__ = ["route"]
+
+WAITS = "those of a file that it includes are not known now (`relaymta config check`): mail for it waits"
+MOST_SHOWN = 100  # addresses that an alias leads to
 
 
 @group
@@ -47,25 +50,47 @@ def test(
     read: Configuration, sender: str, recipient: str, application: str, listener: str, size: int,
     attempts: int, headers: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
+    """Show which routes match, the hosts, the site and its limits; of an alias (local.aliases) those of each address that it
+    leads to. A recipient without a domain is what a user of this machine may give sendmail(1). Queries the DNS, sends no mail,
+    and needs no daemon."""
     import asyncio  # imported here: a shell that completes options need not wait for it
 
-    sender, recipient = _address("--from", sender), _address("--to", recipient)
+    sender, named = _address("--from", sender), bool(recipient) and "@" not in recipient
+    if not named:
+        recipient = _address("--to", recipient)
     for field in headers:
         if not re.match(r"[!-9;-~]+[ \t]*:", field):
             fail(64, f'--header {field}: expected "Name: value"')
     config = _config(read)
+    if named:
+        recipient = _address("--to", f"{recipient}@{config.intake.complete_domain or domain_of_host(config.hostname)}")
     listeners = [one.address for one in config.listener] + [address for route in config.route for address in route.listener]
     if listener and listener not in listeners:
         fail(64, f"--listener: {no_such('listener', listener, listeners)}")
     try:
-        envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application, listener=listener)
-        found = asyncio.run(_test(config, envelope, headers, attempts))
+        led = _led(config, recipient, named)
+        envelopes = [
+            Envelope(sender, [one], size, 0, 0, 0, application=application, listener=listener)
+            for one in ([recipient] if led is None else led)
+        ]
+        ways = asyncio.run(_tests(config, envelopes[: None if as_json else MOST_SHOWN], headers, attempts))
     except ConfigError as error:
         fail(78, str(error))
     if as_json:
-        say_json(found)
+        waits = "" if led is None or led else WAITS
+        say_json(ways[0] | {"leads_to": []} if led is None else _nothing(recipient) | {"error": waits, "leads_to": ways})
         return
+    if led is not None:
+        count = f"leads to {len(led)} address{'es' if len(led) > 1 else ''}" if led else WAITS
+        say(f"<{recipient}> is an alias (local.aliases): {count}")
+    for found in ways:
+        _show(read, found, application, sender)
+    if led is not None and len(led) > MOST_SHOWN:
+        say(f"and {len(led) - MOST_SHOWN} more: --json has all of them")
+
+
+def _show(read: Configuration, found: dict[str, Any], application: str, sender: str) -> None:
+    recipient = found["recipient"]
     say(f"<{recipient}>" + (f" of {application}" if application else "") + (f" from <{sender}>" if sender else ""))
     if found["redirected_to"]:
         say(f"  redirected to <{found['redirected_to']}> (staging.redirect)")
@@ -86,6 +111,20 @@ def test(
         say(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
 
 
+def _led(config: "Config", recipient: str, named: bool) -> list[str] | None:
+    """The addresses that an alias leads to; none: those of its list are not known; None: it is no alias. `named`: it was given
+    without its domain."""
+    if not config.local.aliases:
+        return None
+    from relaymta.accept import aliases
+
+    found = aliases.read(config.local.aliases, config.alias_domains)
+    count = found.leads(recipient, named)
+    if count == aliases.UNKNOWN_ALIAS:
+        return []
+    return found.expanded([recipient], {recipient: False} if named else {}) if count else None
+
+
 def _address(option: str, given: str) -> str:
     """An address as it would be in an envelope; "" for the null sender."""
     found = plain(given)
@@ -102,8 +141,28 @@ def _config(read: Configuration) -> "Config":
         return loaded(read, ANY_LISTENER)
 
 
-async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
+def _nothing(recipient: str) -> dict[str, Any]:
+    """What is found of a recipient, before anything is."""
+    return {
+        "recipient": recipient, "redirected_to": "", "routes": [], "error": "", "hosts": [], "site": "", "counted as": "",
+        "limits": {}, "kept_here": False,
+    }  # fmt: skip
+
+
+async def _tests(config: "Config", envelopes: list[Envelope], headers: tuple[str, ...], attempts: int) -> list[dict[str, Any]]:
+    """What is found of each of them, each with one recipient."""
     from relaymta.dns import Resolver
+
+    resolver = Resolver(config.delivery.nameservers)
+    try:
+        return [await _test(config, resolver, envelope, headers, attempts) for envelope in envelopes]
+    finally:
+        await resolver.close()
+
+
+async def _test(
+    config: "Config", resolver: "Resolver", envelope: Envelope, headers: tuple[str, ...], attempts: int
+) -> dict[str, Any]:
     from relaymta.proto.mailbox import Malformed
     from relaymta.route.mx import NoRoute
     from relaymta.route.ourselves import Ourselves
@@ -111,13 +170,12 @@ async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], 
     from relaymta.route.staging import Redirection
     from relaymta.route.table import Asked, RouteTable
 
-    redirected = ""
+    found = _nothing(envelope.recipients[0])
     if config.staging.redirect:  # as `Intake` does before it asks for routes
         wanted = envelope.recipients[0]
         (envelope.recipients[0],) = Redirection(config.staging.redirect, config.staging.allow).recipients([wanted])
-        redirected = envelope.recipients[0] if envelope.recipients[0] != wanted else ""
+        found["redirected_to"] = envelope.recipients[0] if envelope.recipients[0] != wanted else ""
     routes = RouteTable(config)
-    resolver = Resolver(config.delivery.nameservers)
     ours = Ourselves.of(config)
     sites = Sites(routes, resolver, ours.names, resolver.now)
     try:
@@ -125,15 +183,6 @@ async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], 
     except Malformed as error:
         fail(64, f"--header: {error}")
     ((name, _),) = routes.assign(envelope, attempts)
-    found: dict[str, Any] = {
-        "redirected_to": redirected,
-        "routes": [],
-        "error": "",
-        "hosts": [],
-        "site": "",
-        "counted as": "",
-        "limits": {},
-    }
     found["kept_here"] = routes.route_of(name).is_local
     mx: list[str] | None = None
     try:
@@ -144,8 +193,6 @@ async def _test(config: "Config", envelope: Envelope, headers: tuple[str, ...], 
             _check_loop(site, found["hosts"], ours, config.delivery.port)
     except NoRoute as error:
         found["error"] = f"{'bounces' if error.permanent else 'waits'}: {error.enhanced} {error}"
-    finally:
-        await resolver.close()
     asked = Asked.of(envelope, envelope.recipients[0], attempts)
     found["routes"] = [{"route": v.route.label, "matches": v.matches, "by": v.reason} for v in routes.trace(asked, mx)]
     return found

@@ -363,13 +363,18 @@ def _needs_of_mailboxes(config: "Config") -> Iterator[tuple[str, str]]:
                 yield f"listener.{number}.protocol", '"lmtp" with staging.redirect: mail would be filed, and not redirected'
 
 
+_FOR_WHOM = {
+    "lmtp": "deliver: name them in relay.networks, or listen on 127.0.0.1",
+    "http": 'send: let them log in (auth = "require"), name them in relay.networks, or listen on 127.0.0.1',
+}
+
+
 def _for_nobody(config: "Config") -> Iterator[tuple[str, str]]:
-    """LMTP listeners that other hosts reach and may not use."""
+    """Listeners of LMTP and HTTP that other hosts reach and may not use."""
     relaying = [*config.relay.networks, *(text for peer in config.network if peer.relay for text in peer.networks)]
     if any(not ipaddress.ip_network(text).is_loopback for text in relaying):
         return
     for number, listener in enumerate(config.listener):
         host = _bound(listener.address)[0]
-        if listener.protocol == "lmtp" and listener.auth == "off" and not is_loopback(host):
-            what = "other hosts can connect, but none may deliver: name them in relay.networks, or listen on 127.0.0.1"
-            yield f"listener.{number}.address", what
+        if listener.protocol in _FOR_WHOM and listener.auth == "off" and not is_loopback(host):
+            yield f"listener.{number}.address", f"other hosts can connect, but none may {_FOR_WHOM[listener.protocol]}"

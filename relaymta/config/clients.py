@@ -30,10 +30,11 @@ class Listener(Table):
     """An address to accept mail on. `[[listener]]`, repeatable."""
 
     address: Restart[Address] = Field(description="host:port to listen on")
-    protocol: Restart[Literal["smtp", "lmtp", "pop3", "imap", "managesieve"]] = Field(
-        "smtp", description="lmtp (RFC 2033): clients that may relay deliver into mailboxes, past the queue; the reply for each "
-        "recipient follows when the mailbox has the message; pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail; "
-        "managesieve (RFC 5804, port 4190): they edit their Sieve scripts",
+    protocol: Restart[Literal["smtp", "http", "lmtp", "pop3", "imap", "managesieve"]] = Field(
+        "smtp", description="http: applications hand in mail by HTTP (docs/injection.md); lmtp (RFC 2033): clients that may "
+        "relay deliver into mailboxes, past the queue; the reply for each recipient follows when the mailbox has the message; "
+        "pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail; managesieve (RFC 5804, port 4190): they edit their Sieve "
+        "scripts",
     )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"
@@ -41,20 +42,24 @@ class Listener(Table):
     priority: Restart[Literal["express", "normal", "bulk"]] = Field("normal", description="class of mail accepted here")
     submission: Restart[bool] = Field(
         False, description="add Date: and Message-ID: where they are missing; remove Bcc: and Return-Path:, complete addresses, "
-        "as in mail of users who log in (RFC 6409 8)",
+        "as in mail of users who log in (RFC 6409 8); http: always",
     )  # fmt: skip
     tls: Restart[Literal["off", "may", "require", "implicit"]] = Field(
         "may", description="may: STARTTLS if there is a certificate; require: no mail before STARTTLS; implicit: TLS from the "
-        "first octet (port 465)",
+        "first octet (port 465). http: implicit (https), or off on a loopback address",
     )  # fmt: skip
     auth: Restart[Literal["off", "may", "require"]] = Field(
-        "off", description="AUTH, offered over TLS; may: clients that log in may relay; require: no mail before AUTH"
+        "off",
+        description="AUTH, offered over TLS; may: clients that log in may relay; require: no mail before AUTH. http: Basic, or "
+        "Bearer with an OAuth token; without a login only clients that may relay",
     )
     proxy: Restart[list[Network]] = Field(
         [],
         description="load balancers that send a PROXY header (version 1 or 2); if given, no other client may connect",
     )
-    auth_in_clear: Restart[bool] = Field(False, description="offer AUTH without TLS; only on a loopback address")
+    auth_in_clear: Restart[bool] = Field(
+        False, description="offer AUTH (http: take credentials) without TLS; only on a loopback address"
+    )
     filtered: Restart[bool] = Field(
         False,
         description="a content filter gives mail back here by SMTP: no filter looks at it again, it is neither verified nor "
@@ -70,6 +75,8 @@ class Listener(Table):
             yield "auth", "needs tls, or auth_in_clear on a loopback address: no client could log in"
         if self.protocol == "lmtp":
             yield from self._not_for_lmtp()
+        if self.protocol == "http":
+            yield from self._not_for_http(host)
         if self.filtered:
             yield from self._not_for_filtered()
         elif self.networks != LOOPBACK:
@@ -86,6 +93,12 @@ class Listener(Table):
     def reads_mail(self) -> bool:
         """Whether users log in here to read their mail, or to edit their scripts."""
         return self.protocol in ("pop3", "imap", "managesieve")
+
+    def _not_for_http(self, host: str) -> Iterator[tuple[str, str]]:
+        if self.tls not in ("off", "implicit"):
+            yield "tls", 'is to be given with protocol = "http": "implicit" (https), or "off" on a loopback address'
+        elif self.tls == "off" and not (host == "localhost" or is_loopback(host)):
+            yield "tls", f'"off" on {self.address}: mail and passwords would be sent in clear; "implicit", or a loopback address'
 
     def _not_for_readers(self) -> Iterator[tuple[str, str]]:
         for key in ("submission", "application", "priority", "auth"):
@@ -189,6 +202,14 @@ class Intake(Table):
         description="domain added to addresses without one (`root`), in the envelope and in the header of submitted mail, for "
         "clients that may relay; empty: the domain of `hostname`, for networks that may relay only",
     )
+    idempotency_keep: Reload[Duration] = Field(
+        86_400, gt=0, description="how long an idempotency key (Idempotency-Key of HTTP, X-Relay-Idempotency of SMTP) is "
+        "remembered: what is handed in again under it is not sent again",
+    )  # fmt: skip
+    receipts_keep: Reload[Duration] = Field(
+        7 * 86_400, gt=0, description="how long after its end an application can ask what has become of a message that it has "
+        "handed in by HTTP, or with an idempotency key",
+    )  # fmt: skip
     hops: Reload[int] = Field(50, ge=1, description="maximum number of Received: fields; a message with more is in a loop")
     errors: Reload[int] = Field(20, ge=1, description="errors after which a connection is closed")
     shed_lag: Reload[Duration] = Field(

@@ -62,8 +62,9 @@ class Local(Table):
         "", description="folder from which files NAME.eml are taken, each a message; empty: none. Who may write there may send"
     )
     aliases: Reload[str] = Field(
-        "", description="file of aliases, such as /etc/aliases, for addresses at `hostname` and, in mail by sendmail(1), for "
-        "names without a domain; empty: none. Mail to programs and files is refused",
+        "", description="file of aliases, such as /etc/aliases, for addresses at `hostname` and in `alias_domains`, and for "
+        "names without a domain in mail by sendmail(1); empty: none. It is read again when it changes, or a file that it "
+        "includes. Programs and files as targets are refused; docs/sendmail.md",
     )  # fmt: skip
     alias_domains: Reload[list[Domain]] = Field([], description="other domains for whose addresses they hold")
     application: Restart[str] = Field("", description="application of this mail, as routes, limits and log records name it")

@@ -18,6 +18,7 @@ from relaymta.config.names import Hostname, own_name
 from relaymta.config.origin import Origin
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
 from relaymta.config.signing import Dkim, Verify
+from relaymta.config.suppression import SuppressionTable
 from relaymta.config.values import Problem, Problems, Reload, Restart, Table, place_of
 from relaymta.config.webhooks import Webhook, WebhooksTable
 
@@ -65,6 +66,7 @@ class Config(Table):
     queue: QueueTable = QueueTable()
     quarantine: QuarantineTable = QuarantineTable()
     webhooks: WebhooksTable = WebhooksTable()
+    suppression: SuppressionTable = SuppressionTable()
     delivery: Delivery = Delivery()
     limits: LimitsTable = LimitsTable()
     metrics: Metrics = Metrics()

@@ -16,9 +16,10 @@ import msgspec
 from relaymta.control.filters import Chosen, Number, Text
 from relaymta.errors import RelayError
 
-__all__ = ["AGES", "REQUESTS", "Request", "Where"]
+__all__ = ["AGES", "REQUESTS", "SUPPRESSIONS", "Request", "Where"]
 
 HOURS = 24 * 3600.0  # seconds for what copies mail
+SUPPRESSIONS = 1000  # entries of the suppression list in a request or an answer: one transaction
 LAST = 20  # messages that a rule has matched, of all workers
 AGES = (5, 10, 20, 40, 80, 160, 320, 640, 1280)  # minutes: the columns of `shape`; one more column for what is older
 
@@ -310,6 +311,49 @@ class Replaying(_Arguments, frozen=True):
     kinds: list[Literal["accepted", "deferred", "delivered", "bounced", "held", "released", "complained"]] = []
 
 
+class Suppression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An entry of the suppression list (suppression.Entry). `since`: 0: now; `until`: None: as is configured for the reason, 0:
+    for ever; `by`: "": who asks."""
+
+    address: Text
+    application: Text = ""
+    reason: Literal["hard-bounce", "complaint", "unsubscribe", "manual"] = "manual"
+    text: Text = ""
+    since: Number = 0
+    until: Number | None = 0
+    by: Text = ""
+
+
+class SuppressionPut(_Arguments, frozen=True):
+    """Entries to add, or to replace; `uid`: as of Change."""
+
+    rows: Annotated[list[Suppression], msgspec.Meta(max_length=SUPPRESSIONS)]
+    uid: int = -1
+
+
+class SuppressionRemove(_Arguments, frozen=True):
+    """Addresses to remove: of an application ("": from the list about all mail), or (None) everywhere."""
+
+    addresses: Annotated[list[Text], msgspec.Meta(max_length=SUPPRESSIONS)]
+    application: Text | None = None
+
+
+class SuppressionPage(_Arguments, frozen=True):
+    """A page of entries, as of suppression.Suppressions.page."""
+
+    after: bytes
+    application: Text | None = None
+    prefix: Text = ""
+    reason: Literal["", "hard-bounce", "complaint", "unsubscribe", "manual"] = ""
+    most: Annotated[int, msgspec.Meta(ge=1, le=SUPPRESSIONS)] = SUPPRESSIONS
+
+
+class SuppressionOf(_Arguments, frozen=True):
+    """An address."""
+
+    address: Text
+
+
 class Upgrading(_Arguments, frozen=True):
     """To the program at a path ("": the one that the relay was started with), each of whose steps may take so many seconds."""
 
@@ -469,6 +513,11 @@ REQUESTS: dict[str, Request] = {
         Request("webhooks", Nothing, Where.SUPERVISOR, 10),
         Request("webhook_test", OfWebhook, Where.SUPERVISOR, 310, changes=True),
         Request("webhook_replay", Replaying, Where.SUPERVISOR, 60, changes=True),
+        Request("suppression_counts", Nothing, Where.SUPERVISOR, offline=True),
+        Request("suppression_find", SuppressionOf, Where.SUPERVISOR, offline=True),
+        Request("suppression_page", SuppressionPage, Where.SUPERVISOR, 30, offline=True),
+        Request("suppression_put", SuppressionPut, Where.SUPERVISOR, 60, changes=True, offline=True),
+        Request("suppression_remove", SuppressionRemove, Where.SUPERVISOR, 60, changes=True, offline=True),
         Request("lessons", Known, Where.SUPERVISOR),
         Request("learned", Learned, Where.SUPERVISOR, changes=True),
         Request("trace", Trace, Where.LIVE, pieces=True),

@@ -20,6 +20,7 @@ __all__ = ["CURE", "MAP_SIZE", "MOVE", "SEGMENT", "Environment", "Shut"]
 
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
+TABLES_MOST = 32  # of an environment: more than any store has
 READERS_MOST = 1024  # threads of all processes that read at once: of each worker, and of commands
 MOVE = "move this folder away and restore it, or start without it"
 CURE = f"{MOVE} (`relaymta fsck` says more)"
@@ -97,7 +98,7 @@ class Environment:
         self.env = lmdb.open(
             str(self._path),
             map_size=self._map_size,
-            max_dbs=16,
+            max_dbs=TABLES_MOST,
             max_readers=READERS_MOST,
             sync=True,
             metasync=True,
@@ -107,6 +108,10 @@ class Environment:
         )
         if self._locked:
             self.env.reader_check()
+        if not self._readonly:
+            # Where the last owner was killed just behind a commit, and others have the file open still, what it has committed is
+            # not seen before the mutex of writers was taken once.
+            self.env.begin(write=True).abort()
         self.tables: dict[str, Any] = {}
         self.complete()
         with self.env.begin() as txn:

@@ -309,6 +309,11 @@ class Draft:
         self.body = BodyHashes({key.signature.relaxed_body for key in self._keys})
         self.body.skip(skip)
 
+    @property
+    def domains(self) -> list[str]:
+        """In whose name it is signed."""
+        return list(dict.fromkeys(key.settings.domain for key in self._keys))
+
     def unsigned(self) -> list[Unsigned]:
         """The signatures to be made. Called once."""
         hashes = self.body.finish()

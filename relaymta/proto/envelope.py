@@ -41,8 +41,10 @@ CATEGORIES: Final = (
     "local",
 )  # fmt: skip
 
+# What the text of an attempt ends with whose reply did not come.
+IN_DOUBT: Final = " (in doubt: the message was sent, its reply did not come)"
+
 ATTEMPTS_KEPT: Final = 8
-IN_DOUBT: Final = " (in doubt: the message was sent, its reply did not come)"  # ends the cause of an attempt
 HELD_SHOWN: Final = 200  # characters of the reason why a message is held
 ATTEMPT_SHOWN: Final = 500  # characters of a reply to an attempt that is not the last one
 
@@ -152,6 +154,8 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     quarantine: Quarantine | None = None  # None: it is not in the quarantine
     tags: list[str] = []  # words by which its application tells its messages apart, in events
     traceparent: str = ""  # of the request that it came by (W3C Trace Context); "": none
+    not_before: int = 0  # when it is tried first at the earliest, by the queue's clock; 0: at once
+    receipt: int = 0  # how long after its end it is known how it has ended (ms); 0: it is not
 
 
 class Onward(NamedTuple):

@@ -3,7 +3,13 @@
 A reply is bytes, ready to be written, CRLF included.
 """
 
-__all__ = ["for_now", "format_reply"]
+__all__ = ["Blameless", "for_now", "format_reply"]
+
+
+class Blameless(bytes):
+    """A reply that rejects a recipient, and is no error of the client: whoever sends what it is told to cannot know better."""
+
+    __slots__ = ()
 
 
 def format_reply(code: int, enhanced: str, text: str) -> bytes:
@@ -87,6 +93,8 @@ NO_AUTHOR = format_reply(550, "5.7.1", "Refused: there is no From: with an addre
 HEADER_TOO_LONG = format_reply(554, "5.6.0", "The header is too long")
 TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mail loop")
 
+BAD_KEY = format_reply(550, "5.6.0", "Refused: X-Relay-Idempotency: is to be there once, 1 to 255 visible ASCII characters")
+KEY_BUSY = format_reply(451, "4.3.0", "A message with the same X-Relay-Idempotency: is being taken; try again later")
 STORE_ERROR = format_reply(451, "4.3.0", "The message could not be stored; try again later")
 TOO_MUCH_HELD = format_reply(450, "4.7.1", "Your mail is held, and more of it is not taken now; ask your administrator")
 STORE_FULL = format_reply(452, "4.3.1", "Out of space; try again later")

@@ -34,9 +34,9 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "last_chunk",
-        "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal", "sender", "size", "smtputf8",
-        "tail", "unseen", "utf8_header",
+        "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "key",
+        "last_chunk", "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal", "sender",
+        "size", "smtputf8", "tail", "unseen", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -63,6 +63,7 @@ class Transaction:
         self.quarantine: Quarantine | None = None  # why it is held in the quarantine; None: it is not
         self.unseen: Unseen | None = None  # which filters look at it in the queue; None: none does
         self.message_id = ""
+        self.key = ""  # its idempotency key, of its header
         self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 

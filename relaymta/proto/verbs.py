@@ -124,7 +124,7 @@ def _rcpt(session: Session, argument: bytes) -> bytes:
     refused = transaction.accept(address)
     if refused is not None:
         transaction.rejects(address, refused)
-        return session.error_if_5xx(refused)
+        return refused if isinstance(refused, reply.Blameless) else session.error_if_5xx(refused)
     if "RCPT" in transaction.asks:
         return session.ask(Question("RCPT", address))
     transaction.recipients.append(address)

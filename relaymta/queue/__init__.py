@@ -25,7 +25,7 @@ from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
-from relaymta.proto.envelope import HELD, UNSEEN, Body, Envelope, QueueName
+from relaymta.proto.envelope import HELD, UNSEEN, Attempt, Body, Envelope, QueueName
 from relaymta.queue.big import BigBodies
 from relaymta.queue.bodies import Bodies
 from relaymta.queue.change import Change
@@ -44,16 +44,18 @@ from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.quarantine import Keeper
 from relaymta.queue.readers import Readers
+from relaymta.queue.receipts import Kept, Request, digest_of, due_to_forget
 from relaymta.queue.replies import Replies
 from relaymta.queue.schedule import Schedule
+from relaymta.queue.shards import Known, Shards
 from relaymta.queue.store import Store
 from relaymta.queue.unseen import UnseenMail
 from relaymta.queue.view import View
-from relaymta.queue.writer import Writer
+from relaymta.queue.writer import Writer, said_nothing
 
 __all__ = [
-    "BigBody", "Committed", "Deliverer", "Entry", "Events", "Filter", "Null", "Outcome", "Put", "Queue", "QueueSettings",
-    "Totals", "format_id", "parse_id", "wall_ms",
+    "BigBody", "Committed", "Deliverer", "Entry", "Events", "Filter", "Kept", "Known", "Null", "Outcome", "Put", "Queue",
+    "QueueSettings", "Request", "Shards", "Totals", "digest_of", "format_id", "parse_id", "wall_ms",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -63,12 +65,14 @@ FAILED_OFFER_MS = 60_000  # a queue sleeps so long after the deliverer raised an
 SWEEP_TICKS = 12_000  # ten minutes
 CHECK_TICKS = 20
 JOURNAL_TICKS = 1200  # a minute
+FORGET_TICKS = 1200  # a minute
 MATERIALIZE_MS = 5_000  # fresh mail that has not left after so long gets rows of its own
 
 
 class Queue:
     """One shard in `spool`. `assign(envelope, attempts)` names the queues of a message's recipients after that many attempts;
-    `sign(data)`: header fields to prepend to the data of a message of our own, a DSN for one; called on any thread.
+    `sign(data)`: header fields to prepend to the data of a message of our own, a DSN for one; `said(entry)`: the attempt by which
+    all recipients of an entry were delivered. Both are called on any thread.
     SpoolBusy when another process owns the shard."""
 
     def __init__(
@@ -80,6 +84,7 @@ class Queue:
         deliverer: Deliverer,
         events: Events,
         sign: Callable[[bytes], bytes] = lambda data: b"",
+        said: Callable[[Entry], Attempt] = said_nothing,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -114,9 +119,9 @@ class Queue:
             assign=assign,
             on_commit=self._committed,
             sign=sign,
+            said=said,
         )
-        if settings.journal is not None:
-            self.writer.journal = self._journal(settings.journal, self.store.journal_rows())
+        self.writer.journal = self._journal(settings.journal, self.store.journal_rows())
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
         self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
@@ -128,8 +133,7 @@ class Queue:
         self._expiry = Expiry(self.store, self.clock, self.schedule, self.entries, self.ends, self._hold_expired)
         self._opening = Opening(self.store, self._big, self.clock, self.writer, self._readers, self.schedule, assign)
         self.quarantined = False  # whether start() found its culprit here
-        self._taken = 0  # octets stored since the disk was last checked
-        self._ticks = 0
+        self._taken = self._ticks = 0  # octets stored since the disk was last checked; and ticks
         self._timer: asyncio.TimerHandle | None = None
         self._show(assign, settings)
 
@@ -214,8 +218,10 @@ class Queue:
 
     # The journal
 
-    def _journal(self, settings: JournalSettings, rows: Rows) -> Journal:
-        """`rows`: of the store."""
+    def _journal(self, settings: JournalSettings | None, rows: Rows) -> Journal | None:
+        """The journal of events; None: there is to be none. `rows`: of the store."""
+        if settings is None:
+            return None
         if self._kept_journal is None:
             folder, brim = self.path / "journal", lambda: self.disk.brim
             self._kept_journal = Journal.opened(folder, rows, self.clock, settings, brim)
@@ -226,7 +232,7 @@ class Queue:
         """Writer thread: keep a journal, with these bounds, or none, from the next group on. What there is of one stays until the
         next start."""
         rows = self.store.journal_rows_in(change.txn)
-        self.writer.journal = self._journal(settings, rows) if settings is not None else None
+        self.writer.journal = self._journal(settings, rows)
 
     def _sweep_journal(self) -> None:
         """On the loop, each second: have old files of the journal removed; and one where mail needs the room."""
@@ -317,23 +323,26 @@ class Queue:
         envelope: Envelope,
         data: list[bytes] | Body,
         done: Callable[[StoreError | None], None],
+        request: Request | None = None,
     ) -> None:
         """Store a message, `data` in pieces or as the `Body` of a finished `BigBody`. `done(None)` is called on the loop when it
-        is durable, `done(error)` when it could not be stored."""
+        is durable, `done(error)` when it could not be stored. `request`: as of Put."""
         names = self.assign(envelope, 0)
         fresh = len(names) == 1 and self._inlines(envelope, names[0][0])
         self._replies.promised += fresh
+        pieces: list[bytes] | None
         if isinstance(data, Body):
-            envelope.body = data
+            envelope.body, pieces = data, None
             self._big.submitted(ident)
-            self.writer.submit(Put(ident, envelope, names, None, done, fresh))
         else:
-            self.writer.submit(Put(ident, envelope, names, data, done, fresh))
+            pieces = data
+        self.writer.submit(Put(ident, envelope, names, pieces, done, fresh, request=request))
 
     def _inlines(self, envelope: Envelope, name: QueueName) -> bool:
         """Whether a message will be tried at once, so that it needs no rows of its own."""
         return (
             not envelope.flags & (HELD | UNSEEN)
+            and not envelope.not_before
             and self._awake(name)
             and self.entries.fresh + self._replies.promised < self.entries.half  # there is room in the window
             and not self.entries.paused
@@ -423,6 +432,8 @@ class Queue:
             self.writer.submit(Task(lambda change: change.sweep()))
             self._readers.start(self._big.sweep, lambda result: None)
             self._readers.start(self.store.forget_dead_readers, lambda result: None)
+        if self._ticks % FORGET_TICKS == 0:
+            self._readers.start(self._is_due_to_forget, self._forget)
         if self._ticks % CHECK_TICKS == 0:
             self._sweep_journal()
             self._readers.read_rows(self._housekeep, self._expiry.expire)
@@ -430,6 +441,19 @@ class Queue:
             late = self.clock.now() - MATERIALIZE_MS
             if 0 < self.store.fresh.oldest() <= late:
                 self._materialize(self.store.fresh.came_by(late))
+
+    def _is_due_to_forget(self) -> bool:
+        """Reader thread: whether there are receipts that are kept no longer."""
+        with self.store.reading() as txn:
+            return due_to_forget(txn, self.store.tables, self.clock.now())
+
+    def _forget(self, due: Any) -> None:
+        """On the loop: remove them, in groups, so that mail waits for few. `due`: what `_is_due_to_forget` has found, an
+        exception that it has raised, or what the group before has removed."""
+        if due and not isinstance(due, Exception) and not self.writer.stalled:
+            now = self.clock.now()
+            done = lambda task: self._forget(0 if task.error is not None else task.result)  # noqa: E731
+            self.writer.submit(Task(lambda change: change.forget(now), done))
 
     def _housekeep(self) -> list[Overdue]:
         """Reader thread, each second: check the disk, and find what is overdue."""

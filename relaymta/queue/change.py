@@ -1,6 +1,8 @@
 """One write transaction of a shard's LMDB environment. The counts and wake times of the queues that it touches are collected and
 written once, by `finish`."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from relaymta.proto.envelope import (
     POLICY_HELD,
     QUARANTINED,
     UNSEEN,
+    Attempt,
     Envelope,
     Placement,
     Quarantine,
@@ -22,7 +25,9 @@ from relaymta.proto.envelope import (
     decode_envelope,
     encode,
 )
+from relaymta.queue import receipts
 from relaymta.queue.ages import add, remove
+from relaymta.queue.entry import Put
 from relaymta.queue.journal import JOURNAL, Journal
 from relaymta.queue.store import (
     DUE,
@@ -43,6 +48,8 @@ from relaymta.queue.store import (
 
 __all__ = ["Change"]
 
+NOBODY: Mapping[int, Attempt] = MappingProxyType({})
+
 
 class Change(Transaction):
     """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception."""
@@ -58,6 +65,7 @@ class Change(Transaction):
         self._before: tuple[dict[Any, int], int, int] = ({}, 0, 0)  # what `undo_part` restores
         self._fresh = store.fresh
         self.highest = 0
+        self.now = 0  # ms of the queue's clock, of the group
 
     def row(self, name: QueueName) -> QueueRow:
         """The row of the queue of this name, created when there is none."""
@@ -155,12 +163,38 @@ class Change(Transaction):
         """Write a message's envelope again."""
         self.txn.put(ID.pack(ident), encode(envelope), db=self._tables["message"])
 
-    def finish_message(self, ident: int, envelope: Envelope, histories: bool) -> bool:
-        """Remove a message from every table. `histories`: recipient rows may exist. False, and nothing is changed, when it has no
-        row (any more)."""
+    def keep_request(self, put: Put, now: int) -> None:
+        """Remember that a message was accepted under an idempotency key."""
+        request = put.request
+        assert request is not None
+        row = receipts.Kept(request.content, put.ident, put.envelope.arrived, request.recipients, request.refused)
+        receipts.keep_request(self.txn, self._tables, request, row, now)
+
+    def keep_receipt(self, ident: int, envelope: Envelope, delivered: Mapping[int, Attempt] = NOBODY) -> None:
+        """Keep how a message ends that leaves the queue in this transaction, where its envelope asks for that. `delivered`:
+        recipients whom the last attempt has reached, if that is not in their histories."""
+        if not envelope.receipt:
+            return
+        now = wall_ms()
+        states = self._store.recipient_states(self.txn, ident)
+        row = receipts.Receipt(
+            envelope.user, envelope.application, envelope.sender, envelope.message_id, envelope.tags, envelope.arrived, now,
+            receipts.states_of(envelope, states, now, delivered),
+        )  # fmt: skip
+        receipts.keep_receipt(self.txn, self._tables, ident, row, self.now + envelope.receipt)
+
+    def forget(self, now: int) -> int:
+        """As `receipts.forget`."""
+        return receipts.forget(self.txn, self._tables, now)
+
+    def finish_message(self, ident: int, envelope: Envelope, histories: bool, receipt: bool = True) -> bool:
+        """Remove a message from every table. `histories`: recipient rows may exist; `receipt`: it leaves the queue, and how it
+        has ended is to be kept (`keep_receipt`). False, and nothing is changed, when it has no row (any more)."""
         tables, delete = self._tables, self.txn.delete
         if not delete(ID.pack(ident), db=tables["message"]):
             return False
+        if receipt and envelope.receipt:
+            self.keep_receipt(ident, envelope)
         for placement in envelope.placements:
             self.unplace(ident, envelope, placement)
         if not envelope.flags & HELD:
@@ -248,8 +282,8 @@ class Change(Transaction):
             self.set_meta(b"quarantine", max(octets, 0))
 
     def release(self, ident: int, envelope: Envelope, now: int, deadline: int) -> None:
-        """Release a held message: it is due now, or first seen by the filters that have not looked at it, and has a new deadline
-        (both ms of the queue's clock)."""
+        """Release a held message: it is due now, or at its time, or first seen by the filters that have not looked at it, and has
+        a new deadline (both ms of the queue's clock)."""
         if envelope.flags & HELD:
             for placement in envelope.placements:
                 self.unplace(ident, envelope, placement)
@@ -263,7 +297,7 @@ class Change(Transaction):
             envelope.held_for = ""
             envelope.deadline = deadline
             for placement in envelope.placements:
-                placement.due = now
+                placement.due = max(now, envelope.not_before)
                 self.place(ident, envelope, placement)
             self.txn.put(EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
             self.replace(ident, envelope)
@@ -275,7 +309,8 @@ class Change(Transaction):
             self.journal.changed(kind, ident, envelope, reason)
 
     def seen(self, ident: int, envelope: Envelope, now: int) -> None:
-        """All filters have looked at an unseen message, and let it pass: it is due now (ms of the queue's clock)."""
+        """All filters have looked at an unseen message, and let it pass: it is due now (ms of the queue's clock), or at its
+        time."""
         placements = envelope.placements
         for placement in placements:
             self.unplace(ident, envelope, placement)
@@ -283,7 +318,7 @@ class Change(Transaction):
         envelope.flags &= ~UNSEEN
         envelope.unseen = None
         for placement in placements:
-            placement.due = now
+            placement.due = max(now, envelope.not_before)
             self.place(ident, envelope, placement)
         self.replace(ident, envelope)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Attempt, Body, Envelope, Placement, QueueName, RecipientState
 from relaymta.queue.lifecycle import IN_FLIGHT, READ, WAITING
+from relaymta.queue.receipts import Request
 
 __all__ = ["Entry", "Outcome", "Put"]
 
@@ -90,7 +91,8 @@ class Put:
     `names`: its queues, each with the recipients' indexes (None: all). `done` is called on the loop with None when it is durable,
     or with the error. `fresh`: it is delivered at once, so it is inlined; `replaces`: it takes the place of the unseen message of
     this id, whom its caller has claimed, and its body, if it is a large one, is in `Segments.next_path`.
-    `restored`: it was imported: its placements, one for each of `names`, and its recipients' states."""
+    `restored`: it was imported: its placements, one for each of `names`, and its recipients' states. `request`: what it belongs
+    to, None: it was handed in without an idempotency key."""
 
     ident: int
     envelope: Envelope
@@ -101,6 +103,7 @@ class Put:
     error: StoreError | None = None
     replaces: bool = False
     restored: tuple[list[Placement], list[RecipientState]] | None = None
+    request: Request | None = None
 
 
 class Outcome:

@@ -141,6 +141,8 @@ class Record(Strict):
     held_for: Line = ""
     listener: Word = ""
     forwarded: dict[Word, Word] = {}
+    tags: list[Word] = []
+    traceparent: Word = ""
     unseen: UnseenRecord = None
     quarantine: QuarantineRecord = None
     sha256: str = ""
@@ -183,7 +185,10 @@ def record_of(store: Store, txn: Any, clock: ShardClock, ident: int, envelope: E
 
 
 _STATE = {number: word for word, number in STATES.items()}
-SAME = ("client", "helo", "application", "priority", "headers", "user", "message_id", "held_for", "listener", "forwarded")
+SAME = (
+    "client", "helo", "application", "priority", "headers", "user", "message_id", "held_for", "listener", "forwarded", "tags",
+    "traceparent",
+)  # fmt: skip
 
 
 def _try(attempt: Attempt) -> Try:

@@ -16,7 +16,7 @@ import msgspec
 
 from relaymta.proto.envelope import Envelope, encode
 
-__all__ = ["MOST_RECIPIENTS", "Fresh"]
+__all__ = ["MOST_RECIPIENTS", "Fresh", "inlined"]
 
 MOST_RECIPIENTS = 10  # of an inlined message, so that rows stay small
 # Octets of one row. LMDB keeps up to about 2,000 within a page; a longer row takes adjacent pages of its own, and in a file that
@@ -25,6 +25,18 @@ MOST_RECIPIENTS = 10  # of an inlined message, so that rows stay small
 ROW_OCTETS = 1900
 
 _decode = msgspec.msgpack.Decoder(list[tuple[int, Envelope]]).decode
+
+
+def inlined(txn: Any, tables: dict[str, Any], ident: int) -> Envelope | None:
+    """As `Fresh.get`, read from the tables, as another process has to."""
+    for key, value in txn.cursor(db=tables["fresh"]):
+        if int.from_bytes(key, "big") > ident:
+            return None
+        for position, (member, envelope) in enumerate(_decode(value)):
+            if member == ident:
+                ended = int.from_bytes(txn.get(key, db=tables["ended"]) or b"", "little")
+                return None if ended >> position & 1 else envelope
+    return None
 
 
 class Group:

@@ -6,13 +6,24 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 import xxhash
 
 from relaymta.control.filters import Filter
-from relaymta.control.requests import REQUESTS, HistoryPiece, Messages, Nothing, OfMessage, Page
+from relaymta.control.requests import (
+    REQUESTS,
+    HistoryPiece,
+    Messages,
+    Nothing,
+    OfMessage,
+    Page,
+    SuppressionOf,
+    SuppressionPage,
+    SuppressionPut,
+    SuppressionRemove,
+)
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.environment import CURE
 from relaymta.disk.lock import lock
@@ -28,8 +39,12 @@ from relaymta.proto.envelope import Body
 from relaymta.queue import inspect, listing
 from relaymta.queue.raw import PIECE, Found, pieces, subjects
 from relaymta.queue.store import Store
+from relaymta.suppression import FOLDER, Counts, Suppressions, address_of, counted, done, entries_of, row_of, rows_of
+from relaymta.suppression import Page as SuppressionsPage
 
 __all__ = ["answer", "import_all"]
+
+T = TypeVar("T")
 
 
 def answer(spool: Path, op: str, **args: Any) -> Any:
@@ -135,6 +150,42 @@ class Spool:
     def history_piece(self, args: HistoryPiece) -> bytes:
         """As `history.history_piece`."""
         return history_piece(self._path / "history", args.name, args.end)
+
+    # The suppression list, which any process may change
+
+    def _suppressions(self, use: Callable[[Suppressions], T], otherwise: T | None = None) -> T:
+        """What `use` returns of the list; `otherwise` where there is none, which is made where that is None."""
+        if otherwise is not None and not (self._path / FOLDER / "data.mdb").exists():
+            return otherwise
+        entries = Suppressions(self._path / FOLDER)
+        try:
+            return use(entries)
+        finally:
+            entries.close()
+
+    def suppression_counts(self, args: Nothing) -> dict[str, Any]:
+        """How many entries there are."""
+        return self._suppressions(lambda entries: counted(entries.counts()), counted(Counts(0, 0, 0, {})))
+
+    def suppression_find(self, args: SuppressionOf) -> list[dict[str, Any]]:
+        """The entries of an address."""
+        address = address_of(args.address)
+        return self._suppressions(lambda entries: [row_of(one) for one in entries.find(address)], [])
+
+    def suppression_page(self, args: SuppressionPage) -> dict[str, Any]:
+        """A page of entries."""
+        about = args.after, args.most, args.application, args.prefix, args.reason
+        return self._suppressions(lambda entries: rows_of(entries.page(*about)), rows_of(SuppressionsPage([], b"")))
+
+    def suppression_put(self, args: SuppressionPut) -> dict[str, int]:
+        """Add entries."""
+        added = entries_of(args.rows, "operator", {})
+        return self._suppressions(lambda entries: done(entries.put(added)))
+
+    def suppression_remove(self, args: SuppressionRemove) -> int:
+        """Remove entries; how many."""
+        addresses = list(map(address_of, args.addresses))
+        return self._suppressions(lambda entries: entries.remove(addresses, args.application), 0)
 
     def history(self, args: OfMessage) -> list[dict[str, Any]]:
         """As `log.find_history`."""

@@ -1,5 +1,7 @@
 """Outcomes on the writer thread: what they write (planned before the group's bodies are written), and their rows."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from relaymta.disk.big import BigBody
@@ -16,6 +18,7 @@ from relaymta.proto.envelope import (
     PERMANENT,
     SUCCESS,
     UNSEEN,
+    Attempt,
     Body,
     Envelope,
     Placement,
@@ -24,7 +27,7 @@ from relaymta.proto.envelope import (
 )
 from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns, data_of
-from relaymta.queue.entry import Outcome, Put
+from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.group import Assign
 from relaymta.queue.store import Store
 
@@ -33,9 +36,10 @@ __all__ = ["Outcomes", "put_rows", "restore_rows"]
 
 class Outcomes:
     """Records outcomes in the transaction under way. `freed`: the bodies whose messages end in it; `followed`: the messages
-    whose large body is another one from then on. `assign`: as of the queue."""
+    whose large body is another one from then on. `assign`, `said`: as of the queue."""
 
-    def __init__(self, store: Store, segments: Segments, dsns: Dsns, assign: Assign) -> None:
+    def __init__(self, store: Store, segments: Segments, dsns: Dsns, assign: Assign, said: Callable[[Entry], Attempt]) -> None:
+        self._said = said
         self._store = store
         self._segments = segments
         self._dsns = dsns
@@ -96,7 +100,9 @@ class Outcomes:
         entry = outcome.entry
         if outcome.success and entry.sole:
             histories = entry.attempts > 0 or entry.indexes is not None  # of recipients in other queues, too
-            if change.end_inlined(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
+            if entry.envelope.receipt:
+                self._keep_receipt(change, outcome)
+            if change.end_inlined(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories, False):
                 self.free_body(entry.ident, entry.envelope.body)
                 for put in outcome.sent:
                     put_rows(change, put, now)
@@ -139,6 +145,14 @@ class Outcomes:
         for put in outcome.puts:
             put_rows(change, put, now)
 
+    def _keep_receipt(self, change: Change, outcome: Outcome) -> None:
+        """All recipients of a message have ended, those of this outcome by being delivered, unless it had left before."""
+        entry = outcome.entry
+        if change.envelope(entry.ident) is not None:
+            change.keep_receipt(
+                entry.ident, entry.envelope, dict.fromkeys((index for index, _ in entry.recipients), self._said(entry))
+            )
+
     def _ended_before(self, outcome: Outcome) -> None:
         """Refuse an outcome whose message has left the queue: it changes nothing, and the bodies written for it are freed."""
         outcome.refused, outcome.gone = "the message had left the queue before", True
@@ -175,6 +189,8 @@ class Outcomes:
                 state.state = {SUCCESS: DELIVERED, PERMANENT: FAILED}.get(attempt.kind, PENDING)
             elif outcome.success:
                 state.state = DELIVERED
+                if entry.envelope.receipt:
+                    state.attempts = [*map(shortened, state.attempts), self._said(entry)][-ATTEMPTS_KEPT:]
             change.set_recipient(entry.ident, index, state)
             if state.state == PENDING:
                 pending.append(index)
@@ -200,7 +216,7 @@ class Outcomes:
         if moved:  # which only the row of its queue says
             put.envelope.route = moved
             put.names = self._assign(put.envelope, 0)
-        change.finish_message(put.ident, before, histories=True)  # of recipients that have ended
+        change.finish_message(put.ident, before, histories=True, receipt=False)  # of recipients that have ended
         if body is not None and not body.segment:
             self.followed.append(put.ident)
         if before.body is not None and (before.body.segment or put.ident not in self.followed):
@@ -227,20 +243,21 @@ class Outcomes:
 
 
 def put_rows(change: Change, put: Put, now: int) -> None:
-    """Add a message with rows of its own: due now, held, or unseen."""
+    """Add a message with rows of its own: due now, or when it is to be tried first, held, or unseen."""
     envelope = put.envelope
     if envelope.flags & HELD:  # held on arrival: `hold` needs the rows of a message that is not held
         envelope.flags &= ~HELD
         put_rows(change, put, now)
         change.hold(put.ident, envelope, envelope.held_for)
         return
+    due = max(now, envelope.not_before)
     if len(put.names) == 1:
         row = change.row(put.names[0][0])
-        envelope.placements = [Placement(row.number, now)]
+        envelope.placements = [Placement(row.number, due)]
         change.put(put.ident, envelope, [row])
         return
     rows = [change.row(name) for name, _ in put.names]
-    envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
+    envelope.placements = [Placement(row.number, due, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
     change.put(put.ident, envelope, rows)
 
 

@@ -68,11 +68,12 @@ class Replies:
             except Exception as raised:
                 self.raised(raised)
             flags = put.envelope.flags
-            if put.restored is not None:
+            later = put.restored is not None or put.envelope.not_before  # what is due is found by a scan
+            if later:
                 self._schedule.wake()
             if flags & UNSEEN and error is None:
                 self._unseen()
-            elif not flags & HELD and error is None and put.restored is None and not self._entries.add_fresh(_entries(put)):
+            elif not flags & HELD and error is None and not later and not self._entries.add_fresh(_entries(put)):
                 self._schedule.wake()
                 if put.fresh:
                     self._materialize([put.ident])

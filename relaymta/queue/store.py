@@ -9,6 +9,7 @@
     unseen     class, id              every message that is not due, nor held, since filters have not looked at it: which
     quarantine judged, id             every held message that is in the quarantine: since when, and its octets
     imported   id                     every message that was imported, also when it has left: when, ms of the wall clock
+    request, receipt, forget          what applications can ask, and what was handed in before: see receipts.py
     fresh, ended                      inlined messages, which have none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
@@ -63,7 +64,7 @@ NUMBER = struct.Struct(">I")
 
 _TABLES = (
     "message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended", "unseen", "quarantine",
-    "imported",
+    "imported", "request", "receipt", "forget",
 )  # fmt: skip
 
 

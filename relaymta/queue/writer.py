@@ -15,33 +15,38 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from relaymta.disk.clock import ShardClock
+from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.folders import remove_file
 from relaymta.disk.ident import IdSource
 from relaymta.disk.operations import Move, Task, refuse
 from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import Body, Placement
+from relaymta.proto.envelope import SUCCESS, Attempt, Body, Placement
 from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns
-from relaymta.queue.entry import Outcome, Put
+from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.group import Assign, Committed, Operation
 from relaymta.queue.journal import Journal
 from relaymta.queue.outcomes import Outcomes, put_rows, restore_rows
 from relaymta.queue.store import Store
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "said_nothing"]
 
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
 RETRY_SECONDS, RETRY_MOST = 0.2, 3.0  # between two attempts to commit outcomes: each writes the bodies of their DSNs again
+
+
+def said_nothing(entry: Entry) -> Attempt:
+    """The attempt of a deliverer that does not say what its peers have said."""
+    return Attempt(wall_ms(), SUCCESS, "final", "", 0, "", "")
 
 
 class Writer(GroupWriter[Operation, Committed, Change]):
     """Owns the queue's write side.
 
     `assign(envelope, attempts)`: the queues of a message's recipients. `hostname`: the reporting MTA of DSNs. `sign(data)`:
-    header fields to prepend to a DSN's message data.
+    header fields to prepend to a DSN's message data; `said(entry)`: as of the queue.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         assign: Assign,
         on_commit: Callable[[Committed], None],
         sign: Callable[[bytes], bytes] = lambda data: b"",
+        said: Callable[[Entry], Attempt] = said_nothing,
     ) -> None:
         super().__init__(
             loop, store, segments, clock, begin=self._change, on_commit=on_commit, unawaited=Outcome, name="queue-writer"
@@ -66,7 +72,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         self.journal: Journal | None = None  # set before the start, or by the thread itself
         self._ballast = ballast
         self.dsns = Dsns(segments, clock, ids, hostname, max_age_ms, assign, sign)
-        self._outcomes = Outcomes(store, segments, self.dsns, assign)
+        self._outcomes = Outcomes(store, segments, self.dsns, assign, said)
 
     # All that follows runs on the thread
 
@@ -148,6 +154,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         def fill(change: Change, now: int) -> None:
             if journal is not None:
                 journal.accepted(puts)
+            change.now = now
             self._inline(change, [put for put in puts if put.fresh], now)
             for put in puts:
                 if put.replaces:
@@ -156,6 +163,8 @@ class Writer(GroupWriter[Operation, Committed, Change]):
                     restore_rows(change, put)
                 elif not put.fresh:
                     put_rows(change, put, now)
+                if put.request is not None:
+                    change.keep_request(put, now)
             for outcome in outcomes:
                 self._outcomes.record(change, outcome, now)
                 if journal is not None and not outcome.gone:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from relaymta.config import Rule
 from relaymta.errors import Failure, told
 from relaymta.metrics import Counters, index
-from relaymta.proto.envelope import IN_DOUBT as IN_DOUBT_ENDS
+from relaymta.proto.envelope import IN_DOUBT as DOUBT
 from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt
 from relaymta.proto.said import Said, classify, wants_tls
 from relaymta.proto.smtp_client import Mail
@@ -147,7 +147,7 @@ class Outcomes:
         # Not in doubt: the reply was 421; or the peer had closed the connection, and the message data was written behind (BDAT).
         if mail.data_sent and said is None and not core.not_sent and not (free and session.closed_by_peer):
             self._counters.add(IN_DOUBT, 1)
-            doubt = IN_DOUBT_ENDS
+            doubt = DOUBT
             doubtful = {index for index, _ in mail.asked if index not in mail.said}  # not those of further transactions
         if free:
             entry.lost += 1

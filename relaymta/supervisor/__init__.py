@@ -65,6 +65,7 @@ from relaymta.supervisor.reports import Reports
 from relaymta.supervisor.root import Opened, drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
 from relaymta.supervisor.standing_by import stand_by
+from relaymta.supervisor.suppression import Suppressing
 from relaymta.supervisor.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Supervisor:
         self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._by_worker, self._started)
         self.configuration = Configuration(config, reload, self.slots, self.stopping)
         self.upgrade = Upgrade(self)
+        self.suppressing = Suppressing(lambda: self.config, self._warn)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> int:
@@ -138,6 +140,7 @@ class Supervisor:
             from relaymta.supervisor.mailboxes import MachineMailboxes  # where it is needed: others do without
 
             self.mail = MachineMailboxes(spool, workers, self.slots, self.shared.directory(), self._warn)
+        self.suppressing.start()
         self.configuration.note(config)
         existing = shard_numbers(spool)
         for number, own in enumerate(sockets):
@@ -187,6 +190,7 @@ class Supervisor:
             await (self.machine.leave() if pid else self.machine.stop())
         if self.mail is not None:
             self.mail.close()
+        await self.suppressing.stop()
         if self._http is not None:
             await self._http.cleanup()
         if pid:
@@ -381,7 +385,7 @@ class Supervisor:
         """Answer a worker's request."""
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "site_state": self.machine.site_state, "token": self.machine.token, "conduct": self.abuse.conduct,
-            "sites": self.activity.note,
+            "sites": self.activity.note, "bounced": self.suppressing.bounced,
         }  # fmt: skip
         if op not in answers:
             raise RelayError(f"no such request of a worker: {op}")
@@ -398,6 +402,7 @@ class Supervisor:
     def _configured(self, abuse: Accounts) -> None:
         """A reload has replaced the configuration."""
         abuse.configured()
+        self.suppressing.configured()
         if self.http_api is not None:
             self.http_api.configured(self.config)
             self.reports.configured(self.config)
@@ -510,7 +515,11 @@ class Supervisor:
             if known:  # of the workers that use it: the first to end
                 ends[path] = min(known)
         made = self.configuration
-        return Own(made.number, made.refused, made.refusals, self.slots.restarts, self.slots.states(), ends)
+        listed = self.suppressing
+        return Own(
+            made.number, made.refused, made.refusals, self.slots.restarts, self.slots.states(), ends, listed.counts.by_reason(),
+            listed.counts.most, listed.left_out,
+        )  # fmt: skip
 
     def _hear_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -41,6 +41,10 @@ from relaymta.control.requests import (
     Replaying,
     Request,
     SieveChange,
+    SuppressionOf,
+    SuppressionPage,
+    SuppressionPut,
+    SuppressionRemove,
     Suspension,
     Upgrading,
     Where,
@@ -52,13 +56,15 @@ from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.metrics import RESULTS, activity, readings
 from relaymta.node import DEAD, HOLD, SUSPENDED, TOKEN, SiteState, site_state_row
+from relaymta.privileges import peer_of
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
-from relaymta.store.directory import User, row_of
-from relaymta.supervisor.audit import peer_of
+from relaymta.store.directory import User
+from relaymta.store.directory import row_of as row_of_user
 from relaymta.supervisor.readiness import reasons
 from relaymta.supervisor.slots import Slot
 from relaymta.supervisor.tracing import live
+from relaymta.suppression import address_of, counted, done, entries_of, row_of, rows_of
 
 if TYPE_CHECKING:
     from relaymta.supervisor import Supervisor
@@ -76,7 +82,7 @@ async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writ
     def failed(op: str, error: Exception) -> None:
         supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
 
-    uid = peer_of(writer.transport)
+    uid = peer_of(writer.get_extra_info("socket")).uid
     answers = Answers(supervisor, uid)
 
     async def permitted(op: str, args: dict[str, Any]) -> Answer:
@@ -315,6 +321,31 @@ class Answers:
             raise RelayError(f"learned: a key has {KEY} octets")
         self._supervisor.machine.lessons.learned(args.key, args.spam)
 
+    # The suppression list
+
+    async def suppression_counts(self, args: Nothing) -> dict[str, Any]:
+        """How many entries there are."""
+        return counted(await self._supervisor.suppressing.count())
+
+    async def suppression_find(self, args: SuppressionOf) -> list[dict[str, Any]]:
+        """The entries of an address."""
+        return [row_of(entry) for entry in await self._supervisor.suppressing.find(address_of(args.address))]
+
+    async def suppression_page(self, args: SuppressionPage) -> dict[str, Any]:
+        """A page of entries."""
+        suppressing = self._supervisor.suppressing
+        return rows_of(await suppressing.page(args.after, args.most, args.application, args.prefix, args.reason))
+
+    async def suppression_put(self, args: SuppressionPut) -> dict[str, int]:
+        """Add entries."""
+        by = f"operator (uid {args.uid})" if args.uid >= 0 else "operator"
+        suppressing = self._supervisor.suppressing
+        return done(await suppressing.put(entries_of(args.rows, by, suppressing.lasting)))
+
+    async def suppression_remove(self, args: SuppressionRemove) -> int:
+        """Remove entries; how many."""
+        return await self._supervisor.suppressing.remove(list(map(address_of, args.addresses)), args.application)
+
     async def site_states(self, args: Nothing) -> list[dict[str, Any]]:
         """All site states but secrets, as `node.site_state_row` shows them."""
         states = self._supervisor.machine.states
@@ -383,22 +414,22 @@ class Answers:
     async def mailbox_create(self, args: MailboxCreate) -> dict[str, Any]:
         """As `MachineMailboxes.create`."""
         config = self._supervisor.config
-        return row_of(await self._mail().create(config, args.address, args.password, args.octets, args.messages))
+        return row_of_user(await self._mail().create(config, args.address, args.password, args.octets, args.messages))
 
     async def mailbox_rename(self, args: MailboxRename) -> dict[str, Any]:
         """As `MachineMailboxes.rename`."""
-        return row_of(await self._mail().rename(self._supervisor.config, args.address, args.new))
+        return row_of_user(await self._mail().rename(self._supervisor.config, args.address, args.new))
 
     async def mailbox_delete(self, args: MailboxDelete) -> dict[str, Any]:
         """As `Upkeep.delete`."""
-        return row_of(await self._mail().upkeep.delete(args.address, args.now, self._supervisor.config.mailboxes.subaddress))
+        return row_of_user(await self._mail().upkeep.delete(args.address, args.now, self._supervisor.config.mailboxes.subaddress))
 
     async def mailbox_move(self, args: MailboxMove) -> dict[str, Any]:
         """As `Upkeep.move`. `moved`: False where the user was there already."""
         mail = self._mail()
         before = await asyncio.to_thread(mail.directory.known, args.address)
         found = await mail.upkeep.move(args.address, args.shard)
-        return row_of(found) | {"moved": before.moving >= 0 or before.shard != found.shard}
+        return row_of_user(found) | {"moved": before.moving >= 0 or before.shard != found.shard}
 
     async def mailbox_import(self, args: MailboxImport) -> list[str]:
         """As `Mailboxes.import_messages`, for a user by address."""
@@ -408,7 +439,7 @@ class Answers:
         """The user who has an address. NoSuch."""
         directory = self._mail().directory
         found = await asyncio.to_thread(directory.owner, args.address)
-        return row_of(found[0] if found is not None else await asyncio.to_thread(directory.known, args.address))
+        return row_of_user(found[0] if found is not None else await asyncio.to_thread(directory.known, args.address))
 
     async def mailbox_begin_restore(self, args: MailboxAddress) -> tuple[int, int, int]:
         """As `MachineMailboxes.begin_restore`."""
@@ -435,7 +466,7 @@ class Answers:
     async def mailbox_change(self, args: MailboxChange) -> dict[str, Any]:
         """Change a user's row."""
         changes = {key: value for key, value in msgspec.to_builtins(args.changes).items() if value is not None}
-        return row_of(await self._mail().change(args.address, changes))
+        return row_of_user(await self._mail().change(args.address, changes))
 
     async def upgrade(self, args: Upgrading) -> dict[str, Any]:
         """As `Upgrade.run`."""

@@ -4,8 +4,6 @@ passes here, whoever makes it; also one that fails, is refused, or whose asker h
 import asyncio
 import os
 import pwd
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
@@ -16,8 +14,9 @@ from relaymta.errors import RelayError
 from relaymta.ident import format_id
 from relaymta.log import Log
 
-__all__ = ["Audit", "peer_of"]
+__all__ = ["Audit"]
 
+ROWS_TOLD = 20  # rows of a request that are told
 LONGEST = 2000  # characters of what a request is about
 NAME_SECONDS = 2.0  # for the name of a user, which may come over the network
 # Not told: secrets, and what has its own place in the record or is too long for it.
@@ -36,23 +35,15 @@ HIDDEN = {
     "changes",
     "verb",
     "dry_run",
+    "rows",
 }
 # The verbs of the command line behind requests whose name is another.
 NAMES = {
     "move": "queue reroute", "suspend": "site suspend", "policy": "policy set", "clear": "shaping clear",
     "learned": "filter learn", "exported": "queue export", "import_message": "queue import",
-    "abuse_clear": "abuse clear", "disconnect": "view disconnect",
+    "abuse_clear": "abuse clear", "disconnect": "view disconnect", "suppression_put": "suppression add",
 }  # fmt: skip
 PARTS = {"import_data"}  # of a change that is told by another request
-_CREDENTIALS = struct.Struct("iII")
-
-
-def peer_of(transport: asyncio.BaseTransport) -> int:
-    """The uid of the process at the other end of a unix socket."""
-    own = transport.get_extra_info("socket")
-    with socket.socket(fileno=os.dup(own.fileno())) as sock:
-        _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(uid)
 
 
 class Audit:
@@ -157,6 +148,8 @@ def _about(args: dict[str, Any]) -> str:
     """The arguments as `name=value`, those of a filter among them."""
     chosen = args.get("chosen")
     flat = {**(chosen if isinstance(chosen, dict) else {}), **args}
+    if isinstance(rows := args.get("rows"), list):  # of the suppression list
+        flat["addresses"] = [one.get("address") for one in rows[:ROWS_TOLD] if isinstance(one, dict)]
     shown = [
         f"{name}={value}" for name, value in flat.items()
         if name not in HIDDEN | {"chosen"} and value not in ("", 0, [], None) and not isinstance(value, bytes)
@@ -168,6 +161,8 @@ def _count(op: str, value: Any) -> int:
     """How many messages, sites, sessions ... were changed."""
     if op in ("change", "move") and isinstance(value, (list, tuple)) and len(value) == 2:
         return int(value[0]) if op == "change" else int(value[0]) - int(value[1])
+    if op == "suppression_put" and isinstance(value, dict):
+        return int(value["added"]) + int(value["replaced"])
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     return len(value) if isinstance(value, list) else 1 if value is not None else 0

@@ -20,8 +20,8 @@ from relaymta.sockets import in_use, reason
 from relaymta.toml import CONF_D
 
 __all__ = [
-    "addresses", "busy_ports", "changeable_files", "check_files", "check_program", "closed_socket", "ephemeral_spool",
-    "exposed_secrets", "fleeting_spool", "import_all", "made_by_root", "missing_variables", "unreadable_files",
+    "addresses", "broken_lists", "busy_ports", "changeable_files", "check_files", "check_program", "closed_socket",
+    "ephemeral_spool", "exposed_secrets", "fleeting_spool", "import_all", "made_by_root", "missing_variables", "unreadable_files",
     "unreadable_secrets", "unusable_places", "why_not_here",
 ]  # fmt: skip
 
@@ -67,6 +67,19 @@ def check_files(config: Config) -> None:
             problems.append(f"route_map: {config.route_map}: {error.strerror or error}")
     if problems:
         raise ConfigError(config.located(problems))
+
+
+def broken_lists(config: Config) -> list[str]:
+    """Warnings about files that local.aliases includes, and that cannot be used by the current user: mail for these aliases
+    waits. Nothing where it is wrong itself, which `check_files` says."""
+    if not config.local.aliases:
+        return []
+    from relaymta.accept import aliases
+
+    try:
+        return aliases.read(config.local.aliases, config.alias_domains).troubles
+    except ConfigError:
+        return []
 
 
 def unreadable_files(config: Config) -> list[str]:

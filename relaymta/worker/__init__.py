@@ -21,33 +21,38 @@ import msgspec
 import uvloop
 
 from relaymta.accept.acceptor import Acceptor, Make
+from relaymta.accept.admission import Admission
 from relaymta.accept.collecting import Collector
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
+from relaymta.accept.once import Once
 from relaymta.accept.quota import Quotas
 from relaymta.config import Config, OAuth
 from relaymta.control import Channel, Refused
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
 from relaymta.filter.means import Means
+from relaymta.ident import shard_of
 from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
 from relaymta.node import ABUSE, SiteState, SiteStates
-from relaymta.queue import Outcome, Queue, Totals, format_id
+from relaymta.queue import Outcome, Queue, Shards, Totals, format_id
 from relaymta.queue.quarantine import Keeper
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import SLOTS, Shared
-from relaymta.worker.accounting import Witness
+from relaymta.worker.accounting import Witness, attempt_of
 from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
+from relaymta.worker.suppression import Suppressing
 from relaymta.worker.tracing import wire
 
 if TYPE_CHECKING:
+    from relaymta.accept.http.requests import Injection
     from relaymta.filter.conduct import Conduct
     from relaymta.filter.judgement import Mail as Judged
     from relaymta.filter.scanner import Needs, Scanner
@@ -91,6 +96,7 @@ class Shard:
             self.dispatcher,
             self.witness,
             worker.sign_dsn,
+            attempt_of,
         )
         keeper = self.queue.quarantine
         keeper.over = lambda octets: worker.quarantine_over(keeper, octets)
@@ -145,8 +151,10 @@ class Worker:
         self.mail: Mail | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
+        self._injection: Injection | None = None  # nobody has sent a message by HTTP yet
         self.collector: Collector | None = None  # of one worker: it empties the drop folder
         self.reloading = Reloading(self)
+        self.suppressing = Suppressing(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
 
     def sign_dsn(self, data: bytes) -> bytes:
@@ -177,7 +185,7 @@ class Worker:
         self.slot = slot
         self.tracer = wire(self)
         self.workers = workers
-        shared = Shared(descriptors[0])
+        shared = self._shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
         self._goals: dict[Keeper, tuple[tuple[int, int], int, float]] = {}  # what shards may keep; see `quarantine_over`
         self._neighbours = [Counters(shared.counters(one)) for one in range(SLOTS) if one != slot]
@@ -243,12 +251,21 @@ class Worker:
         )  # fmt: skip
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
+        threads = ThreadPoolExecutor(4, "spill")
+        own = {number: shard.queue.store for number, shard in self.shards.items()}
+        self.known = Shards(Path(self.config.spool), own, self._is_in_flight)
+        self.intake.once = Once(self.known, self.limits, threads)
         self.watch_conduct()
+        await self.suppressing.start()
         others: dict[str, Make] = {}
         if self.mail is not None:
             self.intake.local = self.mail.local()
             others = self.mail.connections()
-        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
+        if any(listener.protocol == "http" for listener in self.config.listeners):
+            from relaymta.accept.http.connection import HttpConnection  # with aiohttp, 35 MB, only where it is configured
+
+            others["http"] = lambda admission, listener: HttpConnection(self._injection_of(admission).desk, admission, listener)
+        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, threads, others)
         self.acceptor.tracer = self.tracer
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for shard in self.shards.values():
@@ -258,6 +275,18 @@ class Worker:
         local = self.config.local_listener
         if local is not None and self.slot == 0:
             self.collector = Collector(self.acceptor, local)
+
+    def _injection_of(self, admission: Admission) -> "Injection":
+        if self._injection is None:
+            from relaymta.accept.http.requests import Injection
+
+            self._injection = Injection(admission, self.known, self.config.spool)
+        return self._injection
+
+    def _is_in_flight(self, ident: int) -> bool:
+        """Whether a delivery of a message is under way, in whichever worker."""
+        number = shard_of(ident)
+        return self._shared.is_in_flight(self.slot if number in self.shards else number, ident)
 
     def needs(self) -> "Needs":
         """What scanners use."""
@@ -455,7 +484,11 @@ class Worker:
         if self.mail is not None:
             await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
+        if self._injection is not None:
+            self._injection.end()
+        self.suppressing.stop()
         self.acceptor.endpoint.end()
+        self.known.close()
         for shard in self.shards.values():
             await shard.queue.stop()
         if self.mail is not None:

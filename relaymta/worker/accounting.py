@@ -7,11 +7,11 @@ from relaymta.filter.conduct import Conduct
 from relaymta.ident import stamp_of
 from relaymta.log import Log
 from relaymta.metrics import COUNTERS, Counters, index
-from relaymta.proto.envelope import SUCCESS, TRANSIENT, Envelope, QueueName
+from relaymta.proto.envelope import SUCCESS, TRANSIENT, Attempt, Envelope, QueueName
 from relaymta.proto.said import Said
-from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id
+from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id, wall_ms
 
-__all__ = ["Witness"]
+__all__ = ["Witness", "attempt_of"]
 
 DELIVERED = index("relaymta_recipients_total", "delivered")
 DEFERRED = index("relaymta_recipients_total", "deferred")
@@ -27,6 +27,7 @@ DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 QUARANTINE = {how: index("relaymta_quarantine_total", how) for how in COUNTERS["relaymta_quarantine_total"][2]}
 
 
+Bounced = Callable[[Envelope, str, Attempt, bool], None]
 Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS version, cipher
 NOWHERE: Link = ("", 0, "", "")
 # The peer that has taken an entry for all of its recipients, its reply, and the connection to it.
@@ -41,11 +42,23 @@ def _shown(code: int, text: bytes) -> str:
     return f"{code} {text.decode('utf-8', 'replace')}".strip() if code else ""
 
 
+def attempt_of(entry: Entry) -> Attempt:
+    """The attempt by which all recipients of an entry were delivered."""
+    peer, (code, text), _ = entry.route if isinstance(entry.route, tuple) else NO_ROUTE
+    said = Said(code, text, "final")
+    return Attempt(wall_ms(), SUCCESS, said.phase, peer, said.code, said.enhanced, said.text)
+
+
 def _more(envelope: Envelope) -> dict[str, Any]:
-    """What XFORWARD has said, which filters have not looked at it yet, and why it is held, as the log has it."""
+    """What XFORWARD has said, which filters have not looked at it yet, why it is held, and what its application has said of it,
+    as the log has it."""
     found: dict[str, Any] = {} if envelope.unseen is None else {"unseen": envelope.unseen.filters}
     if envelope.held_for:
         found["held"] = envelope.held_for
+    if envelope.tags:
+        found["tags"] = envelope.tags
+    if envelope.traceparent:
+        found["traceparent"] = envelope.traceparent
     if envelope.forwarded:
         for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT")):
             found[f"orig_{field}"] = envelope.forwarded.get(name, "")
@@ -81,6 +94,7 @@ class Witness(Events):
         self._commit_seconds = counters.histogram("relaymta_commit_seconds")
         self._commit_messages = counters.histogram("relaymta_messages_per_commit")
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
+        self.bounced: Bounced | None = None  # (envelope, recipient, attempt, expired); None: nobody wants to know
         self._log = log
 
     def _age(self, ident: int) -> float:
@@ -89,7 +103,7 @@ class Witness(Events):
 
     def queued(self, put: Put) -> None:
         envelope = put.envelope
-        more = envelope.forwarded or envelope.unseen or envelope.held_for
+        more = envelope.forwarded or envelope.unseen or envelope.held_for or envelope.tags or envelope.traceparent
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
@@ -114,6 +128,7 @@ class Witness(Events):
                 "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=_shown(*answer),
                 delay=delay, attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
+                **({"traceparent": envelope.traceparent} if envelope.traceparent else {}),
             )  # fmt: skip
             return
         last, expired = next(reversed(outcome.results), -1), {id(attempt) for _, attempt, late in outcome.failed if late}
@@ -131,6 +146,8 @@ class Witness(Events):
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
             "reply": attempt.cause, "delay": self._age(entry.ident),
         }  # fmt: skip
+        if entry.envelope.traceparent:
+            common["traceparent"] = entry.envelope.traceparent
         address = entry.envelope.recipients[position]
         # What an operator or a policy bounces has not failed because of who has sent it.
         if self.conduct is not None and attempt.kind != TRANSIENT and attempt.because != "operator":
@@ -146,6 +163,8 @@ class Witness(Events):
                 "deferred", recipient=address, phase=attempt.phase, cause=attempt.because, next=again, **common
             )  # fmt: skip
         else:
+            if self.bounced is not None:
+                self.bounced(entry.envelope, address, attempt, expired)
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
             self._log.event(

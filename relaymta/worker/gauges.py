@@ -146,6 +146,8 @@ class Gauges:
             self._watch_memory()
         if worker.mail is not None:
             worker.mail.set_gauges(gauge)
+        if worker.collector is not None:
+            worker.collector.set_gauges(gauge)
         brim = any(shard.queue.brim for shard in worker.shards.values())
         worker.log.muted = brim and worker.log.shares_disk_with(Path(worker.config.spool))
         self._count_journal()

@@ -86,6 +86,7 @@ class Reloading:
         worker.log.routes(config)
         worker.intake.configure(config, routes)
         worker.watch_conduct()
+        worker.suppressing.configured()
         worker.acceptor.config = config
         worker.acceptor.endpoint.configure(prepared.parts)
         for shard in worker.shards.values():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from relaymta.accept.aliases import read
+from relaymta.accept.aliases import UNKNOWN_ALIAS, read
 from relaymta.errors import ConfigError
 
 HOST = "host.example"
@@ -89,24 +89,66 @@ def test_which_addresses_are_looked_up(tmp_path):
         ("root: ann@\n", ":1: 'ann@' is no address"),
         ("root:\n", "root leads to nobody"),
         ("root: :include:list\n", "expected the whole path"),
-        ("root: :include:@@/none\n", "No such file"),
         ("a: b\nb: c\nc: a\n", "a circle: a -> b -> c -> a"),
-        ("a: :include:@@/one\n", "a circle: @@/one -> @@/two -> @@/one"),
-        ("a: :include:@@/bad\n", "@@/bad:2: '|x': no mail is given to a program"),
         ("\n".join(f"a{number}: a{number + 1}" for number in range(40)), "leads to others more than 20 deep"),
         ("a: " + ",".join(f"u{number}" for number in range(6000)), "leads to more than 5000 addresses"),
-        ("a: :include:@@/many\n", "leads to more than 5000 addresses"),
-        ("a: :include:@@/large\n", "has more than 1048576 octets"),
-        ("a: :include:@@/pipe\n", "is not a plain file"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, said):
-    files = {"one": f":include:{tmp_path}/two", "two": f":include:{tmp_path}/one", "bad": "ann\n|x\n"}
-    files |= {"many": "".join(f"u{number}\n" for number in range(6000)), "large": "#" * (1 << 20) + "\n"}
-    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError) as found:
-        made(tmp_path, text, **files)
-    assert any(said.replace("@@", str(tmp_path)) in problem for problem in found.value.problems), found.value.problems
+        made(tmp_path, text)
+    assert any(said in problem for problem in found.value.problems), found.value.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (":include:@@/none", "@@/aliases:1: @@/none: No such file"),
+        (":include:@@/one", "a circle: @@/one -> @@/two -> @@/one"),
+        (":include:@@/bad", "@@/bad:2: '|x': no mail is given to a program"),
+        (":include:@@/relative", "expected the whole path"),
+        (":include:@@/many", "leads to more than 5000 addresses"),
+        (":include:@@/half, :include:@@/half2", "leads to more than 5000 addresses"),
+        (":include:@@/large", "has more than 1048576 octets"),
+        (":include:@@/pipe", "is not a plain file"),
+        (":include:@@/latin", "line 1: not UTF-8"),
+        (":include:@@/back", "a circle: a -> b -> a"),
+        (":include:@@/empty", "a leads to nobody"),
+        (":include:@@/outer", "@@/outer:1: @@/none: No such file"),
+    ],
+)
+def test_what_is_wrong_in_a_list_concerns_that_list_alone(tmp_path, text, said):
+    files = {"one": f":include:{tmp_path}/two", "two": f":include:{tmp_path}/one", "bad": "ann\n|x\n", "back": "b\n"}
+    files |= {"many": "".join(f"u{number}\n" for number in range(6000)), "large": "#" * (1 << 20) + "\n", "empty": "# nobody\n"}
+    files |= {name: "".join(f"{name}-{one}\n" for one in range(3000)) for name in ("half", "half2")}
+    files |= {"relative": ":include:x\n", "outer": f":include:{tmp_path}/none\nann@x.example\n"}
+    (tmp_path / "latin").write_bytes(b"\xe4\n")
+    os.mkfifo(tmp_path / "pipe")
+    aliases = made(tmp_path, f"a: {text}\nb: a\nc: ann@x.example\n", **files)
+    assert any(said.replace("@@", str(tmp_path)) in trouble for trouble in aliases.troubles), aliases.troubles
+    led = [aliases.leads(f"{name}@{HOST}") for name in ("A", "b", "c", "none")]
+    assert led == [UNKNOWN_ALIAS, UNKNOWN_ALIAS, 1, 0]
+    assert (aliases.leads("a@x.example"), aliases.leads("a@x.example", True)) == (0, UNKNOWN_ALIAS)
+    assert aliases.expanded([f"a@{HOST}", f"c@{HOST}"]) == [f"a@{HOST}", "ann@x.example"]
+
+
+def test_a_list_that_becomes_wrong_stays_as_it_was(tmp_path):
+    text = "a: :include:@@/team, eve@x.example\nc: ann@x.example\n"
+    before = made(tmp_path, text, team="ann@x.example\nbob@x.example\n")
+    assert before.troubles == []
+    file, path = str(tmp_path / "aliases"), tmp_path / "team"
+    for wrong in ("ann@x.example\ncarl@\n", "", None):
+        path.write_text(wrong) if wrong is not None else path.unlink()
+        now = read(file, [HOST], before)
+        if wrong == "":  # nobody is left, but for those of the alias itself
+            assert (now.expanded([f"a@{HOST}"]), now.troubles) == (["eve@x.example"], [])
+            continue
+        assert now.expanded([f"a@{HOST}"]) == ["ann@x.example", "bob@x.example", "eve@x.example"]
+        assert now.troubles[0].endswith("; what was read before stays in use")
+        assert read(file, [HOST], now).expanded([f"a@{HOST}"]) == now.expanded([f"a@{HOST}"])
+    path.write_text("dora@x.example\n")
+    again = read(file, [HOST], now)
+    assert (again.expanded([f"a@{HOST}"]), again.troubles) == (["dora@x.example", "eve@x.example"], [])
 
 
 def test_lists_that_include_each_other_many_times_are_read_once(tmp_path):

@@ -65,10 +65,12 @@ class Relay:
 
 class Emptied(Collector):
     relay: Relay
+    _serving: set[asyncio.Task[None]]
 
     async def _connected(self, user: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         ours, theirs = socket.socketpair()
-        self._serving = asyncio.create_task(self.relay.serve(*await asyncio.open_connection(sock=theirs)))
+        serving = asyncio.create_task(self.relay.serve(*await asyncio.open_connection(sock=theirs)))
+        self._serving.add(serving)  # a task that nobody knows may be gone at any time
         return await asyncio.open_connection(sock=ours)
 
 
@@ -111,7 +113,7 @@ async def bench(folder: Path, relay: Relay, **local: Any) -> AsyncIterator[Bench
             loop=loop, config=config, threads=threads, now=loop.time, intake=SimpleNamespace(log=log, draining=False)
         )
         collector = Emptied(admission, None)  # type: ignore[arg-type]
-        collector.relay = relay
+        collector.relay, collector._serving = relay, set()
         try:
             yield Bench(folder, relay, collector, warnings)
         finally:
@@ -272,3 +274,49 @@ async def test_what_is_known_of_files_that_are_gone_is_forgotten(tmp_path):
         (tmp_path / "1.drop").unlink()
         await one.until(lambda: not state.later)
         assert (state.works, state.warned) == ({}, {})
+        await one.until(lambda: (state.since, state.oldest) == ({}, None))
+
+
+def gauges(one: Bench) -> dict[str, float]:
+    found: dict[str, float] = {}
+    one.collector.set_gauges(found.__setitem__)
+    return {name.removeprefix("relaymta_"): value for name, value in found.items()}
+
+
+async def test_what_waits_and_what_was_put_aside_is_counted(tmp_path):
+    relay, pickup = Relay(), tmp_path / "pickup"
+    pickup.mkdir()
+    relay.says = lambda command: b"452 4.3.1 Full" if b"<later@x>" in command else OK
+    async with bench(tmp_path, relay, pickup=str(pickup)) as one:
+        one.put("1.drop", ["later@x"])
+        one.put("2.drop", ["later@x"])
+        (tmp_path / "3.drop").write_text("no message")
+        (pickup / "4.eml").write_text("no message")
+        wanted = {"drop_files": 2, "drop_bad_files": 1, "pickup_files": 0, "pickup_bad_files": 1, "pickup_oldest_seconds": 0.0}
+        await one.until(lambda: gauges(one).items() >= wanted.items())
+        [(_, state), _] = one.collector._folders.values()
+        state.oldest -= 1000
+        assert gauges(one)["drop_oldest_seconds"] >= 1000
+        for bad in (tmp_path / "bad", pickup / "bad"):
+            for file in bad.iterdir():
+                file.unlink()
+        relay.says = lambda command: OK
+        await one.until(lambda: not any(gauges(one).values()))
+        assert relay.recipients == [b"later@x", b"later@x"]
+        os.utime(tmp_path / "bad", (1, 1))  # what has not changed for a while is not looked through again
+        await one.until(lambda: state.bad == 0)
+        (tmp_path / "bad/5").touch()
+        await one.until(lambda: state.bad == 1)
+        await one.collector.end()
+        assert not any(gauges(one).values())
+
+
+async def test_a_folder_that_another_relay_empties_is_counted_there(tmp_path):
+    relay = Relay()
+    relay.says = lambda command: b"452 4.3.1 Full" if command.startswith(b"MAIL") else OK
+    async with bench(tmp_path, relay) as first:
+        first.put("1.drop", ["a@x"])
+        await first.until(lambda: gauges(first)["drop_files"] == 1)
+        async with bench(tmp_path, relay) as second:
+            await asyncio.sleep(0.05)
+            assert (gauges(first)["drop_files"], gauges(second)["drop_files"]) == (1, 0)

@@ -16,16 +16,17 @@ from openapi_spec_validator import validate
 from relaymta.admin.tokens import SCOPES, Token, Tokens, expanded, fresh, hashed, read_tokens, written
 from relaymta.api import connections
 from relaymta.api.openapi import description
-from relaymta.api.problems import Problem, ProblemDetails
 from relaymta.api.routes import PREFIX, ROUTES
 from relaymta.config import Config
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import ConfigError
+from relaymta.problems import Problem, ProblemDetails
 from tests.api.serving import LISTENER, serving, spoken
 
 BODIES = {"queue_reroute": {"route_to": "r"}, "decision_clear": {"kind": "dead", "site": "s"},
           "policy_set": {"kind": "hold"},
-          "policy_end": {"kind": "hold", "about": "a"}, "abuse_clear": {"account": "a"}}  # fmt: skip
+          "policy_end": {"kind": "hold", "about": "a"}, "abuse_clear": {"account": "a"},
+          "suppression_add": {"addresses": ["a@b.example"]}, "suppression_remove": {"addresses": ["a@b.example"]}}  # fmt: skip
 QUERIES = {"abuse_why": "?account=a"}
 
 
@@ -38,7 +39,11 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def place(route) -> str:
-    return PREFIX + route.path.replace("{id}", "1ZZZZZZZZZZZZ").replace("{name}", "s") + QUERIES.get(route.name, "")
+    return (
+        PREFIX
+        + route.path.replace("{id}", "1ZZZZZZZZZZZZ").replace("{name}", "s").replace("{address}", "a@b.example")
+        + QUERIES.get(route.name, "")
+    )
 
 
 async def call(client, route, token: str) -> tuple[int, dict]:
@@ -161,7 +166,9 @@ async def test_the_unix_socket_needs_no_token_but_for_what_a_proxy_or_browser_se
     ("GET", "/messages?limit=0", {}, 400, "limit"), ("GET", "/messages?limit=x", {}, 400, "limit"),
     ("GET", "/messages?domain=", {}, 400, "domain"), ("GET", "/messages?nonsense=1", {}, 400, "nonsense"),
     ("GET", "/messages?from=a&from=b", {}, 400, "from"), ("GET", "/messages/find?status=lost", {}, 400, "status"),
-    ("GET", "/abuse/why", {}, 400, "account"), ("POST", "/queue/hold?all=true", {"json": {}}, 400, "all"),
+    ("GET", "/abuse/why", {}, 400, "account"),
+    ("POST", "/suppressions", {"json": {"addresses": []}}, 400, "addresses"),
+    ("POST", "/queue/hold?all=true", {"json": {}}, 400, "all"),
     ("POST", "/queue/hold", {"json": {"expect": -1}}, 400, "expect"), ("POST", "/queue/hold", {"json": {"all": 1}}, 400, "all"),
     ("POST", "/queue/reroute", {"json": {"all": True}}, 400, "route_to"), ("POST", "/queue/hold", {"json": []}, 400, None),
     ("POST", "/queue/hold", {"data": b"{"}, 400, None), ("POST", "/queue/hold", {"data": b"\xff"}, 400, None),
@@ -296,7 +303,8 @@ def test_every_request_of_the_command_line_is_in_the_api_or_left_out_on_purpose(
         "status", "readiness", "readings", "summary", "shape", "shards", "page", "change", "move", "throttled", "message",
         "raw",
         "explain", "subjects", "history", "sites", "site_states", "suspend", "policy", "clear", "routes", "filters", "rules",
-        "abuse", "abuse_why", "abuse_clear", "reload",
+        "abuse", "abuse_why", "abuse_clear", "reload", "suppression_page", "suppression_find", "suppression_counts",
+        "suppression_put", "suppression_remove",
     }  # fmt: skip
     assert set(REQUESTS) == left_out | behind
 

@@ -87,7 +87,7 @@ def test_the_process_is_started_by_the_first_connection_and_again_after_its_deat
 def test_answers_are_as_their_models_say(setup):
     ident = setup.local.get("/messages")[1]["messages"][0]["id"]
     for route in ROUTES.values():
-        if route.changes or route.octets or route.name == "abuse_why":
+        if route.changes or route.octets or route.name in ("abuse_why", "suppressions_of"):
             continue
         status, found = setup.local.get(route.path.replace("{id}", ident).replace("{name}", "smarthost"))
         if route.name == "site":

@@ -29,6 +29,14 @@ NOBODY = 65534
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="dropping root needs root")
 
 
+def test_who_is_at_the_other_end_of_a_unix_socket():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert privileges.peer_of(ours) == (os.getpid(), os.geteuid(), os.getegid())
+    with pytest.raises(OSError):
+        privileges.peer_of(ours)
+
+
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
     """A folder that others may enter: every pytest that starts closes the folders of pytest to them."""

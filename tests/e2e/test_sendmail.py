@@ -235,7 +235,9 @@ def test_the_queue_is_shown_flushed_and_explained(relay, tmp_path):
     if not (Path(sys.executable).parent / "relaymta").exists():
         pytest.skip("the command line is not installed beside this interpreter")
     config = tmp_path / "relaymta.toml"
-    config.write_text(f'spool = "{relay.spool}"\n[[listener]]\naddress = "127.0.0.1:{relay.port}"\n')
+    (tmp_path / "aliases").write_text("root: ann@x.example\n")
+    local = f'[local]\naliases = "{tmp_path}/aliases"\n'
+    config.write_text(f'spool = "{relay.spool}"\n[[listener]]\naddress = "127.0.0.1:{relay.port}"\n{local}')
     event, _ = taken(relay, "a@x.example")
     shown = sendmail(relay, "-C", str(config), "-bp")
     assert (shown.returncode, event["id"] in shown.stdout) == (0, True)
@@ -245,6 +247,8 @@ def test_the_queue_is_shown_flushed_and_explained(relay, tmp_path):
     assert sendmail(relay, "-C", str(config), "-qInone").returncode != 0
     verified = sendmail(relay, "-C", str(config), "-bv", "a@x.example")
     assert (verified.returncode, "<a@x.example>" in verified.stdout) == (0, True)
+    verified = sendmail(relay, "-C", str(config), "-bv", "root")
+    assert (verified.returncode, "\n<ann@x.example>\n" in verified.stdout) == (0, True)
 
 
 def test_everybody_may_open_the_socket_and_it_is_gone_with_the_relay(tmp_path):
@@ -309,3 +313,26 @@ def test_aliases_of_this_machine(tmp_path):
         assert taken(relay, "root")[0]["recipients"] == ["ann@x.example", "bob@x.example"]
         file.write_text("root: dora@x.example\n")
         wait_for(lambda: taken(relay, "root")[0]["recipients"] == ["dora@x.example"])
+
+
+def test_a_list_of_addresses_that_cannot_be_read_keeps_no_other_mail_waiting(tmp_path):
+    """Nor the relay from starting. (Postfix bounces mail for a list whose file is not there, with 5.3.5; here it waits.)"""
+    file, team, drop = tmp_path / "aliases", tmp_path / "team", tmp_path / "drop"
+    file.write_text(f"root: ann@x.example\nteam: :include:{team}\n")
+    with made(tmp_path, f"local.aliases={file}", f"local.drop={drop}") as relay:
+        wait_for(lambda: any(f"{team}: No such file" in one["text"] for one in relay.events("warning")))
+        assert relay.cli("reload").returncode == 0
+        assert taken(relay, "root")[0]["recipients"] == ["ann@x.example"]
+        assert sendmail(relay, "team").returncode == 75
+        with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
+            relay.send("Subject: x\r\n\r\n", "out@x.example", "team@relay.example")
+        assert [code for code, _ in refused.value.recipients.values()] == [451]
+        team.write_text("bob@x.example\n")
+        wait_for(lambda: any(f"resolved: {file}" in one["text"] for one in relay.events("warning")))
+        assert taken(relay, "team")[0]["recipients"] == ["bob@x.example"]
+        team.write_text("bob@\n")  # what was read before stays in use, past a reload, too
+        wait_for(lambda: any("'bob@' is no address" in one["text"] for one in relay.events("warning")))
+        assert relay.cli("reload").returncode == 0
+        assert taken(relay, "team")[0]["recipients"] == ["bob@x.example"]
+        team.write_text("carl@x.example\n")
+        wait_for(lambda: taken(relay, "team")[0]["recipients"] == ["carl@x.example"])

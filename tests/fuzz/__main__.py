@@ -6,8 +6,13 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import atheris
+from jinja2 import compiler as jinja_compiler
+from jinja2 import lexer as jinja_lexer
+from jinja2 import parser as jinja_parser
+from jinja2 import sandbox as jinja_sandbox
 
 from relaymta.accept.connection import Connection
+from relaymta.accept.http import compose, contents, fields, models, templating
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
 from relaymta.api import access, operations, page, problems
@@ -78,6 +83,7 @@ MODULES = (
     managesieve_reply, managesieve_server, milter, policy, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates,
     sieve_grammar, sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings,
     sieve_tests, sieve_vacation, sieve_values, spamc, access, operations, page, problems, api_verbs,
+    models, compose, contents, fields, templating, jinja_compiler, jinja_lexer, jinja_parser, jinja_sandbox,
 )  # fmt: skip
 CLASSES = (
     imap_session.Session, imap_server.ServerSession, imap_words.Words, pop3_maildrop.Maildrop, pop3_maildrop.Wanted,

@@ -43,6 +43,17 @@ def test_broken_aliases_are_a_problem(tmp_path):
     (tmp_path / "aliases").write_text("root: |/bin/sh\n")
     with pytest.raises(ConfigError, match="no mail is given to a program"):
         checks.check_files(config)
+    assert checks.broken_lists(config) == []
+
+
+def test_a_broken_list_is_a_warning(tmp_path):
+    _, config = loaded(tmp_path, f'{LISTENER}[local]\naliases = "{tmp_path}/aliases"\n')
+    (tmp_path / "aliases").write_text(f"root: ann@x.example\nteam: :include:{tmp_path}/team\n")
+    checks.check_files(config)
+    place, file = f"{tmp_path}/aliases:2", f"{tmp_path}/team"
+    assert checks.broken_lists(config) == [f"{place}: {file}: No such file or directory; mail for what leads there waits (451)"]
+    (tmp_path / "team").write_text("bob@x.example\n")
+    assert checks.broken_lists(config) == []
 
 
 def test_what_mail_is_sent_from_and_to_is_looked_at(tmp_path):

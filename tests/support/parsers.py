@@ -17,6 +17,7 @@ from relaymta.filter.judgement import FilterFailure
 from relaymta.proto import (
     address,
     addressees,
+    arf,
     attachments,
     authres,
     clamd,
@@ -949,6 +950,11 @@ def _attachments(data: bytes) -> None:
     found.texts()
 
 
+def _report(data: bytes) -> None:
+    with contextlib.suppress(arf.NotAReport):
+        arf.parse(data)
+
+
 def _parsers() -> Iterable[Parser]:
     whole = "128 kB, 5000 lines: refused"
     yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "8 kB, 250 domains: refused", 8000)
@@ -1074,6 +1080,15 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.mime.Section.parse", _section, _SECTIONS, "64 kB of a command")
     bound = "20 deep, 1000 parts; 1000 names of an archive; 2000 parameters that are not valid; 256 kB of text"
     yield Parser("proto.attachments.parts", _attachments, _ATTACHMENTS, bound)
+    front = b"Content-Type: multipart/report; boundary=b\r\n\r\n--b\r\nContent-Type: message/feedback-report\r\n\r\n"
+    said = front + b"Feedback-Type: abuse\r\n"
+    worst = {
+        **_TREES, "fields": times(b"A: b\r\n", said), "recipients": times(b"Original-Rcpt-To: <a@b.example>\n", said),
+        "folded": times(b"\r\n a", said), "routes": times(b"Original-Rcpt-To: " + b"<" * 500 + b"\n", said),
+        "addressees": times(b"<a@b.example>,", said + b"--b\nContent-Type: text/rfc822-headers\n\nTo: "),
+        "parts": times(b"--b\r\n\r\n", said), "messages": times(b"--b\nContent-Type: message/rfc822\n\nTo: a@b\n\n", said),
+    }  # fmt: skip
+    yield Parser("proto.arf.parse", _report, worst, "1 MB; 100 recipients; 1000 characters of a field")
     pieces = {
         "begin": b"-----BEGIN PRIVATE KEY-----", "base64": b"MIIEowIBAAKCAQEA7bq1Zt9sX0",
         "ids": b" AKIAQ3EGRT5VX2LMB7WN",

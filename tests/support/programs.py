@@ -22,6 +22,8 @@ PACKAGES = {
     "patch": "patch",
     "curl": "curl",
     "jq": "jq",
+    "node": "nodejs",
+    "php": "php-cli",
     "fetchmail": "fetchmail",
     "getmail": "getmail6",
     "doveadm": "dovecot-imapd",
@@ -38,6 +40,7 @@ PACKAGES = {
     "systemd-nspawn": "systemd-container",
     "systemd-analyze": "systemd",
     "podman": "podman crun",
+    "unshare": "util-linux",
 }
 
 

@@ -14,7 +14,8 @@ _FIELD = re.compile(r"field `([^`]*)`")
 
 class ProblemDetails(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The JSON of an answer that is an error (RFC 9457, `application/problem+json`). `argument`: the one that is wrong;
-    `workers`: those that do not answer; `matched`, `changed`: how many messages match, or were changed before the error."""
+    `workers`: those that do not answer; `matched`, `changed`: how many messages match, or were changed before the error;
+    `recipients`: of a message that was not taken, each with its reply."""
 
     title: str
     status: int
@@ -24,6 +25,7 @@ class ProblemDetails(msgspec.Struct, kw_only=True, omit_defaults=True):
     workers: list[int] = []
     matched: int | None = None
     changed: int | None = None
+    recipients: list[Any] = []
 
 
 class Problem(Exception):

@@ -1,0 +1,248 @@
+"""The body of a request: JSON, or multipart/form-data with files beside it. Small ones are in memory, large ones in files without
+a name, which end with the request; both are bounded before they are read.
+"""
+
+import asyncio
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+from aiohttp import BodyPartReader, MultipartReader, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from relaymta.accept.admission import Admission
+from relaymta.problems import Problem
+from relaymta.reservation import Reservation
+
+__all__ = ["Body", "Received", "Receiver", "finished", "media_type", "too_large"]
+
+IN_MEMORY = 65536  # octets of a body, or a part of one, that are kept in memory
+ALL_IN_MEMORY = 64 << 20  # of all requests of a worker
+PARTS_MOST = 100
+JSON_IN_FORM = 8 << 20  # octets of JSON beside files
+MESSAGE_PART = "message"  # the part of a form that has the JSON
+DIGEST = 16
+AS_AIOHTTP_TELLS_IT = (ValueError, AssertionError, RuntimeError, LookupError, web.HTTPException, HttpProcessingError)
+T = TypeVar("T")
+
+
+def media_type(request: web.BaseRequest) -> str:
+    """The type of a request's body, in lower case, without parameters."""
+    return request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
+
+
+class Body:
+    """Octets that are in memory or in a file. `size`: how many."""
+
+    def __init__(self, digest: Any) -> None:
+        self.size = 0
+        self._digest = digest
+        self._pieces: list[bytes] = []
+        self._file = -1
+        self._map: mmap.mmap | None = None
+
+    @property
+    def in_file(self) -> bool:
+        """Whether it is, or begins, in a file."""
+        return self._file >= 0
+
+    def add(self, piece: bytes) -> None:
+        """More octets, in memory."""
+        self.size += len(piece)
+        self._digest.update(piece)
+        self._pieces.append(piece)
+
+    def spill(self, folder: str) -> None:
+        """Write what is in memory to the file. Blocks. OSError."""
+        if self._file < 0:
+            self._file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        pieces, self._pieces = self._pieces, []
+        data = memoryview(b"".join(pieces))
+        while data:
+            data = data[os.write(self._file, data) :]
+
+    def read(self, at: int, most: int) -> bytes:
+        """Octets from `at` on, `most` at most."""
+        if self._file >= 0:
+            return os.pread(self._file, most, at)
+        if len(self._pieces) != 1:
+            self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0][at : at + most]
+
+    @property
+    def buffer(self) -> bytes | mmap.mmap:
+        """All of it; of a file without being in memory."""
+        if self._file < 0:
+            return b"".join(self._pieces)
+        if self._map is None:
+            self._map = mmap.mmap(self._file, 0, prot=mmap.PROT_READ)
+        return self._map
+
+    def close(self) -> None:
+        """Give it up."""
+        if self._map is not None:
+            with contextlib.suppress(BufferError):  # something still refers to it, and closes it in its end
+                self._map.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._pieces = []
+
+
+class Received:
+    """What a request has brought. `body`: JSON, or a message as it is; `parts`: its files, by the names of their parts; `digest`:
+    of all of it, whatever its boundary was."""
+
+    def __init__(self, held: Callable[[int], None]) -> None:
+        """`held(octets)`: told of the octets that it has more, or fewer, in memory."""
+        self._digest = blake2b(digest_size=DIGEST)
+        self.body = Body(self._digest)
+        self.parts: dict[str, Body] = {}
+        self.places: list[Reservation] = []
+        self._held, self._octets = held, 0
+
+    def part(self, name: str) -> Body:
+        """A new part."""
+        self._digest.update(b"\0" + name.encode() + b"\0")
+        found = Body(self._digest)
+        if name == MESSAGE_PART:
+            self.body = found
+        else:
+            self.parts[name] = found
+        return found
+
+    @property
+    def digest(self) -> bytes:
+        """See above."""
+        return self._digest.digest()
+
+    def hold(self, octets: int) -> None:
+        """So many octets more, or (negative) fewer, are in memory."""
+        self._octets += octets
+        self._held(octets)
+
+    @property
+    def size(self) -> int:
+        """Octets of all of it."""
+        return self.body.size + sum(one.size for one in self.parts.values())
+
+    def close(self) -> None:
+        """The request is over."""
+        self.hold(-self._octets)
+        for one in (self.body, *self.parts.values()):
+            one.close()
+        for place in self.places:
+            place.give_back()
+        self.parts = {}
+
+
+class Receiver:
+    """Receives the bodies of a worker. `folder`: where files are made."""
+
+    def __init__(self, admission: Admission, folder: str) -> None:
+        self._admission = admission
+        self._folder = folder
+        self._octets = 0  # in memory
+
+    async def receive(self, request: web.BaseRequest, most: int) -> Received:
+        """The body of a request, `most` octets at most. Problem: it is too large, or not well-formed, or there is no room."""
+        if request.content_length is not None and request.content_length > most:
+            raise too_large(most)
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            raise Problem(415, "Content-Encoding is not supported: send the body as it is")
+        queue = self._admission.intake.queue
+        if queue.full or (request.content_length or 0) > queue.room:
+            raise Problem(503, "out of space; try again later", {"Retry-After": "60"})
+        if self._octets > ALL_IN_MEMORY:
+            raise Problem(503, "too many requests at the same time; try again in a moment", {"Retry-After": "2"})
+        await _continue(request)
+        received = Received(self._hold)
+        try:
+            if media_type(request) == "multipart/form-data":
+                await self._form(request, received, most)
+            else:
+                await self._fill(received, received.body, request.content.readany, most)
+        except BaseException:
+            received.close()
+            raise
+        return received
+
+    def _hold(self, octets: int) -> None:
+        self._octets += octets
+
+    async def _form(self, request: web.BaseRequest, received: Received, most: int) -> None:
+        names: set[str] = set()
+        try:
+            reader = MultipartReader(request.headers, request.content)
+            while (part := await reader.next()) is not None:
+                name = part.name if isinstance(part, BodyPartReader) else None
+                if not isinstance(part, BodyPartReader) or not name:
+                    raise Problem(400, "a part of the form has no name")
+                if name in names or len(names) >= PARTS_MOST:
+                    what = f"there are two parts {name!r}" if name in names else f"there are more than {PARTS_MOST} parts"
+                    raise Problem(400, f"{what} in the form"[:200])
+                names.add(name)
+                if part.headers.get(hdrs.CONTENT_TRANSFER_ENCODING, "binary").lower() not in ("binary", "8bit", "7bit"):
+                    raise Problem(415, "Content-Transfer-Encoding is not supported: send parts as they are", argument=name[:200])
+                left = most - received.size
+                limit = min(left, JSON_IN_FORM) if name == MESSAGE_PART else left
+                await self._fill(received, received.part(name), part.read_chunk, limit)
+        except AS_AIOHTTP_TELLS_IT as error:
+            raise Problem(400, f"the form is not well-formed: {str(error)[:100]}") from None
+        if MESSAGE_PART not in names:
+            raise Problem(400, f"the form has no part {MESSAGE_PART!r} with the JSON of the message", argument=MESSAGE_PART)
+
+    async def _fill(self, received: Received, body: Body, read: Callable[[], Any], most: int) -> None:
+        """Read a body, or part, to its end."""
+        held = 0
+        try:
+            while piece := await read():
+                body.add(piece)
+                held += len(piece)
+                received.hold(len(piece))
+                if body.size > most:
+                    raise too_large(most)
+                if held > IN_MEMORY:
+                    await self._spill(received, body)
+                    received.hold(-held)
+                    held = 0
+            if held and body.in_file:
+                await self._spill(received, body)
+                received.hold(-held)
+        except (web.RequestPayloadError, web.PayloadAccessError) as error:
+            raise Problem(400, f"the body is not well-formed: {str(error)[:100]}") from None
+        except ConnectionError:
+            raise
+        except OSError as error:
+            raise Problem(503, f"the body could not be stored: {error.strerror}", {"Retry-After": "60"}) from None
+
+    async def _spill(self, received: Received, body: Body) -> None:
+        if not body.in_file:
+            place = self._admission.file()
+            if place is None:
+                raise Problem(503, "no file descriptor is left for the body; try again later", {"Retry-After": "10"})
+            received.places.append(place)
+        await finished(self._admission.loop.run_in_executor(self._admission.threads, body.spill, self._folder))
+
+
+async def finished(work: "asyncio.Future[T]") -> T:
+    """The result of a thread's work. Who is cancelled meanwhile waits for it all the same: it has a file that would be closed."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
+def too_large(most: int) -> Problem:
+    """The problem of a body that has more than so many octets."""
+    return Problem(413, f"the request is larger than {most} octets")
+
+
+async def _continue(request: web.BaseRequest) -> None:
+    """Tell a client that waits for it to send the body."""
+    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,0 +1,104 @@
+"""Idempotency keys: what is handed in twice under one key is taken once, whichever worker gets it.
+
+A key is the business of one request at a time on the whole machine: its unit of the shared limits is held from the look at what
+was accepted under it before, in all shards, until what is accepted now is committed. A worker that dies has committed its message
+or has not; its unit is released by the supervisor.
+"""
+
+import asyncio
+import re
+from concurrent.futures import Executor
+from typing import NamedTuple
+
+from relaymta.accept.origin import Origin
+from relaymta.proto.header import fields
+from relaymta.queue import Kept, Request, Shards, digest_of
+from relaymta.shm import Limits
+
+__all__ = ["FIELD", "LONGEST_KEY", "Busy", "Once", "Turn", "Wanted", "key_of", "owner_of"]
+
+FIELD = b"x-relay-idempotency"
+LONGEST_KEY = 255  # characters
+LOOK_SECONDS, LOOK_MOST = 0.01, 0.2  # between two looks whether the one before is done
+_KEY = re.compile(r"[!-~]{1,255}\Z")
+
+
+class Busy(Exception):
+    """Another request with the key is under way, or that cannot be told."""
+
+
+class Wanted(NamedTuple):
+    """What an application wants of a message beside its envelope. `priority`: "" for that of its origin; `send_at`: when it is
+    tried first (ms, UTC), 0: at once; `request`: what it belongs to, None: it has no idempotency key."""
+
+    tags: list[str]
+    traceparent: str
+    priority: str
+    send_at: int
+    request: Request | None
+
+
+def owner_of(origin: Origin) -> str:
+    """Whose the keys are that clients of this origin use."""
+    return f"{origin.user}\0{origin.application}"
+
+
+def key_of(header: bytes) -> str | None:
+    """The idempotency key of a header that may have one (FIELD is in it); "" without one. None: it is not well-formed, or there
+    are several."""
+    found = [value for name, value in fields(header) if name == FIELD]
+    if not found:
+        return ""
+    return found[0] if len(found) == 1 and _KEY.match(found[0]) else None
+
+
+class Turn:
+    """The turn of one request: nobody else has its key until `end`. `kept`: what was accepted under it before, by part."""
+
+    def __init__(self, limits: Limits, name: str, digest: bytes, kept: dict[int, Kept]) -> None:
+        self._limits = limits
+        self._name = name
+        self._ended = False
+        self.digest = digest
+        self.kept = kept
+
+    def end(self) -> None:
+        """Further calls do nothing."""
+        if not self._ended:
+            self._ended = True
+            self._limits.give(self._name)
+
+
+class Once:
+    """One worker's access to the keys of the machine."""
+
+    def __init__(self, shards: Shards, limits: Limits, threads: Executor | None) -> None:
+        self._shards = shards
+        self._limits = limits
+        self._threads = threads
+
+    async def begin(self, owner: str, key: str, seconds: float) -> Turn:
+        """The turn of a request with this key of `owner` (`owner_of`), once others with the same key are done. Busy: they are not
+        within `seconds`; StoreError: it cannot be told what was accepted before."""
+        digest = digest_of(owner, key)
+        name = f"request {digest.hex()}"
+        loop = asyncio.get_running_loop()
+        until, pause = loop.time() + seconds, LOOK_SECONDS
+        while not self._limits.take(name, 1):
+            if loop.time() >= until:
+                raise Busy("a request with the same idempotency key is under way")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LOOK_MOST)
+        try:
+            if self._limits.apart(name):
+                raise Busy("too much is under way to tell whether this is a request with the same idempotency key as another one")
+            kept = await loop.run_in_executor(self._threads, self._shards.kept, digest)
+        except BaseException:
+            self._limits.give(name)
+            raise
+        return Turn(self._limits, name, digest, kept)
+
+    async def kept(self, owner: str, key: str) -> dict[int, Kept]:
+        """What was accepted under a key, by part. StoreError."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._shards.kept, digest_of(owner, key))

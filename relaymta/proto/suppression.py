@@ -1,0 +1,23 @@
+"""The words of the suppression list: reasons, and the form of its addresses."""
+
+from typing import Final
+
+from relaymta.proto.address import compared, plain
+
+__all__ = ["REASONS", "listed", "shown_reason"]
+
+REASONS: Final = ("hard-bounce", "complaint", "unsubscribe", "manual")  # their positions are stored
+_SHOWN: Final = {"hard-bounce": "hard bounce", "unsubscribe": "unsubscribed", "manual": "by hand"}
+
+
+def shown_reason(reason: str) -> str:
+    """A reason in a sentence."""
+    return _SHOWN.get(reason, reason)
+
+
+def listed(address: str) -> str:
+    """An address as it is in the list: in the form in which addresses are compared. ValueError: it is none."""
+    found = plain(address)
+    if found is None or "\0" in found:
+        raise ValueError(f"{address[:300]!r} is not an address")
+    return compared(found)
