@@ -13,9 +13,10 @@ from relaymta.proto.suppression import REASONS
 
 __all__ = [
     "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
-    "SITES_SHOWN", "SITE_GAUGES", "SITE_RESULTS", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "Own", "activity",
+    "SITES_SHOWN", "SITE_GAUGES", "SITE_RESULTS", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "Own",
+    "WebhookTotals", "activity",
     "certificate_name", "clear_filter_gauges", "down_families", "families", "filter_families", "list_families", "list_name",
-    "own_families", "readings", "row_families", "shown",
+    "own_families", "readings", "row_families", "shown", "webhook_families",
 ]  # fmt: skip
 
 
@@ -132,6 +133,9 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_dsns_dropped_total": ("Permanent failures without a DSN, since the message has the null sender", "", ("",)),
     "relaymta_watchdog_total": ("Deliveries cancelled because they made no progress", "", ("",)),
     "relaymta_corrupt_bodies_total": ("Bodies that did not match their checksum", "", ("",)),
+    "relaymta_journal_dropped_total": (
+        "Events that were not written to the journal, since the disk was full or failed", "", ("",),
+    ),
     "relaymta_log_dropped_total": ("Log records dropped because they could not be written", "", ("",)),
 }  # fmt: skip
 
@@ -295,6 +299,8 @@ DNSBL_TOTAL = "relaymta_dnsbl_total"
 RULE_TOTAL = "relaymta_rule_matches_total"
 ABUSE_TOTAL, ABUSE_GAUGE = "relaymta_abuse_total", "relaymta_abuse_accounts"
 RESTARTS, WORKERS, CERTIFICATES = "relaymta_worker_restarts_total", "relaymta_workers", "relaymta_cert_expiry_seconds"
+WEBHOOK_TOTAL = "relaymta_webhook_events_total"
+WEBHOOK_GAUGES = ("relaymta_webhook_lag_events", "relaymta_webhook_lag_seconds", "relaymta_webhook_failing")
 GENERATION, REFUSED = "relaymta_config_generation", "relaymta_config_reload_refused"
 REFUSALS = "relaymta_config_reload_errors_total"
 SITE_TOTAL = "relaymta_site_attempts_total"
@@ -327,7 +333,8 @@ LAYOUT = repr(
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
 _ROWS = (
     QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE, RESTARTS, WORKERS, CERTIFICATES,
-    GENERATION, REFUSED, REFUSALS, SITE_TOTAL, SUPPRESSIONS, SUPPRESSIONS_MOST, SUPPRESSIONS_LEFT,
+    GENERATION, REFUSED, REFUSALS, SITE_TOTAL, SUPPRESSIONS, SUPPRESSIONS_MOST, SUPPRESSIONS_LEFT, WEBHOOK_TOTAL,
+    *WEBHOOK_GAUGES,
 )  # fmt: skip
 NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
 
@@ -562,6 +569,37 @@ def abuse_families(counts: dict[str, tuple[int, int, int]]) -> list[object]:
         found.add_metric([shown(name), "false"], dry)
         now.add_metric([shown(name)], there)
     return [found, now]
+
+
+class WebhookTotals(NamedTuple):
+    """What was counted of a webhook: events `delivered` and `dropped`, how many it is `behind`, and the age (seconds) of the
+    oldest that it has not taken; whether it takes none now."""
+
+    delivered: int = 0
+    dropped: int = 0
+    behind: int = 0
+    seconds: float = 0.0
+    failing: bool = False
+
+
+def webhook_families(totals: dict[str, WebhookTotals]) -> list[object]:
+    """Metrics of webhooks, by their names, as prometheus_client metric families."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    events = CounterMetricFamily(
+        WEBHOOK_TOTAL, "Events for webhooks (delivered: they were taken; dropped: they were not, and are sent no more)",
+        labels=["webhook", "result"],
+    )  # fmt: skip
+    behind = GaugeMetricFamily(WEBHOOK_GAUGES[0], "Events of the journal that a webhook has not come to", labels=["webhook"])
+    seconds = GaugeMetricFamily(WEBHOOK_GAUGES[1], "Age of the oldest event that a webhook has not taken", labels=["webhook"])
+    failing = GaugeMetricFamily(WEBHOOK_GAUGES[2], "1 while a webhook takes no events", labels=["webhook"])
+    for name, total in totals.items():
+        events.add_metric([shown(name), "delivered"], total.delivered)
+        events.add_metric([shown(name), "dropped"], total.dropped)
+        behind.add_metric([shown(name)], total.behind)
+        seconds.add_metric([shown(name)], total.seconds)
+        failing.add_metric([shown(name)], total.failing)
+    return [events, behind, seconds, failing]
 
 
 class Own(NamedTuple):

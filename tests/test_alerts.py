@@ -59,6 +59,11 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
     ],
     "RelaymtaListRefuses": [("relaymta_dnsbl_total", {"zone": "bl.example", "result": "refused"}, (0.01,), (0.0,))],
     "RelaymtaAbuse": [("relaymta_abuse_total", {"check": "volume", "enforced": "true"}, (0.01,), (0.0,))],
+    "RelaymtaWebhookFails": [("relaymta_webhook_failing", {"webhook": "shop"}, 1, 0)],
+    "RelaymtaWebhookDropped": [
+        ("relaymta_webhook_events_total", {"webhook": "shop", "result": "dropped"}, (0.01,), (0.0,)),
+        ("relaymta_webhook_events_total", {"webhook": "shop", "result": "delivered"}, (1.0,), (1.0,)),
+    ],
     "RelaymtaMailboxesFail": [("relaymta_mailbox_deliveries_total", {"result": "failed"}, (0.1,), (0.0,))],
     "RelaymtaMailboxesFull": [("relaymta_mailbox_store_full", {}, 1, 0)],
     "RelaymtaMailboxesStalled": [("relaymta_mailbox_store_stalled", {}, 1, 0)],

@@ -63,6 +63,7 @@ def test_the_reference_configuration_is_fresh(tmp_path):
         "[[abuse]]": 'name = "volume"\nwatch = "volume"',
         "[[mail_rule]]": 'name = "large"',
         "[[network]]": 'networks = ["192.0.2.0/24"]',
+        "[[webhook]]": 'name = "shop"\nurl = "https://shop.example/events"\nsecret_file = "/etc/relaymta/shop.secret"',
         "[[source]]": 'name = "one"\naddress = "192.0.2.1"',
         "[[site]]": 'hosts = [".example"]',
         "[[rule]]": 'match = "x"\naction = "slow"',

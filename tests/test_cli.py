@@ -120,6 +120,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("token", "create"): ["--name", "n", "--scope", "read"], ("token", "revoke"): ["n"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
+    ("webhook", "show"): ["n"], ("webhook", "test"): ["n"], ("webhook", "replay"): ["n", "--since", "1h"],
 }  # fmt: skip
 # Verbs that do not ask it.
 NO_DAEMON = {

@@ -88,6 +88,10 @@ DELIVERY: list[Panel] = [
      quantiles("relaymta_dns_seconds", "result")),
     ("Mailboxes: messages filed, refused since full, failed", "ops", "failed: look at the disk and `relaymta mailbox verify`. full: quotas.",
      [(rate("relaymta_mailbox_deliveries_total", "result"), "{{result}}")]),
+    ("Webhooks: events delivered, and dropped", "ops", "dropped: a webhook was down for longer than `retry`, or [webhooks] keep or store ended: `relaymta webhook list`.",
+     [(rate("relaymta_webhook_events_total", "webhook, result"), "{{webhook}} {{result}}"), (rate("relaymta_journal_dropped_total"), "not written")]),
+    ("Webhooks: events behind, and the age of the oldest", "short", "If it grows, the webhook does not answer, or is slow: `relaymta webhook show NAME`.",
+     [("sum by (webhook) (relaymta_webhook_lag_events)", "{{webhook}} events"), ("max by (webhook) (relaymta_webhook_lag_seconds)", "{{webhook}} seconds")]),
     ("Sieve: what users' scripts have done", "ops", "failed: the message was kept; the log says which script.",
      [(rate("relaymta_sieve_scripts_total", "result"), "{{result}}")]),
 ]

@@ -19,6 +19,7 @@ from relaymta.metrics import (
     FilterTotals,
     Own,
     RuleTotals,
+    WebhookTotals,
     abuse_families,
     down_families,
     families,
@@ -27,6 +28,7 @@ from relaymta.metrics import (
     own_families,
     row_families,
     rule_families,
+    webhook_families,
 )
 
 __all__ = ["exposed", "serve_http"]
@@ -73,6 +75,7 @@ class _Collector:
         abuse: Callable[[], dict[str, tuple[int, int, int]]],
         attempts: Callable[[], dict[str, tuple[int, ...]]],
         own: Callable[[], Own] | None,
+        webhooks: Callable[[], dict[str, WebhookTotals]],
     ) -> None:
         self._blocks = blocks
         self._down = down
@@ -82,6 +85,7 @@ class _Collector:
         self._abuse = abuse
         self._attempts = attempts
         self._own = own
+        self._webhooks = webhooks
         self.sites: Rows = []
         self.quotas: Rows = []
         self.until = 0.0
@@ -90,7 +94,7 @@ class _Collector:
         own = self._own() if self._own is not None else None
         return exposed(
             self._blocks(), self.sites, self.quotas, self._attempts(), self._down(), self._filters(), self._zones(),
-            self._rules(), self._abuse(), own,
+            self._rules(), self._abuse(), own, self._webhooks(),
         )  # fmt: skip
 
 
@@ -105,6 +109,7 @@ def exposed(
     rules: dict[str, RuleTotals],
     abuse: dict[str, tuple[int, int, int]],
     own: Own | None,
+    webhooks: dict[str, WebhookTotals],
 ) -> list[object]:
     """All metrics as prometheus_client metric families."""
     return [
@@ -116,6 +121,7 @@ def exposed(
         *list_families(zones),
         *rule_families(rules),
         *abuse_families(abuse),
+        *webhook_families(webhooks),
         *(own_families(own, time.time()) if own is not None else ()),
     ]
 
@@ -143,14 +149,16 @@ async def serve_http(
     abuse: Callable[[], dict[str, tuple[int, int, int]]] = dict,
     attempts: Callable[[], dict[str, tuple[int, ...]]] = dict,
     own: Callable[[], Own] | None = None,
+    webhooks: Callable[[], dict[str, WebhookTotals]] = dict,
 ) -> web.AppRunner:
     """Serve on listening sockets, which are the server's from now on, until `cleanup()` of the returned runner is called.
     `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `reasons()`: why the
     relay is not ready, as of `supervisor.readiness`; `down()`: the sites that are down, as `supervisor.outages` counts them;
     `filters()`: of each configured filter; `zones()`: the counters of each list in the DNS; `rules()`: of each rule about
-    mail; `abuse()`: as of `Accounts.counts`; `attempts()`: those at sites; `own()`: what the supervisor knows of itself."""
-    collector = _Collector(blocks, down, filters, zones, rules, abuse, attempts, own)
+    mail; `abuse()`: as of `Accounts.counts`; `attempts()`: those at sites; `own()`: what the supervisor knows of itself;
+    `webhooks()`: what was counted of each."""
+    collector = _Collector(blocks, down, filters, zones, rules, abuse, attempts, own, webhooks)
 
     async def metrics(request: web.Request) -> web.Response:
         now = asyncio.get_running_loop().time()

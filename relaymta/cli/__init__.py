@@ -71,6 +71,7 @@ VERBS = {
     "trace": Verb("trace", "Show SMTP dialogues as they happen."),
     "upgrade": Verb("upgrade", "Have a new program take over, without a closed port."),
     "user": Verb("account", "Manage people who log in to send mail."),
+    "webhook": Verb("webhook", "Who is told of what becomes of mail: state, replays, tests."),
     "view": Verb("view", "Show and end the sessions of users who read mail that is kept here."),
 }
 

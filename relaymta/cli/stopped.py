@@ -96,7 +96,8 @@ class Stopped:
 
     async def _open(self) -> None:
         counters = Counters(Shared.create().counters(0))  # which nobody reads
-        for number in shard_numbers(self.spool):
+        shards = shard_numbers(self.spool)
+        for number in shards:
             witness = Witness(
                 counters,
                 self._log,
@@ -105,7 +106,7 @@ class Stopped:
                 lambda outcome: outcome.retry_at,
                 partial(self._now, number),
             )
-            queue = Queue(self.spool, number, queue_settings(self._config), self._table.assign, Null(), witness)
+            queue = Queue(self.spool, number, queue_settings(self._config, len(shards)), self._table.assign, Null(), witness)
             self._queues[number] = queue
             await queue.start_idle()
 

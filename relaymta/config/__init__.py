@@ -4,9 +4,9 @@ The type, bounds, default and description of a key, and whether a reload applies
 and nowhere else: `config describe`, the reference file, the answer of `reload` and the error messages are made from them.
 
 values.py types and the base of tables (names.py: our names); clients.py, accounts.py, signing.py, routes.py, delivery.py,
-filters.py, machine.py the tables; whole.py all of them, checks.py what they require of each other; loading.py the files
-(merging.py what they say together, origin.py where each key is, sentences.py what is wrong with it); reloading.py what changes at
-a reload; describing.py the reference.
+filters.py, webhooks.py, machine.py the tables; whole.py all of them, checks.py what they require of each other; loading.py the
+files (merging.py what they say together, origin.py where each key is, sentences.py what is wrong with it); reloading.py what
+changes at a reload; describing.py the reference.
 """
 
 from relaymta.config.abuse import Abuse
@@ -26,12 +26,14 @@ from relaymta.config.reloading import Change, merge
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging, header_condition
 from relaymta.config.signing import Dkim, Verify
 from relaymta.config.values import check_each, near, parse_duration, parse_hostport, parse_quota
+from relaymta.config.webhooks import Webhook, WebhooksTable
 from relaymta.config.whole import Config
 
 __all__ = [
     "Abuse", "Account", "AccountsTable", "Admin", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim",
     "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Local", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
     "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable",
-    "Verify", "as_toml", "check_each", "describe", "everywhere", "given", "given_values", "header_condition", "load",
+    "Verify", "Webhook", "WebhooksTable",
+    "as_toml", "check_each", "describe", "everywhere", "given", "given_values", "header_condition", "load",
     "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota", "reference",
 ]  # fmt: skip

@@ -64,6 +64,7 @@ def _twice(config: "Config") -> Iterator[tuple[str, str, str]]:
         ("filter", "name", [one.name for one in config.filter], "two filters are called {!r}: give one of them another name"),
         ("mail_rule", "name", [one.name for one in config.mail_rule], "two rules are called {!r}: give one of them another name"),
         ("abuse", "name", [one.name for one in config.abuse], "two [[abuse]] are called {!r}: give one another name"),
+        ("webhook", "name", [one.name for one in config.webhook], "two webhooks are called {!r}: give one another name"),
         ("dkim", "selector", keys, "the same key is given twice: it would sign twice"),
     ]
     for table, key, values, what in tables:

@@ -20,6 +20,7 @@ from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
 from relaymta.config.signing import Dkim, Verify
 from relaymta.config.suppression import SuppressionTable
 from relaymta.config.values import Problem, Problems, Reload, Restart, Table, place_of
+from relaymta.config.webhooks import Webhook, WebhooksTable
 
 __all__ = ["Config"]
 
@@ -53,6 +54,7 @@ class Config(Table):
     filter: list[Filter] = Field([], description="programs that judge mail")
     mail_rule: list[MailRule] = Field([], description="rules about mail")
     abuse: list[Abuse] = Field([], description="when mail of an account is not like its own any more")
+    webhook: list[Webhook] = Field([], description="who is told of what becomes of mail")
     verify: Verify = Verify()
     filters: FiltersTable = FiltersTable()
     accounts: AccountsTable = AccountsTable()
@@ -63,6 +65,7 @@ class Config(Table):
     intake: Intake = Intake()
     queue: QueueTable = QueueTable()
     quarantine: QuarantineTable = QuarantineTable()
+    webhooks: WebhooksTable = WebhooksTable()
     suppression: SuppressionTable = SuppressionTable()
     delivery: Delivery = Delivery()
     limits: LimitsTable = LimitsTable()

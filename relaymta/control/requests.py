@@ -295,6 +295,22 @@ class SieveChange(_Arguments, frozen=True):
     text: bytes
 
 
+class OfWebhook(_Arguments, frozen=True):
+    """A webhook."""
+
+    name: Text
+
+
+class Replaying(_Arguments, frozen=True):
+    """Events of a webhook that have happened since a time, before another one (ms UTC; 0: until now), of these kinds (none: of
+    all that it wants)."""
+
+    name: Text
+    since: Number
+    until: Number = 0
+    kinds: list[Literal["accepted", "deferred", "delivered", "bounced", "held", "released", "complained"]] = []
+
+
 class Suppression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of the suppression list (suppression.Entry). `since`: 0: now; `until`: None: as is configured for the reason, 0:
     for ever; `by`: "": who asks."""
@@ -494,6 +510,9 @@ REQUESTS: dict[str, Request] = {
         Request("abuse", Nothing, Where.SUPERVISOR),
         Request("abuse_why", OfAccount, Where.SUPERVISOR),
         Request("abuse_clear", OfAccount, Where.SUPERVISOR, changes=True),
+        Request("webhooks", Nothing, Where.SUPERVISOR, 10),
+        Request("webhook_test", OfWebhook, Where.SUPERVISOR, 310, changes=True),
+        Request("webhook_replay", Replaying, Where.SUPERVISOR, 60, changes=True),
         Request("suppression_counts", Nothing, Where.SUPERVISOR, offline=True),
         Request("suppression_find", SuppressionOf, Where.SUPERVISOR, offline=True),
         Request("suppression_page", SuppressionPage, Where.SUPERVISOR, 30, offline=True),

@@ -233,6 +233,11 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
         return self.category or category_of(self.phase, self.code, self.enhanced, self.text)
 
     @property
+    def in_doubt(self) -> bool:
+        """Whether the peer may have the message all the same: its reply did not come."""
+        return (self.inside or self.text).endswith(IN_DOUBT)
+
+    @property
     def whole(self) -> str:
         """The reply as the sender may read it."""
         return reply_text(self.code, self.enhanced, self.text)

@@ -18,6 +18,7 @@ from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
+from relaymta.disk.journal import Rows, remove_journal
 from relaymta.disk.lock import OWNER_SECONDS, lock
 from relaymta.disk.operations import Task
 from relaymta.disk.room import Disk
@@ -38,6 +39,7 @@ from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed
 from relaymta.queue.importing import Importing
 from relaymta.queue.inspect import Totals
+from relaymta.queue.journal import Journal, JournalSettings
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.quarantine import Keeper
@@ -62,6 +64,7 @@ SLOWEST = 1.0  # seconds that a 250 is delayed just before the disk is full
 FAILED_OFFER_MS = 60_000  # a queue sleeps so long after the deliverer raised an exception over an entry of it
 SWEEP_TICKS = 12_000  # ten minutes
 CHECK_TICKS = 20
+JOURNAL_TICKS = 1200  # a minute
 FORGET_TICKS = 1200  # a minute
 RECEIPTS_SHARE = 0.5  # of the map; above it receipts, and then idempotency keys, are forgotten before their time
 FOREVER = 1 << 62
@@ -90,6 +93,7 @@ class Queue:
         self.assign, self.sign = assign, sign
         self._events = events
         self._awake = deliverer.awake
+        self._kept_journal: Journal | None = None  # also while none is kept
         self._materializing: set[int] = set()  # to be submitted to the writer at the end of this loop iteration
         self.path = spool / f"shard-{shard}"
         make_folder(self.path)
@@ -119,6 +123,7 @@ class Queue:
             sign=sign,
             said=said,
         )
+        self.writer.journal = self._journal(settings.journal, self.store.journal_rows())
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize, lambda: self.unseen.noticed())
         self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
@@ -130,8 +135,7 @@ class Queue:
         self._expiry = Expiry(self.store, self.clock, self.schedule, self.entries, self.ends, self._hold_expired)
         self._opening = Opening(self.store, self._big, self.clock, self.writer, self._readers, self.schedule, assign)
         self.quarantined = False  # whether start() found its culprit here
-        self._taken = 0  # octets stored since the disk was last checked
-        self._ticks = 0
+        self._taken = self._ticks = 0  # octets stored since the disk was last checked; and ticks
         self._timer: asyncio.TimerHandle | None = None
         self._show(assign, settings)
 
@@ -171,6 +175,8 @@ class Queue:
         """Begin to commit and to offer. Returns when the shard is ready to take mail. `culprit`: the id of a message to
         quarantine first (0: none)."""
         self.writer.start()
+        if self.writer.journal is None:
+            await self._readers.run(remove_journal, self.path / "journal")  # nobody reads what there is of one
         if culprit:
             self.quarantined = await self._opening.quarantine(culprit)
         await self._readers.run(self._housekeep)
@@ -195,6 +201,8 @@ class Queue:
         self._ask_materialize()
         await self.writer.close()
         await self._readers.close()
+        if self._kept_journal is not None:
+            self._kept_journal.files.close()
         self.segments.close()
         self.store.close()
         os.close(self._lock)
@@ -207,6 +215,41 @@ class Queue:
         self.quarantine.keep_ms = settings.quarantine_ms
         self.entries.resize(settings.window, settings.window_bytes)
         self.schedule.wake()
+        if settings.journal is not None or self.writer.journal is not None:
+            self.writer.submit(Task(lambda change: self._keep_journal(change, settings.journal)))
+
+    # The journal
+
+    def _journal(self, settings: JournalSettings | None, rows: Rows) -> Journal | None:
+        """The journal of events; None: there is to be none. `rows`: of the store."""
+        if settings is None:
+            return None
+        if self._kept_journal is None:
+            folder, brim = self.path / "journal", lambda: self.disk.brim
+            self._kept_journal = Journal.opened(folder, rows, self.clock, settings, brim)
+        self._kept_journal.files.configure(*settings)
+        return self._kept_journal
+
+    def _keep_journal(self, change: Change, settings: JournalSettings | None) -> None:
+        """Writer thread: keep a journal, with these bounds, or none, from the next group on. What there is of one stays until the
+        next start."""
+        rows = self.store.journal_rows_in(change.txn)
+        self.writer.journal = self._journal(settings, rows)
+
+    def _sweep_journal(self) -> None:
+        """On the loop, each second: have old files of the journal removed; and one where mail needs the room."""
+        journal, spare = self.writer.journal, not self.disk.room
+        if journal is not None and (spare or self._ticks % JOURNAL_TICKS == 0):
+            self.writer.submit(Task(lambda change: journal.files.sweep(self.clock.now(), spare)))
+
+    async def complained(self, ident: int, envelope: Envelope, addresses: list[str], more: dict[str, Any]) -> None:
+        """Note that recipients have complained of a message: as of `Journal.complained`. StoreError."""
+
+        def run(change: Change) -> None:
+            if change.journal is not None:
+                change.journal.complained(ident, envelope, addresses, more)
+
+        await self.writer.task(run)
 
     @property
     def full(self) -> bool:
@@ -395,6 +438,7 @@ class Queue:
             self._readers.start(self._is_due_to_forget, self._forget)
         if self._ticks % CHECK_TICKS == 0:
             self._look_at_receipts()
+            self._sweep_journal()
             self._readers.read_rows(self._housekeep, self._expiry.expire)
             self.quarantine.tick()
             late = self.clock.now() - MATERIALIZE_MS

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from relaymta.disk.clock import wall_ms
+from relaymta.disk.journal import Written
 from relaymta.disk.transaction import Transaction
 from relaymta.proto.envelope import (
     CLASSES,
@@ -27,6 +28,7 @@ from relaymta.proto.envelope import (
 from relaymta.queue import receipts
 from relaymta.queue.ages import add, remove
 from relaymta.queue.entry import Put
+from relaymta.queue.journal import JOURNAL, Journal
 from relaymta.queue.store import (
     DUE,
     EXPIRY,
@@ -52,13 +54,15 @@ NOBODY: Mapping[int, Attempt] = MappingProxyType({})
 class Change(Transaction):
     """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, journal: Journal | None = None) -> None:
+        """`journal`: where events are noted; None: nowhere."""
         super().__init__(store)
         self._store = store
+        self.journal = journal
         self._touched: set[int] = set()  # queues whose rows are to be written
         self._named: set[int] = set()  # queues whose rows may have been created here
         self._written: set[int] = set()  # queues whose rows were written before a part
-        self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` restores
+        self._before: tuple[dict[Any, int], int, int] = ({}, 0, 0)  # what `undo_part` restores
         self._fresh = store.fresh
         self.highest = 0
         self.now = 0  # ms of the queue's clock, of the group
@@ -265,6 +269,7 @@ class Change(Transaction):
             if envelope.quarantine is not None:
                 self._quarantine(ident, envelope, envelope.quarantine)
             self.replace(ident, envelope)
+            self.tell("held", ident, envelope)
 
     def _quarantine(self, ident: int, envelope: Envelope, why: Quarantine) -> None:
         key = QUARANTINE_KEY.pack(why.judged, ident)
@@ -299,6 +304,12 @@ class Change(Transaction):
                 self.place(ident, envelope, placement)
             self.txn.put(EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
             self.replace(ident, envelope)
+            self.tell("released", ident, envelope)
+
+    def tell(self, kind: str, ident: int, envelope: Envelope, reason: str = "") -> None:
+        """Note in the journal, if there is one: as of `Journal.changed`."""
+        if self.journal is not None:
+            self.journal.changed(kind, ident, envelope, reason)
 
     def seen(self, ident: int, envelope: Envelope, now: int) -> None:
         """All filters have looked at an unseen message, and let it pass: it is due now (ms of the queue's clock), or at its
@@ -379,11 +390,24 @@ class Change(Transaction):
         if self.highest:
             self.set_meta(b"highest", self.highest)
         self.set_meta(b"seen", now)
+        if self.journal is not None:
+            self._write_journal(self.journal.write(now))
         number = self._store.keep_number(self.txn)
         self._fresh.write(self.txn)
         self.txn.commit()
+        if self.journal is not None:
+            self.journal.files.settle()
         self._fresh.settle()
         self._store.number_kept(number)
+
+    def _write_journal(self, written: Written | None) -> None:
+        if written is not None:
+            meta = self._tables["meta"]
+            self.txn.put(JOURNAL, written.end, db=meta)
+            for key, value in written.put:
+                self.txn.put(JOURNAL + key, value, db=meta)
+            for key in written.deleted:
+                self.txn.delete(JOURNAL + key, db=meta)
 
     # A part: a nested transaction
 
@@ -393,7 +417,7 @@ class Change(Transaction):
             self._settle_queue(number)  # so that what is undone can be read again as it was
         self._written |= self._touched | self._named
         self._touched, self._named = set(), set()
-        self._before = self._fresh.ending(), self.highest
+        self._before = self._fresh.ending(), self.highest, self.journal.mark() if self.journal is not None else 0
         super().begin_part()
 
     def undo_part(self) -> None:
@@ -401,8 +425,10 @@ class Change(Transaction):
         super().undo_part()
         self._store.forget(self._touched | self._named)
         self._touched, self._named = set(), set()
-        ending, self.highest = self._before
+        ending, self.highest, mark = self._before
         self._fresh.end_only(ending)
+        if self.journal is not None:
+            self.journal.undo(mark)
 
     def _settle_queue(self, number: int) -> None:
         """Write a queue's row, and its wake row by the time of its first due row."""

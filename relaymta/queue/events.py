@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.group import Committed
+from relaymta.queue.journal import JournalSettings
 
 __all__ = ["Events", "QueueSettings"]
 
 
 @dataclass(frozen=True, slots=True)
 class QueueSettings:
-    """One shard's settings. Ages and delays in milliseconds; `window` in entries, `window_bytes` in octets of message data."""
+    """One shard's settings. Ages and delays in milliseconds; `window` in entries, `window_bytes` in octets of message data.
+    `journal`: None: there is none."""
 
     hostname: str
     max_age_ms: int = 5 * 86_400_000
@@ -19,6 +21,7 @@ class QueueSettings:
     window: int = 10_000
     window_bytes: int = 32 << 20
     quarantine_ms: int = 30 * 86_400_000
+    journal: JournalSettings | None = None
 
 
 class Events:

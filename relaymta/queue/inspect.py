@@ -305,6 +305,7 @@ def apply(
         if kept is not None and verb in LEAVES:
             left(ident, msgspec.structs.replace(envelope), LEAVES[verb], [])
         if verb in DELETES:
+            change.tell("bounced", ident, envelope, verb if verb in QUARANTINE_ENDS else "deleted")
             change.finish_message(ident, envelope, histories=True)
             writer.free_body(ident, envelope.body)
         elif verb == "policy" and not envelope.flags & HELD:

@@ -200,4 +200,5 @@ def _redirect(change: Change, ident: int, envelope: Envelope, how: Release, assi
         held_for="", unseen=unseen, quarantine=None, receipt=0, not_before=0,
     )  # fmt: skip
     change.finish_message(ident, envelope, histories=True)
+    change.tell("released", ident, new)
     put_rows(change, Put(ident, new, assign(new, 0), None, None), now)

@@ -14,7 +14,7 @@
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
     meta       word                   schema, last committed time ("seen"), highest id, highest queue number ("queues"), octets
-                                      of judged mail in the quarantine ("quarantine")
+                                      of judged mail in the quarantine ("quarantine"), where the journal ends ("journal")
 
 Keys are big-endian, so that every query is a prefix scan. What a group commit changes: change.py.
 """
@@ -30,6 +30,7 @@ from typing import Any
 import msgspec
 
 from relaymta.disk.environment import CURE, MAP_SIZE, Environment
+from relaymta.disk.journal import Rows
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     Body,
@@ -41,6 +42,7 @@ from relaymta.proto.envelope import (
     encode,
 )
 from relaymta.queue.fresh import Fresh
+from relaymta.queue.journal import JOURNAL
 
 __all__ = ["Histories", "QueueRow", "Store", "key_of"]
 
@@ -119,6 +121,22 @@ class Store(Environment):
         except msgspec.MsgspecError as error:
             raise StoreError(f"{self._path}: a row of its newest messages cannot be read: {error}: {CURE}") from None
         self.fresh = fresh  # when it is complete, since other threads read it
+
+    def journal_rows(self) -> Rows:
+        """What there is of the journal, as it is committed. On the writer's thread, too, but not within a transaction."""
+        with self.env.begin() as txn:
+            return self.journal_rows_in(txn)
+
+    def journal_rows_in(self, txn: Any) -> Rows:
+        """As `journal_rows`, in the caller's transaction."""
+        tail = []
+        cursor = txn.cursor(db=self.tables["meta"])
+        if cursor.set_range(JOURNAL + b"\0"):
+            for key, value in cursor:
+                if not key.startswith(JOURNAL):
+                    break
+                tail.append((key[len(JOURNAL) :], value))
+        return Rows(txn.get(JOURNAL, db=self.tables["meta"]), tail)
 
     # Reading (any thread; the transaction is the caller's)
 

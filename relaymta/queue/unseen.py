@@ -207,6 +207,7 @@ class UnseenMail:
         """Filters discard it."""
 
         def drop(change: Change, envelope: Envelope) -> None:
+            change.tell("bounced", taken.ident, envelope, "discarded")
             change.finish_message(taken.ident, envelope, histories=True)
             self._writer.free_body(taken.ident, envelope.body)
 

@@ -13,7 +13,6 @@ When it fails:
 import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from relaymta.disk.clock import ShardClock, wall_ms
@@ -28,6 +27,7 @@ from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.group import Assign, Committed, Operation
+from relaymta.queue.journal import Journal
 from relaymta.queue.outcomes import Outcomes, put_rows, restore_rows
 from relaymta.queue.store import Store
 
@@ -65,9 +65,11 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         sign: Callable[[bytes], bytes] = lambda data: b"",
         said: Callable[[Entry], Attempt] = said_nothing,
     ) -> None:
-        begin = partial(Change, store)
-        super().__init__(loop, store, segments, clock, begin=begin, on_commit=on_commit, unawaited=Outcome, name="queue-writer")
+        super().__init__(
+            loop, store, segments, clock, begin=self._change, on_commit=on_commit, unawaited=Outcome, name="queue-writer"
+        )  # fmt: skip
         self._store = store
+        self.journal: Journal | None = None  # set before the start, or by the thread itself
         self._ballast = ballast
         self.dsns = Dsns(segments, clock, ids, hostname, max_age_ms, assign, sign)
         self._outcomes = Outcomes(store, segments, self.dsns, assign, said)
@@ -148,7 +150,11 @@ class Writer(GroupWriter[Operation, Committed, Change]):
     def _record(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
         """Commit these operations in one LMDB transaction; the error when it failed (then nothing of them is committed)."""
 
+        journal = self.journal
+
         def fill(change: Change, now: int) -> None:
+            if journal is not None:
+                journal.accepted(puts)
             change.now = now
             self._inline(change, [put for put in puts if put.fresh], now)
             for put in puts:
@@ -162,6 +168,9 @@ class Writer(GroupWriter[Operation, Committed, Change]):
                     change.keep_request(put, now)
             for outcome in outcomes:
                 self._outcomes.record(change, outcome, now)
+                if journal is not None and not outcome.gone:
+                    journal.ended(outcome)
+                    journal.accepted(outcome.puts)
             for task in tasks:
                 self._run_task(change, task)
             for move in moves:
@@ -173,8 +182,13 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         error = self._transact(fill)
         if error is None:
             self._outcomes.settle()
+        elif journal is not None:
+            journal.forget(self._store.journal_rows())
         self._outcomes.forget()
         return error
+
+    def _change(self) -> Change:
+        return Change(self._store, self.journal)
 
     def _inline(self, change: Change, puts: list[Put], now: int) -> None:
         """Add messages that are delivered at once."""

@@ -61,6 +61,7 @@ from relaymta.supervisor.first import bury_adopted
 from relaymta.supervisor.http_api import HttpApi, admin_port, admin_socket
 from relaymta.supervisor.machine import Machine
 from relaymta.supervisor.readiness import reasons
+from relaymta.supervisor.reports import Reports
 from relaymta.supervisor.root import Opened, drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
 from relaymta.supervisor.standing_by import stand_by
@@ -96,6 +97,7 @@ class Supervisor:
         self.failure = ""
         self.audit = Audit(lambda: self.log)
         self.http_api: HttpApi | None = None
+        self.reports: Reports
         self.activity = Activity()
         self._named = self.shared.named()
         self.mail: MachineMailboxes | None = None
@@ -121,6 +123,7 @@ class Supervisor:
             opened, sockets = self._inherited(self._elder, workers)
         self._sockets = sockets
         self._prepare_spool(spool)
+        self.reports = Reports(config, self._warn)
         self.control = opened.control or control_socket(config.control_path, None, group_of(config))
         self.admin = opened.admin or admin_socket(config, group_of(config))
         self._open_local(opened.local)
@@ -178,6 +181,7 @@ class Supervisor:
         await asyncio.gather(self.slots.stop(), self.upgrade.abort())
         if self.http_api is not None:
             await self.http_api.close(leave=bool(pid) or self._refused)
+        await self.reports.close()
         if not pid:
             await self.audit.end()
         if self._server is not None:
@@ -226,6 +230,7 @@ class Supervisor:
         self.machine.start()
         self.http_api = HttpApi(self.config, self.admin, self.admin_port, self._warn)
         self.http_api.start()
+        self.reports.start()
         if self.mail is not None:
             self.mail.upkeep.start()
 
@@ -400,6 +405,7 @@ class Supervisor:
         self.suppressing.configured()
         if self.http_api is not None:
             self.http_api.configured(self.config)
+            self.reports.configured(self.config)
 
     def _warn(self, text: str) -> None:
         self.log.event("warning", text=text)
@@ -498,6 +504,7 @@ class Supervisor:
             lambda: self.abuse.counts(),
             self.activity.totals,
             self._own,
+            lambda: self.reports.totals(),
         )
 
     def _own(self) -> Own:
@@ -538,6 +545,7 @@ class Supervisor:
         self.upgrade.reopen_logs()
         if self.http_api is not None:
             self.http_api.reopen_log()
+            self.reports.reopen_log()
         for _, channel in self.slots.ready():
             channel.notify("reopen_log")
 

@@ -36,7 +36,9 @@ from relaymta.control.requests import (
     Nothing,
     OfAccount,
     OfMessage,
+    OfWebhook,
     Policy,
+    Replaying,
     Request,
     SieveChange,
     SuppressionOf,
@@ -290,6 +292,24 @@ class Answers:
     async def abuse_clear(self, args: OfAccount) -> list[dict[str, Any]]:
         """As `Accounts.clear`."""
         return self._supervisor.abuse.clear(args.account, args.check)
+
+    async def webhooks(self, args: Nothing) -> list[dict[str, Any]]:
+        """As `report.serving.Reporter.rows`; nothing where there are none."""
+        supervisor = self._supervisor
+        if not supervisor.config.webhook:
+            return []
+        found: list[dict[str, Any]] = await supervisor.reports.ask("rows", 5)
+        return found
+
+    async def webhook_test(self, args: OfWebhook) -> dict[str, Any]:
+        """As `Reporter.test`."""
+        found: dict[str, Any] = await self._supervisor.reports.ask("test", 305, name=args.name)
+        return found
+
+    async def webhook_replay(self, args: Replaying) -> dict[str, Any]:
+        """As `Reporter.replay`."""
+        found: dict[str, Any] = await self._supervisor.reports.ask("replay", 55, **msgspec.to_builtins(args))
+        return found
 
     async def lessons(self, args: Known) -> list[bool]:
         """Of each text, whether it was last learned as this."""

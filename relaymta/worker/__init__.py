@@ -91,7 +91,7 @@ class Shard:
         self.queue = Queue(
             Path(config.spool),
             number,
-            queue_settings(config),
+            queue_settings(config, worker.workers),
             worker.assign,
             self.dispatcher,
             self.witness,

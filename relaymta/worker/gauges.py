@@ -23,6 +23,7 @@ __all__ = ["QUARANTINE", "Gauges", "busy", "watch_collector"]
 
 QUARANTINE = "relaymta_quarantine_octets"
 LOG_DROPPED = index("relaymta_log_dropped_total")
+JOURNAL_DROPPED = index("relaymta_journal_dropped_total")
 
 _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], float]]] = [
     ("relaymta_queue_messages", attrgetter("messages"), sum),
@@ -85,6 +86,7 @@ class Gauges:
         self._worker = worker
         self._store_state = self._mail_state = "ok"
         self._log_dropped = 0
+        self._journal_dropped, self._journal_fails = 0, False
         self._memory_level = 0
         self._beats = 0
         self._timer: asyncio.TimerHandle
@@ -148,6 +150,7 @@ class Gauges:
             worker.collector.set_gauges(gauge)
         brim = any(shard.queue.brim for shard in worker.shards.values())
         worker.log.muted = brim and worker.log.shares_disk_with(Path(worker.config.spool))
+        self._count_journal()
         worker.counters.add(LOG_DROPPED, worker.log.dropped - self._log_dropped)
         self._log_dropped = worker.log.dropped
         state = "stalled" if stalled else "full" if full else "slow" if slow else "ok"
@@ -157,6 +160,21 @@ class Gauges:
             self._store_state = state
         if worker.mail is not None:
             self._note_mail(worker.mail)
+
+    def _count_journal(self) -> None:
+        """Count the events that could not be written, and log that there are such, and that they are written again."""
+        dropped, error = 0, ""
+        for shard in self._worker.shards.values():
+            journal = shard.queue.writer.journal
+            if journal is not None:
+                dropped += journal.files.dropped
+                error = error or journal.files.error
+        if dropped > self._journal_dropped:
+            self._worker.counters.add(JOURNAL_DROPPED, dropped - self._journal_dropped)
+            if not self._journal_fails:
+                self._worker.log.event("warning", text=f"events cannot be written to the journal: {error}: webhooks lack them")
+        self._journal_fails = dropped > self._journal_dropped
+        self._journal_dropped = dropped
 
     def _note_mail(self, mail: "Mail") -> None:
         """Log that the mailboxes take no mail now, and that they do again."""

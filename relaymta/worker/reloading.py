@@ -12,6 +12,7 @@ from relaymta.accept.endpoint import Parts
 from relaymta.config import Config
 from relaymta.errors import RelayError
 from relaymta.queue import QueueSettings
+from relaymta.queue.journal import JournalSettings
 from relaymta.route.shaping import Shaping
 from relaymta.route.table import RouteTable
 
@@ -92,11 +93,11 @@ class Reloading:
             if other_answers:
                 shard.dispatcher.flush()  # domains that could not be looked up
             shard.dispatcher.reconfigure(config, routes)
-            shard.queue.reconfigure(queue_settings(config))
+            shard.queue.reconfigure(queue_settings(config, worker.workers))
 
 
-def queue_settings(config: Config) -> QueueSettings:
-    """The settings of a shard."""
+def queue_settings(config: Config, workers: int) -> QueueSettings:
+    """The settings of a shard, of so many workers."""
     return QueueSettings(
         hostname=config.hostname,
         max_age_ms=int(config.queue.max_age * 1000),
@@ -104,4 +105,12 @@ def queue_settings(config: Config) -> QueueSettings:
         quarantine_ms=int(config.quarantine.keep * 1000),
         window=config.queue.window,
         window_bytes=config.queue.window_bytes,
+        journal=_journal(config, workers),
     )
+
+
+def _journal(config: Config, workers: int) -> JournalSettings | None:
+    """What the journal of events of each shard may have; None: nobody reads any."""
+    if not config.webhook:
+        return None
+    return JournalSettings(config.webhooks.store // max(workers, 1), int(config.webhooks.keep * 1000))

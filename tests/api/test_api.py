@@ -297,6 +297,7 @@ def test_every_request_of_the_command_line_is_in_the_api_or_left_out_on_purpose(
     """A new request is to be thought of: `status` and others are operations of their own."""
     left_out = {name for name in REQUESTS if name.startswith(("mailbox_", "sieve_"))}
     left_out |= {"history_files", "history_piece", "lessons", "learned", "sessions", "disconnect", "usage"}
+    left_out |= {"webhooks", "webhook_test", "webhook_replay"}
     left_out |= {"records", "exported", "import_data", "import_message", "trace", "activity", "upgrade"}
     behind = {  # requests that an operation is made of
         "status", "readiness", "readings", "summary", "shape", "shards", "page", "change", "move", "throttled", "message",

@@ -7,9 +7,10 @@ import random
 import sys
 from pathlib import Path
 
-from relaymta.disk import compact
+from relaymta.disk import compact, journal
 from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
 from relaymta.queue import Events, Null, Queue, QueueSettings, format_id, wall_ms
+from relaymta.queue.journal import JournalSettings
 
 ENOUGH = 100  # bodies that moved
 
@@ -26,7 +27,9 @@ class Collects(Null):
 async def main(spool: Path, groups: int) -> None:
     """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, others wait on."""
     offered: list = []
-    settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
+    journal.FILE_LEAST = journal.FILE_MOST = 1 << 14
+    journal.SYNC_OCTETS = 1 << 13  # so that its files change, and are synced now and then
+    settings = QueueSettings("relay.example", first_retry_ms=3_600_000, journal=JournalSettings(8 << 20, 86_400_000))
     queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], Collects(offered), Events())
     queue.segments.size = 1 << 17  # so that segments change and are used again
     compact.SPARE = 0  # and bodies move

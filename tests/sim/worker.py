@@ -43,7 +43,7 @@ class Worker:
 
     def __init__(self, world: Any, slot: int, folder: Path) -> None:
         self.world = world
-        self.slot = slot
+        self.slot, self.workers = slot, 2
         self.disk = Disk()
         self._folder = folder
         self._life = 0

@@ -1,0 +1,280 @@
+"""A stream hands the events of one shard to one consumer: in order, the next batch only when the one before was taken, and each
+until it is. Its place is written when a batch was taken; so each event comes at least once.
+
+A batch that a consumer does not take is handed to it again: after a second, then after up to five minutes, with jitter, or when
+it has asked for; but for events that are older than it wants them by then, which are dropped. What other streams do does not
+depend on it: there is one for each consumer and shard.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from relaymta.disk.journal import End, Found
+from relaymta.errors import RelayError, StoreError
+from relaymta.queue.journal import events_of
+from relaymta.report import places
+from relaymta.report.shards import Shard, records_of
+
+__all__ = ["Consumer", "NotTaken", "Pace", "Stream"]
+
+POLL = 0.2  # seconds between looks at a journal in which there was nothing new, and to gather what comes
+READ = 1 << 20  # octets of a journal that are read at once
+OCTETS_MOST = 1 << 20  # of the events of a batch, as JSON; one event may have more
+FIRST, MOST = 1.0, 300.0  # seconds of back-off
+FEW = 800  # octets of an event in the journal, on average in its frame
+SAVE_SECONDS = 5.0  # for a place behind events that the consumer does not want
+
+
+class NotTaken(RelayError):
+    """A consumer has not taken a batch. str(): why; `after`: seconds after which it wants to be asked again, 0: it does not say;
+    `gone`: it does not want to be asked any more."""
+
+    def __init__(self, why: str, after: float = 0.0, gone: bool = False) -> None:
+        super().__init__(why)
+        self.after = after
+        self.gone = gone
+
+
+class Consumer:
+    """Who takes events. `name`: by which its places are kept; `batch`: events that it takes at once; `retry_ms`: the age at which
+    an event that it does not take is dropped, 0: never."""
+
+    name = ""
+    batch = 500
+    retry_ms = 0
+
+    def wants(self, event: dict[str, Any]) -> bool:
+        """Whether it wants to know of an event. On any thread."""
+        return True
+
+    async def take(self, events: list[dict[str, Any]]) -> None:
+        """Take events, of one shard and in their order; they were taken when this returns. NotTaken, or another exception: they
+        come again."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Nothing comes any more."""
+
+
+class Pace:
+    """When a consumer is asked again that has failed: of all its streams together. `failures`: one after the other; `why`: the
+    last one, "": it has not failed since it took anything; `gone`: it is not asked again."""
+
+    def __init__(self, told: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+        """`told(text)` logs a warning."""
+        self._told, self._now = told, now
+        self.failures = 0
+        self.why = ""
+        self.gone = False
+        self.until = 0.0
+        self._failed = 0.0
+        self._changed = asyncio.Event()
+
+    async def turn(self) -> float:
+        """Wait until it may be asked; the time then, for `failed`."""
+        while self.gone or (left := self.until - self._now()) > 0:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), None if self.gone else left)
+            except TimeoutError:
+                pass
+        return self._now()
+
+    def failed(self, error: Exception, began: float) -> None:
+        """It has not taken a batch, which was given to it at `began`."""
+        why = str(error) or type(error).__name__
+        if not self.failures:
+            self._told(f"it does not take events: {why}; they are sent again")
+        if began >= self._failed:  # else another stream has failed at the same time
+            self.failures += 1
+            self._failed = self._now()
+        pause = min(FIRST * 2.0 ** min(self.failures - 1, 20), MOST) * random.uniform(0.75, 1.25)
+        after = error.after if isinstance(error, NotTaken) else 0.0
+        self.why, self.until = why, max(self.until, self._now() + max(pause, after))
+        if isinstance(error, NotTaken) and error.gone and not self.gone:
+            self.gone = True
+            self._told(f"{why}: nothing is sent to it before a reload, or before a test of it succeeds")
+
+    def revive(self) -> None:
+        """It may be asked again, if it was gone."""
+        if self.gone:
+            self.gone, self.until = False, 0.0
+            self._changed.set()
+
+    def succeeded(self) -> None:
+        """It has taken a batch."""
+        if self.failures:
+            self._told("it takes events again")
+        self.failures, self.why, self.until, self.gone = 0, "", 0.0, False
+        self._changed.set()
+
+
+class Batch(NamedTuple):
+    """Events, when each happened (ms UTC), the place behind them, and how many were dropped before it."""
+
+    events: list[dict[str, Any]]
+    times: list[int]
+    place: End
+    dropped: int
+
+
+class Tally:
+    """What was counted of a consumer: events that were `delivered`, and `dropped`."""
+
+    def __init__(self) -> None:
+        self.delivered = self.dropped = 0
+
+
+class Stream:
+    """`file`: of its place; `warn(text)` logs; `until`: where a replay ends, None: it does not end; `only`: the events that it is
+    about; `fresh`: a consumer without a place begins with the oldest event that there is, else with what happens from now on."""
+
+    def __init__(
+        self, consumer: Consumer, shard: Shard, file: Path, pace: Pace, tally: Tally, threads: Executor,
+        warn: Callable[[str], None], until: End | None = None, only: Callable[[dict[str, Any]], bool] = lambda event: True,
+        fresh: bool = False,
+    ) -> None:  # fmt: skip
+        self.consumer = consumer
+        self.shard = shard
+        self.place = End()
+        self.waits_since = 0  # ms UTC: when the first event happened that it has and that is not taken; 0: it has none
+        self._file, self._pace, self._tally, self._threads, self._warn = file, pace, tally, threads, warn
+        self._until, self._only, self._fresh = until, only, fresh
+        self._saved = 0.0  # when its place was written, and which
+        self._kept = End()
+        self._trouble = ""
+        self._more = False
+
+    @property
+    def behind(self) -> int:
+        """How many events of the journal it has not come to."""
+        return max(0, (self._until or self.shard.known).number - self.place.number)
+
+    async def run(self) -> None:
+        """Hand over, until this is cancelled, or a replay is at its end."""
+        await self._begin()
+        while self._until is None or self.place.number < self._until.number:
+            try:
+                batch = await self._run(self._next)
+            except (OSError, StoreError) as error:
+                self._say(f"{error}: its events wait")
+                await asyncio.sleep(FIRST)
+                continue
+            self._trouble = ""
+            if batch.dropped:
+                self._dropped(batch.dropped, "were there no more, or could not be written")
+            if batch.events:
+                await self._hand_over(batch)
+            self.place = batch.place
+            if self.place != self._kept:
+                await self._save(bool(batch.events))
+            self.waits_since = 0
+            if not self._more:
+                await asyncio.sleep(POLL)
+
+    async def _run(self, what: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, what, *arguments)
+
+    async def _begin(self) -> None:
+        """Find its place."""
+        while True:
+            try:
+                self.place = self._kept = await self._run(self._first)
+                return
+            except (OSError, StoreError) as error:
+                self._say(f"{error}: its events wait")
+                await asyncio.sleep(FIRST)
+
+    def _first(self) -> End:
+        """On a thread."""
+        end, found = self.shard.end(), places.load(self._file)
+        if found is None:
+            oldest = self.shard.reader.oldest() if self._fresh or self._file.exists() else End()
+            found = oldest if oldest.file else end
+            places.save(self._file, found)
+        return found
+
+    def _next(self) -> Batch:
+        """On a thread: the next events, as many as there are for one batch."""
+        piece = self.shard.read(self.place, READ)
+        found = Batch([], [], piece.place, 0)
+        octets, dropped, place = 0, 0, piece.start
+        limit = self._until.number if self._until is not None else 1 << 63
+        for record in piece.records:
+            dropped += piece.gaps.get(record.number, 0)
+            if record.number >= limit:
+                self._more = False
+                return found._replace(place=self._until or piece.place, dropped=dropped)
+            for taken, event, moment, size in self._of(record, place):
+                if found.events and (octets + size > OCTETS_MOST or len(found.events) >= self.consumer.batch):
+                    self._more = True
+                    return found._replace(place=record.place(taken), dropped=dropped)
+                octets += size
+                found.events.append(event)
+                found.times.append(moment)
+            place = record.place(record.events)
+        dropped += piece.gaps.get(piece.place.number, 0)  # behind the last record
+        self._more = piece.place.number < self.shard.known.number
+        return found._replace(dropped=dropped)
+
+    def _of(self, found: Found, place: End) -> Iterator[tuple[int, dict[str, Any], int, int]]:
+        """The events in a frame from a place on that the consumer wants: (how many are before it, event, ms UTC, octets of its
+        JSON: where they are few, a guess that is rather too high)."""
+        few = len(found.record) // found.events < FEW
+        wants, only, taken = self.consumer.wants, self._only, -1
+        for record in records_of(found):
+            if found.number + taken + len(record.parties) < place.number:
+                taken += len(record.parties)
+                continue
+            for event in events_of(found.number + taken + 1, record):
+                taken += 1
+                if found.number + taken >= place.number and only(event) and wants(event):
+                    yield taken, event, record.time, FEW * 2 if few else len(msgspec.json.encode(event))
+
+    async def _hand_over(self, batch: Batch) -> None:
+        """Until it is taken, or all of it is too old."""
+        waiting, times = batch.events, batch.times
+        while waiting:
+            self.waits_since = times[0]
+            began = await self._pace.turn()
+            try:
+                await self.consumer.take(waiting)
+            except Exception as error:  # NotTaken, or a defect of a consumer, which must not end the stream
+                self._pace.failed(error, began)
+            else:
+                self._pace.succeeded()
+                self._tally.delivered += len(waiting)
+                return
+            oldest = time.time_ns() // 1_000_000 - self.consumer.retry_ms if self.consumer.retry_ms else 0
+            late = sum(moment < oldest for moment in times)
+            if late:
+                kept = [at for at, moment in enumerate(times) if moment >= oldest]
+                waiting, times = [waiting[at] for at in kept], [times[at] for at in kept]
+                self._dropped(late, "were not taken for too long")
+
+    def _dropped(self, count: int, why: str) -> None:
+        self._tally.dropped += count
+        self._warn(f"{count} events of shard {self.shard.number} {why}: they are dropped")
+
+    def _say(self, trouble: str) -> None:
+        """Warn of a trouble once."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._warn(trouble)
+
+    async def _save(self, taken: bool) -> None:
+        now = time.monotonic()
+        if taken or now - self._saved > SAVE_SECONDS:
+            self._saved = now
+            try:
+                await self._run(places.save, self._file, self.place)
+                self._kept = self.place
+            except OSError as error:
+                self._say(f"its place cannot be written: {error.strerror or error}: events are sent again after a restart")

@@ -1,0 +1,170 @@
+"""The process that tells webhooks what becomes of mail (report/), which is not this one: it is there while there are webhooks,
+and is started again when it ends. What it does, or does not, costs mail nothing."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relaymta.config import Config
+from relaymta.control import Channel, Refused, program
+from relaymta.disk.journal import file_numbers
+from relaymta.disk.shards import shard_numbers
+from relaymta.errors import RelayError
+from relaymta.metrics import WebhookTotals
+
+__all__ = ["Reports"]
+
+BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds before a process that has failed is started again
+STEADY_SECONDS = 60.0  # of a process that is no failure
+END_SECONDS = 5.0  # for it to end
+START_SECONDS = 30.0
+
+
+class Reports:
+    """`warn(text)` logs a warning."""
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        self._config = config
+        self._warn = warn
+        self._channel: Channel | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._changed = asyncio.Event()  # the configuration has, or it is closing
+        self._totals: dict[str, WebhookTotals] = {}
+        self._before: dict[str, WebhookTotals] = {}  # what processes counted that have ended
+        # Where nobody has kept a journal before, whoever is there first begins with its first event, though that may be earlier
+        # than the process.
+        self._unkept = not _has_journal(Path(config.spool))
+        self._fresh: list[str] = []
+
+    def start(self) -> None:
+        """Have the process run while there are webhooks. Until `close`."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._keep())
+
+    def configured(self, config: Config) -> None:
+        """A reload has replaced the configuration."""
+        self._config = config
+        known = {row.name for row in config.webhook}
+        self._totals = {name: found for name, found in self._totals.items() if name in known}
+        self._changed.set()
+        if config.webhook and self._channel is not None:
+            with contextlib.suppress(RelayError):
+                self._channel.notify("configure", config=config.to_json())
+
+    @property
+    def _unwanted(self) -> bool:
+        return self._closing or not self._config.webhook
+
+    async def _keep(self) -> None:
+        backoff = BACKOFF_FIRST
+        while not self._closing:
+            self._changed.clear()
+            if self._unwanted:
+                await self._changed.wait()
+                continue
+            if self._unkept:
+                self._unkept, self._fresh = False, [row.name for row in self._config.webhook]
+            began = time.monotonic()
+            status = await self._run()
+            if self._unwanted:
+                continue
+            if time.monotonic() - began > STEADY_SECONDS:
+                backoff = BACKOFF_FIRST
+            self._warn(f"the process of the webhooks has ended ({status}); it is started again in {backoff:.0f} s")
+            await self._pause(backoff)
+            backoff = min(2 * backoff, BACKOFF_MOST)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._closing:
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    async def _run(self) -> int | str:
+        """One process, until it ends; its status, or why there was none."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *program("relaymta.report", str(theirs.fileno())), pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+            )
+        except OSError as error:
+            ours.close()
+            return error.strerror or str(error)
+        finally:
+            theirs.close()
+        channel = self._channel = Channel(ours, self._asked, lambda: None)
+        ended = asyncio.get_running_loop().create_task(process.wait())
+        why = ""
+        try:
+            await channel.ask("start", None, START_SECONDS, config=self._config.to_json(), fresh=self._fresh)
+            while not (ended.done() or self._unwanted):
+                changed = asyncio.get_running_loop().create_task(self._changed.wait())
+                await asyncio.wait({ended, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                self._changed.clear()
+        except (RelayError, ConnectionError, Refused) as error:
+            why = str(error)
+        finally:
+            self._channel = None
+            channel.close()  # it ends then
+            await _ended(process)
+            await ended
+            self._before = dict(self._totals)
+        return why or process.returncode or 0
+
+    async def _asked(self, op: str, args: dict[str, Any], descriptors: list[int]) -> None:
+        if op == "figures":
+            for name, delivered, dropped, behind, seconds, failing in args["rows"]:
+                before = self._before.get(name, WebhookTotals())
+                self._totals[name] = WebhookTotals(
+                    before.delivered + delivered, before.dropped + dropped, behind, seconds, failing
+                )  # fmt: skip
+
+    def totals(self) -> dict[str, WebhookTotals]:
+        """What was counted of each webhook, since the start."""
+        return self._totals
+
+    async def ask(self, op: str, seconds: float, **args: Any) -> Any:
+        """Ask the process. RelayError: it is not there, or refuses."""
+        if not self._config.webhook:
+            raise RelayError("no [[webhook]] is configured")
+        if self._channel is None:
+            raise RelayError("the process of the webhooks is being started; try again")
+        try:
+            return await self._channel.ask(op, None, seconds, **args)
+        except ConnectionError as error:
+            raise RelayError(f"the process of the webhooks: {error}") from None
+
+    def reopen_log(self) -> None:
+        """The log was rotated."""
+        if self._channel is not None:
+            with contextlib.suppress(RelayError):
+                self._channel.notify("reopen_log")
+
+    async def close(self) -> None:
+        """End the process."""
+        self._closing = True
+        self._changed.set()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Wait for the end of a process, which has been told to end."""
+    if process.returncode is None:
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+
+
+def _has_journal(spool: Path) -> bool:
+    """Whether any shard has a journal."""
+    return any(file_numbers(spool / f"shard-{number}" / "journal") for number in shard_numbers(spool))
