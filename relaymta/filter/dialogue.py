@@ -6,15 +6,17 @@ has said of the whole message before it has seen it, or why it could not be aske
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from relaymta.filter.guard import Finding, Guard, Judge
-from relaymta.filter.judgement import Answer, FilterSession, Mail, Verdict
+from relaymta.filter.judgement import Answer, FilterSession, Greeter, Mail, Verdict
 
 if TYPE_CHECKING:
     from relaymta.filter.chain import Chain
 
 __all__ = ["Dialogue"]
+
+UNADDRESSED = frozenset({"CONNECT", "HELO", "AUTH", "MAIL"})  # when no recipient is known
 
 
 class Dialogue:
@@ -31,6 +33,13 @@ class Dialogue:
         for guard in chain.guards:
             if guard.begins:
                 self._session(guard)
+
+    async def client(self, verb: str, mail: Mail) -> Finding | None:
+        """CONNECT, HELO or AUTH: what refuses the client, or None. Nothing of it counts for a message."""
+        found = await self._ask(verb, mail, (), lambda session: cast(Greeter, session).client(verb, mail))
+        self._decided.clear()
+        self._noted.clear()
+        return found
 
     async def mail(self, mail: Mail) -> Finding | None:
         """MAIL: what refuses it, or None. As all questions here: cancelled, no filter is left in the middle of one."""
@@ -56,7 +65,7 @@ class Dialogue:
         chain, refusal, instead = self._chain, None, None
         until, said = chain.deadline(), list[tuple[Finding, bool]]()
         for guard in chain.guards:
-            if verb not in guard.asks or not (verb == "MAIL" or guard.looks_at(recipients)):
+            if verb not in guard.asks or not (verb in UNADDRESSED or guard.looks_at(recipients)):
                 continue
             found = self._decided.get(guard)
             if found is None:

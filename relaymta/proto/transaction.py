@@ -35,7 +35,8 @@ class Transaction:
 
     __slots__ = (
         "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "last_chunk",
-        "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal", "sender", "size", "smtputf8",
+        "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal", "route",
+        "sender", "size", "smtputf8",
         "tail", "unseen", "utf8_header",
     )  # fmt: skip
 
@@ -64,6 +65,7 @@ class Transaction:
         self.unseen: Unseen | None = None  # which filters look at it in the queue; None: none does
         self.message_id = ""
         self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8
+        self.route = ""  # the name of the route that filters have chosen; "": none
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def accept(self, address: str) -> bytes | None:

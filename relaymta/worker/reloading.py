@@ -85,6 +85,7 @@ class Reloading:
         worker.log.routes(config)
         worker.intake.configure(config, routes)
         worker.watch_conduct()
+        worker.tell_hooks()
         worker.acceptor.config = config
         worker.acceptor.endpoint.configure(prepared.parts)
         for shard in worker.shards.values():
