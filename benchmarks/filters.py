@@ -236,6 +236,7 @@ CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "http, signed, with the data": (partial(_hook, True), ""),
     "python": (_hooks, ""),
     "python, the message alone": (partial(_hooks, True), ""),
+    "python, on the loop": (_hooks, ',isolation="loop"'),
     "greylist": (_greylist, ""),
     "dnsbl": (_dnsbl, ""),
     "rules": (contextmanager(_rules), f"mail_rule=[{RULES}]"),

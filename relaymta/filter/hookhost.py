@@ -32,7 +32,8 @@ from relaymta.hooks import Body
 
 __all__ = ["SHARED", "SPENT"]
 
-SHARED: Final = 16  # octets of the shared memory: the number of the call that is running, and how many steps calls have taken
+SHARED: Final = 24  # octets of the shared memory: the number of the call that is running, how many steps calls have taken, and
+# the number of the one that was running last
 SPENT: Final = 71  # exit status: it has come to the end of its memory
 BROKEN: Final = 78  # exit status: the file cannot be imported
 LOOK: Final = 0.025  # seconds between two looks at what is running
@@ -58,7 +59,7 @@ def _steps(coroutine: Coroutine[Any, Any, Any], number: int, running: memoryview
     step: Callable[[], Any] = partial(coroutine.send, None)
     while True:
         running[1] += 1
-        running[0] = number
+        running[0] = running[2] = number
         try:
             waits_for = step()
         except StopIteration as stop:
@@ -197,6 +198,16 @@ def _forked(sock: socket.socket) -> None:
         pass
 
 
+def _close_others(kept: set[int]) -> None:
+    """Close all other descriptors: what the worker has inherited itself is none of a hook's business, and uvloop passes it on."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number not in kept:
+            try:
+                os.close(number)
+            except OSError:  # that of the folder
+                pass
+
+
 def check(path: str) -> None:
     """Say whether a file can be imported: its hooks as JSON, or why not, and the exit status."""
     try:
@@ -220,10 +231,14 @@ def main() -> None:
     descriptor, shared, path, memory, parent = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
     if os.getppid() != parent:
         return
+    _close_others({0, 1, 2, descriptor, shared})
     sock = socket.socket(fileno=descriptor)
     sock.set_inheritable(False)
     os.register_at_fork(after_in_child=partial(_forked, sock))
+    own = os.dup(shared)  # the descriptor that mmap makes for itself, which is of no use, but to write garbage to
+    os.close(own)
     running = memoryview(mmap.mmap(shared, SHARED)).cast("Q")
+    os.close(own)
     os.close(shared)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -11,7 +11,7 @@ late        no answer within its time: whoever waits hears that, and the process
 held        it blocks the process: all others are given to the one that waits, after HELD seconds; it has its time.
 ended       the process has ended under it: if it was running then, it has failed; if not, it is called once more.
 
-State, changed on the loop alone: `_Version.called`, `spare`, `others` and `waiting` by its methods; `Pool.version` by `_took`,
+State, changed on the loop alone: `Version.called`, `spares`, `others` and `waiting` by its methods; `Pool.version` by `_took`,
 `_candidate` by this and `look`.
 """
 
@@ -32,6 +32,7 @@ HELD: Final = 2  # looks at which a call is at the same step: then it holds the 
 STOPPING: Final = 0.1  # seconds for a process to stop a call
 WAIT: Final = 5.0  # seconds for which a call waits for a process
 IMPORT: Final = 30.0  # seconds that an import may take
+SPARES: Final = 2  # that wait, at most: one that was held, and has come back, is one of them
 PROCESSES: Final = 4  # of one version at the same time
 PAUSE_LEAST, PAUSE_MOST, PAUSE_BROKEN = 0.1, 1.0, 10.0  # seconds between two starts: twice as many with each in a row
 STABLE: Final = 10.0  # seconds after which one that ends is not taken for one of a row
@@ -71,7 +72,7 @@ class Version:
         self.sessions = 0
         self.problem = ""  # why no process could be started last
         self.called: Process | None = None
-        self.spare: Process | None = None
+        self.spares: deque[Process] = deque()  # that wait
         self.others: set[Process] = set()  # being started, or held by a call
         self.waiting: deque[Ask] = deque()
         self._tasks: dict[Process, asyncio.Task[None]] = {}
@@ -158,6 +159,7 @@ class Version:
         files = tuple(reply.files[:FILES])
         if self.known and files != self.files:  # they have changed since: that is another version
             self._pool.look()
+            self._row += 1
             process.end("")
             return
         self.hooks, self.bodies, self.files = frozenset(reply.hooks), frozenset(reply.bodies), files
@@ -187,8 +189,8 @@ class Version:
                 self.ask(self.waiting.popleft())
             if not self._replaced:
                 self.start()
-        elif self.spare is None and not self._replaced:
-            self.spare = process
+        elif len(self.spares) < SPARES and not self._replaced:
+            self.spares.append(process)
         else:
             process.end("")
 
@@ -199,8 +201,8 @@ class Version:
         if process.held or number not in process.pending:
             return
         process.held = True
-        if process is self.spare:
-            self.spare = None
+        if process in self.spares:
+            self.spares.remove(process)
         self.others.add(process)
         moved = [ask for known, ask in process.pending.items() if known != number]
         for ask in moved:  # it may have been begun there
@@ -212,15 +214,15 @@ class Version:
 
     def ended(self, process: Process, why: str) -> None:
         """As of Owner."""
-        culprit, pending = process.now[0], list(process.pending.values())
+        culprit, pending = process.suspect, list(process.pending.values())
         process.pending.clear()
         process.cancelling.clear()
         lasted = self._loop.time() - process.started_at
         if why:
             self._row = 1 if process.ready and lasted > STABLE else self._row + 1
         self.others.discard(process)
-        if process is self.spare:
-            self.spare = None
+        if process in self.spares:
+            self.spares.remove(process)
         if why and not process.ready:
             self.problem = self.problem or f"the process of hooks {why}"
             self._pool.did_not_come_up(self)
@@ -243,7 +245,7 @@ class Version:
 
     def _succeed(self) -> None:
         """The one that waits takes the place of the one that was called."""
-        self.called, self.spare = self.spare, None
+        self.called = self.spares.popleft() if self.spares else None
         if not self._over:
             self.start()
         while self.waiting and self.called is not None:
@@ -254,7 +256,7 @@ class Version:
     def start(self) -> None:
         """Start what is missing: one that is called, and one that waits. Not at once, where they end one after the other."""
         starting = [one for one in self.others if not one.ready]
-        missing = (self.called is None) + (self.spare is None) - len(starting)
+        missing = (self.called is None) + (not self.spares) - len(starting)
         if self._over or missing <= 0 or (starting and self.called is None) or self._pause is not None:
             return
         if len(self._tasks) >= PROCESSES:
@@ -302,8 +304,8 @@ class Version:
             self.end()
             return
         self._old = self._loop.call_later(OLD, self.end)
-        if self.spare is not None:
-            self.spare.end("")
+        for process in [*self.spares]:
+            process.end("")
 
     def end(self) -> None:
         """End its processes. What is under way fails, or is called in the version in use."""

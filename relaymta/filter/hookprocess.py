@@ -82,6 +82,7 @@ class Process:
         self._backlog = 0
         self._process: asyncio.subprocess.Process | None = None
         self._seen, self._same = (0, 0), 0  # by `look`
+        self._astray = False  # the socket was closed or written to by somebody else than us
 
     async def run(self, path: str, memory: int) -> None:
         """Start it, and wait for its end. `memory`: octets that it may have, 0: any number. Cancelled: it is killed."""
@@ -133,6 +134,14 @@ class Process:
     def now(self) -> tuple[int, int]:
         """The number of the call that is running, 0: none, and how many steps calls have taken, both as it says."""
         return (self._running[0], self._running[1]) if self._running is not None else (0, 0)
+
+    @property
+    def suspect(self) -> int:
+        """The number of the call whose fault its end is, as far as that can be known, 0: it cannot. One that has closed the
+        socket, or written to it, may have returned since."""
+        if self._running is None:
+            return 0
+        return self._running[0] or (self._running[2] if self._astray else 0)
 
     def look(self) -> int:
         """At how many looks in a row, this one included, a call of it was at the same step: 0: it has gone on since."""
@@ -215,6 +224,7 @@ class Process:
                 if self.gone:
                     return
         except Garbage as error:
+            self._astray = True
             self.end(f"says what makes no sense: {error}")
 
     def _heard(self, reply: Reply) -> None:
@@ -242,7 +252,12 @@ class Process:
             self._closing = True
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())
-            self._loop.call_later(CLOSING, self.end, "has closed its socket")
+            self._loop.call_later(CLOSING, self._closed)
+
+    def _closed(self) -> None:
+        """It has not ended since: a hook has closed it."""
+        self._astray = True
+        self.end("has closed its socket")
 
     def end(self, why: str) -> None:
         """It is ended now, with all that it has forked. Further calls do nothing."""
