@@ -2,7 +2,8 @@
 
 State, all of it changed on the loop, by the one question that is under way or by `reset` and `end`: `_decided`, what a filter
 has said of the whole message before it has seen it, or why it could not be asked: it is not asked again in this transaction;
-`_noted`, what else it has said of the envelope, as far as no refusal has followed from that.
+`_noted`, what else it has said of the envelope, as far as no refusal has followed from that; `_at_data`, of which filters the
+former was said at DATA.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,7 +23,7 @@ UNADDRESSED = frozenset({"CONNECT", "HELO", "AUTH", "MAIL"})  # when no recipien
 class Dialogue:
     """See above. `client`: its address."""
 
-    __slots__ = ("_chain", "_client", "_decided", "_noted", "_sessions")
+    __slots__ = ("_at_data", "_chain", "_client", "_decided", "_noted", "_sessions")
 
     def __init__(self, chain: "Chain", client: str) -> None:
         self._chain = chain
@@ -30,6 +31,7 @@ class Dialogue:
         self._sessions: dict[Guard, FilterSession] = {}
         self._decided: dict[Judge, Finding] = {}
         self._noted: dict[Judge, Finding] = {}
+        self._at_data = frozenset[Judge]()
         for guard in chain.guards:
             if guard.begins:
                 self._session(guard)
@@ -52,11 +54,13 @@ class Dialogue:
     async def data(self, mail: Mail) -> Finding | None:
         """DATA: what refuses it, or None. Where it was refused before, recipients may have been added since: what was said then
         does not count."""
-        for guard in self._chain.guards:
-            if "DATA" in guard.asks:
-                self._decided.pop(guard, None)
-                self._noted.pop(guard, None)
-        return await self._ask("DATA", mail, mail.recipients, lambda session: session.data(mail))
+        for guard in self._at_data:
+            self._decided.pop(guard, None)
+        before = frozenset(self._decided)
+        try:
+            return await self._ask("DATA", mail, mail.recipients, lambda session: session.data(mail))
+        finally:
+            self._at_data = frozenset(self._decided) - before
 
     async def _ask(
         self, verb: str, mail: Mail, recipients: Sequence[str], question: Callable[[FilterSession], Awaitable[Answer]]
@@ -149,6 +153,7 @@ class Dialogue:
 
     def reset(self) -> None:
         """The transaction is over."""
+        self._at_data = frozenset()
         self._decided.clear()
         self._noted.clear()
         for session in self._sessions.values():
