@@ -70,7 +70,7 @@ class _Got(NamedTuple):
 def chosen(read: Configuration, file: Path | None, only: str) -> Chosen:
     """What is meant: a file, or a filter of the configuration. Ends the program where that is not clear."""
     if file is not None:
-        return Chosen(str(file.absolute()), 1.0, 512_000_000, None)
+        return Chosen(str(file.absolute()), 1.0, 512 << 20, None)
     config = config_with(read, "filter")
     there: dict[str, Settings] = {one.name: one for one in config.filter if one.type == "python"}
     if not there:
@@ -132,6 +132,7 @@ async def _tested(what: Chosen, cases: "list[tuple[Path, Case]]") -> list[dict[s
         rows = []
         for path, case in cases:
             told.clear()
+            hooks.told_at.clear()
             got = await _got(hooks, path, case)
             why = _wrong(case, got)
             about = {"file": str(path), "case": case.name, "event": case.event, "passed": not why, "why": why}

@@ -67,7 +67,7 @@ CHANGING = ("milter", "policy", "http", "python")  # types that may change more 
 NOT_YET = ("smtp",)
 OF_TYPE = dict.fromkeys(("delay", "retry_window", "known_for", "known_after"), "greylist") | {"lists": "dnsbl"}
 OF_TYPE |= dict.fromkeys(("body", "secret_file"), "http") | dict.fromkeys(("file", "isolation", "memory"), "python")
-MEMORY_LEAST = 128_000_000  # octets of address space
+MEMORY_LEAST = 128 << 20  # octets of address space
 HOOK_SECONDS = 1.0  # of type python, where `timeout` is not given
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")
@@ -200,7 +200,7 @@ class Filter(Table):
         "worker, which a function that blocks stops",
     )  # fmt: skip
     memory: Reload[Size] = Field(
-        512_000_000, ge=0, description="python: octets of address space of a process (RLIMIT_AS); 0: any number"
+        512 << 20, ge=0, description="python: octets of address space of a process (RLIMIT_AS); 0: any number"
     )
     score: Reload[list[Score]] = Field([], description="verdicts by score")
     lists: Reload[list[DnsList]] = Field([], description="dnsbl: what is asked")
@@ -319,7 +319,7 @@ class Filter(Table):
         if self.isolation == "loop" and self._is_given("memory"):
             yield "memory", 'has no meaning with isolation = "loop": it is the worker\'s'
         if 0 < self.memory < MEMORY_LEAST:
-            yield "memory", f"{self.memory}: no process can begin with less than {MEMORY_LEAST // 1_000_000} MB"
+            yield "memory", f"{self.memory}: no process can begin with less than {MEMORY_LEAST >> 20} MB"
 
     def _is_given(self, key: str) -> bool:
         return bool(getattr(self, key) != type(self).model_fields[key].get_default())

@@ -140,7 +140,8 @@ def _stamps(paths: Sequence[str]) -> tuple[Any, ...]:
 
 class Hooks:
     """A judgement.Follower. Its words: verdicts, and "raised". `changed()`: called when `asks`, `begins` or `looks` are others;
-    `longest`: seconds that an answer may take, all in all."""
+    `longest`: seconds that an answer may take, all in all; `told_at`: when (loop time) it was logged last, of what is not
+    logged again for a while."""
 
     alone = True
 
@@ -161,7 +162,7 @@ class Hooks:
         self.warn = warn
         self._pool: Any = None
         self._closed = False
-        self._told_at: dict[str, float] = {}
+        self.told_at: dict[str, float] = {}
         self._events: deque[tuple[str, dict[str, Any]]] = deque()
         self._telling: set[asyncio.Task[None]] = set()
         self._shape(declared(path))
@@ -283,13 +284,13 @@ class Hooks:
 
     def _is_news(self, what: str) -> bool:
         now = asyncio.get_running_loop().time()
-        if now - self._told_at.get(what, -TRACEBACK_EVERY) < TRACEBACK_EVERY:
+        if now - self.told_at.get(what, -TRACEBACK_EVERY) < TRACEBACK_EVERY:
             return False
-        if len(self._told_at) >= PLACES_MOST:
-            if now - min(self._told_at.values()) < TRACEBACK_EVERY:
+        if len(self.told_at) >= PLACES_MOST:
+            if now - min(self.told_at.values()) < TRACEBACK_EVERY:
                 return False
-            self._told_at.clear()
-        self._told_at[what] = now
+            self.told_at.clear()
+        self.told_at[what] = now
         return True
 
     def answer(self, hook: str, found: Reply, header: bytes = b"") -> Answer:
