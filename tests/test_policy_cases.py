@@ -1,7 +1,10 @@
 """`relaymta policy test`, and the example of docs/hooks.md."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -10,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from relaymta.cli import main
 
-PAGE = (Path(__file__).parents[1] / "docs/hooks.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/hooks.md").read_text(encoding="utf-8")
 
 HOOKS = """
 from relaymta.hooks import *
@@ -108,6 +112,18 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     done = ran(tmp_path, cases, hooks=hooks)
     assert (done.exit_code, done.output) == (0, "4 cases: 4 pass, 0 fail\n")
     assert "# 4 cases: 4 pass, 0 fail" in PAGE
+
+
+def test_the_functions_of_the_page_are_typed(tmp_path: Path) -> None:
+    """mypy, as a user runs it: elsewhere, with the records of the package."""
+    texts = [text for text in blocks() if "async def" in text]
+    assert len(texts) == 2
+    for number, text in enumerate(texts):
+        (tmp_path / f"policy{number}.py").write_text(text)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "."]
+    environment = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_body_of_the_page(tmp_path: Path) -> None:

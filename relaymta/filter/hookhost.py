@@ -8,7 +8,7 @@ whose fault it was. A second thread looks at it, too: it tells where a hook is t
 """
 
 import asyncio
-import ctypes
+import contextlib
 import gc
 import json
 import mmap
@@ -198,6 +198,15 @@ def _forked(sock: socket.socket) -> None:
         pass
 
 
+def _end_with_worker() -> None:
+    """The kernel ends this process with the worker: a hook that blocks does not see that the socket is closed. (Where libffi may
+    not be used, only the end of the socket does.)"""
+    with contextlib.suppress(OSError, MemoryError, ImportError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _close_others(kept: set[int]) -> None:
     """Close all other descriptors: what the worker has inherited itself is none of a hook's business, and uvloop passes it on."""
     for number in map(int, os.listdir("/proc/self/fd")):
@@ -227,7 +236,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.argv[1] == "check":
         check(sys.argv[2])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a hook that blocks does not see that the socket is closed
+    _end_with_worker()
     descriptor, shared, path, memory, parent = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
     if os.getppid() != parent:
         return
@@ -240,9 +249,12 @@ def main() -> None:
     running = memoryview(mmap.mmap(shared, SHARED)).cast("Q")
     os.close(own)
     os.close(shared)
-    if memory:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (OSError, ValueError) as error:  # a filter of system calls: hooks are called all the same
+        sys.stderr.write(f"relaymta: the memory of hooks cannot be limited: {error}\n")
     sock.setblocking(False)
     try:
         file = HookFile(path)

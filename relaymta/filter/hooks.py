@@ -42,6 +42,12 @@ _STRICTNESS: Final = ("accept", "tag", "discard", "hold", "tempfail", "raised", 
 _REPLY: Final = re.compile(r"([45])\d\d (\1\.\d{1,3}\.\d{1,3}) (\S.*)\Z", re.ASCII)
 _REFUSALS: Final = {"tempfail": "4", "reject": "5"}
 _OF_CLIENT: Final = frozenset({"accept", "tempfail", "reject", "raised"})  # all that can be done before there is a message
+# Which words of a reply make sense.
+_MAY_SAY: Final = (
+    dict.fromkeys((*CLIENT, *ENVELOPE, "on_message"), frozenset({"none", *_STRICTNESS}))
+    | dict.fromkeys(AFTERWARDS, frozenset({"none", "raised"}))
+    | {"choose_route": frozenset({"none", "route", "raised"})}
+)
 _RAISED: Final = reply.format_reply(451, "4.3.0", "Internal error; try again later")
 
 
@@ -263,9 +269,10 @@ class Hooks:
             self._means.took(hook, clock() - began)
         if found.word == "raised":
             self._raised(hook, found)
-        elif found.word in ("invalid", "cancelled"):
+        elif found.word not in _MAY_SAY[hook]:
             self._means.failed(hook, "answer")
-            raise FilterFailure("protocol", printable(found.reason)[:REASON_MOST] or f"{hook} was cancelled", True)
+            why = printable(found.reason)[:REASON_MOST] if found.word == "invalid" else f"{hook} says {found.word[:32]!r}"
+            raise FilterFailure("protocol", why, True)
         return found
 
     def _raised(self, hook: str, found: Reply) -> None:
@@ -348,7 +355,8 @@ class Hooks:
             try:
                 await self.call(version, hook, [attempt])
             except FilterFailure as failure:
-                self.warn(str(failure))
+                if self._is_news(f"told {hook}"):
+                    self.warn(str(failure))
 
 
 class _Session:

@@ -219,6 +219,21 @@ async def test_what_is_no_verdict_is_a_failure_that_says_what_it_was(tmp_path, r
         assert one.pool.version.called is not None, "the process is well"
 
 
+@pytest.mark.parametrize("hook, word", [
+    ("on_rcpt", "route"), ("on_rcpt", "ready"), ("on_rcpt", "x" * 100), ("choose_route", "reject"), ("on_attempt", "hold"),
+])  # fmt: skip
+async def test_a_word_that_no_such_hook_says_is_a_failure(tmp_path, monkeypatch, hook, word):
+    async with hooks(tmp_path, BAD) as one:
+
+        async def call(*_: object) -> Frame:
+            return Frame(1, word)
+
+        monkeypatch.setattr(one.pool, "call", call)
+        with pytest.raises(FilterFailure, match=f"{hook} says") as failure:
+            await one.call(one.pool.version, hook, [])
+        assert failure.value.own
+
+
 @pytest.mark.parametrize("name", ["fast", "none", "other"])
 async def test_a_route_has_to_be_there(tmp_path, name):
     code = f"async def choose_route(mail): return {name!r} if {name!r} != 'none' else None\n"
