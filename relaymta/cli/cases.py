@@ -101,7 +101,8 @@ def run(what: Chosen, folder: Path, as_json: bool) -> None:
             for line in row["log"]:
                 say(f"  {line}")
     if not as_json:
-        say(f"{len(rows)} cases: {len(rows) - wrong} pass, {wrong} {'fails' if wrong == 1 else 'fail'}")
+        good, some = len(rows) - wrong, "case" if len(rows) == 1 else "cases"
+        say(f"{len(rows)} {some}: {good} {'passes' if good == 1 else 'pass'}, {wrong} {'fails' if wrong == 1 else 'fail'}")
     if wrong:
         sys.exit(FAILED)
 

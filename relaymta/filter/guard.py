@@ -179,7 +179,8 @@ class Guard:
 
     def stop(self) -> None:
         """As `close`; the process ends, and so does what the filter has begun."""
-        self.close()
+        if not self._closed:
+            self.close()
         stop = getattr(self.filter, "stop", None)
         if stop is not None:
             stop()

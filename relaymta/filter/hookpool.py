@@ -8,11 +8,11 @@ What becomes of a call:
 answered    its reply, or what the hook has raised.
 late        no answer within its time: whoever waits hears that, and the process has a moment to confirm that it has stopped the
             call; else it is killed. One that blocks is killed at once.
-held        it blocks the process: all others are given to the one that waits, after HELD seconds; it has its time.
+held        it blocks the process: all others are given to the one that waits, after HELD looks; it has its time.
 ended       the process has ended under it: if it was running then, it has failed; if not, it is called once more.
 
-State, changed on the loop alone: `Version.called`, `spares`, `others` and `waiting` by its methods; `Pool.version` by `_took`,
-`_candidate` by this and `look`.
+State, changed on the loop alone: `Version.called`, `spares`, `others` and `waiting` by its methods; `Pool.version` by `came_up`,
+`_candidate` by this, `_looked` and `did_not_come_up`.
 """
 
 import asyncio
