@@ -7,7 +7,8 @@ may relay; "milter": every message is shown to a milter (null_milter.c, on libmi
 "milter, quiet": to one that answers the last alone; both are asked behind the final dot ("message"), or as the dialogue goes
 ("mail"). "http": every message is shown to a hook that accepts it, without its data and unsigned, or with both. "policy": a
 policy service is asked about each recipient (one, or ten). "greylist": the sender is known; "dnsbl": ten lists, whose answers the
-resolver has: both, and the relay beside them, with mail of clients that may not relay. The filter's own CPU is told beside it.
+resolver has: both, and the relay beside them, with mail of clients that may not relay. "python": hooks look at MAIL, RCPT and
+the message, or at the message alone, and let pass what they see. The filter's own CPU is told beside it.
 """
 
 import argparse
@@ -135,6 +136,27 @@ def _hook(signed: bool = False) -> Iterator[Running]:
             process.wait()
 
 
+HOOKS = """
+from relaymta.hooks import *
+async def on_mail(client, envelope):
+    return reject("not from there") if envelope.sender.endswith("@forbidden.example") else None
+async def on_rcpt(client, envelope, recipient):
+    return reject("nobody") if recipient.startswith("nobody@") else None
+async def on_message(mail):
+    return hold("an invoice") if "invoice" in mail.header.get("subject").lower() else None
+"""
+
+
+@contextmanager
+def _hooks(message_only: bool = False) -> Iterator[Running]:
+    """Hooks in Python, whose process is the worker's child: its CPU is not told."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder) / "policy.py"
+        file.write_text(HOOKS if not message_only else HOOKS.replace("on_mail", "a").replace("on_rcpt", "b"))
+        yield Running(0, f'type="python",file="{file}"', "")
+
+
 @contextmanager
 def _greylist() -> Iterator[Running]:
     """Who is new is let pass, so that it is known soon."""
@@ -212,6 +234,9 @@ CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "policy, ten recipients": (_policy, ""),
     "http": (_hook, ""),
     "http, signed, with the data": (partial(_hook, True), ""),
+    "python": (_hooks, ""),
+    "python, the message alone": (partial(_hooks, True), ""),
+    "python, on the loop": (_hooks, ',isolation="loop"'),
     "greylist": (_greylist, ""),
     "dnsbl": (_dnsbl, ""),
     "rules": (contextmanager(_rules), f"mail_rule=[{RULES}]"),

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 from relaymta.proto.suppression import REASONS
 
 __all__ = [
-    "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
+    "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "HOOKS", "HOOK_FAILURES",
+    "NAMES", "RESULTS",
     "SITES_SHOWN", "SITE_GAUGES", "SITE_RESULTS", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "Own",
     "WebhookTotals", "activity",
     "certificate_name", "clear_filter_gauges", "down_families", "families", "filter_families", "list_families", "list_name",
@@ -38,6 +39,14 @@ class Cells(Protocol):
 
 # Limits that mail waits for, as `send/room.py` has them.
 THROTTLES = ("rate", "connection_rate", "connections", "machine", "learned")
+
+# Hooks in Python, as hookframes.py has them, those that are told afterwards last; and why there is no answer of one: raised (an
+# exception), timeout, ended (its process has), answer (it makes no sense), unavailable (there is no process).
+HOOKS = (
+    "on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_data", "on_message", "choose_route", "on_attempt",
+    "on_deferred", "on_bounced", "on_delivered",
+)  # fmt: skip
+HOOK_FAILURES = ("raised", "timeout", "ended", "answer", "unavailable")
 
 # name: (help, names of labels or "", their values: of several labels with blanks between them, in both)
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -131,6 +140,13 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_syncs_total": ("fdatasync and fsync calls for bodies", "", ("",)),
     "relaymta_dsns_total": ("DSNs queued", "", ("",)),
     "relaymta_dsns_dropped_total": ("Permanent failures without a DSN, since the message has the null sender", "", ("",)),
+    "relaymta_hook_failures_total": (
+        "Calls of hooks in Python without an answer, by why (ended: their process has; answer: it makes no sense; unavailable:"
+        " there is no process)", "hook reason", tuple(f"{hook} {why}" for hook in HOOKS for why in HOOK_FAILURES),
+    ),
+    "relaymta_hook_dropped_total": (
+        "Times a hook in Python was not told what has become of a message, since too much waited for it", "hook", HOOKS[-4:],
+    ),
     "relaymta_watchdog_total": ("Deliveries cancelled because they made no progress", "", ("",)),
     "relaymta_corrupt_bodies_total": ("Bodies that did not match their checksum", "", ("",)),
     "relaymta_journal_dropped_total": (
@@ -195,6 +211,10 @@ HISTOGRAMS: dict[str, Histogram] = {
         "What the DKIM signatures of a message take that has any: to be made, or verified (with ARC) once their keys are there;"
         " of a large message, when all of it is there. Waits for another process or thread are included",
         (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5), "op", ("sign", "verify"),
+    ),
+    "relaymta_hook_seconds": Histogram(
+        "From the call of a hook in Python to its answer, or its failure",
+        (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5), "hook", HOOKS,
     ),
     "relaymta_loop_lag_seconds": Histogram(
         "How much later than it should a worker's event loop gets to a timer, measured 20 times a second",
@@ -306,6 +326,7 @@ REFUSALS = "relaymta_config_reload_errors_total"
 SITE_TOTAL = "relaymta_site_attempts_total"
 SUPPRESSIONS, SUPPRESSIONS_MOST = "relaymta_suppression_entries", "relaymta_suppression_entries_most"
 SUPPRESSIONS_LEFT = "relaymta_suppression_left_out_total"
+RAISED = "relaymta_hook_exceptions_total"
 OTHER = "other"  # the sites that are not shown
 SITE_RESULTS = ("delivered", "deferred", "bounced")
 LABEL_MOST = 100  # characters of a label's value that comes from outside
@@ -333,7 +354,7 @@ LAYOUT = repr(
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
 _ROWS = (
     QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL, RULE_TOTAL, ABUSE_TOTAL, ABUSE_GAUGE, RESTARTS, WORKERS, CERTIFICATES,
-    GENERATION, REFUSED, REFUSALS, SITE_TOTAL, SUPPRESSIONS, SUPPRESSIONS_MOST, SUPPRESSIONS_LEFT, WEBHOOK_TOTAL,
+    GENERATION, REFUSED, REFUSALS, SITE_TOTAL, SUPPRESSIONS, SUPPRESSIONS_MOST, SUPPRESSIONS_LEFT, WEBHOOK_TOTAL, RAISED,
     *WEBHOOK_GAUGES,
 )  # fmt: skip
 NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
@@ -606,7 +627,7 @@ class Own(NamedTuple):
     """What the supervisor knows of itself. `generation`: the number of the configuration in use; `refused`: whether the last
     reload was refused, and how often one was; `restarts`: of workers, by reason; `workers`: by state; `certificates`: when they
     end (seconds since 1970), by path; of the suppression list, its entries by reason, how many there may be, and how many were
-    left out."""
+    left out; `raised`: exceptions of hooks in Python, by their places."""
 
     generation: int
     refused: bool
@@ -617,6 +638,7 @@ class Own(NamedTuple):
     suppressions: dict[str, int]
     suppressions_most: int
     suppressions_left_out: int
+    raised: dict[str, int]
 
 
 def certificate_name(path: str) -> str:
@@ -643,11 +665,14 @@ def own_families(own: Own, now: float) -> list[object]:
     )  # fmt: skip
     for reason, count in own.suppressions.items():
         entries.add_metric([reason], count)
+    raised = CounterMetricFamily(RAISED, "Exceptions that hooks in Python have raised, by file and line", labels=["place"])
+    for place, count in own.raised.items():
+        raised.add_metric([shown(place)], count)
     return [
         GaugeMetricFamily(GENERATION, "The number of the configuration in use, counted since the start", value=own.generation),
         GaugeMetricFamily(REFUSED, "1 while the last reload was refused: the file is not what is in use", value=own.refused),
         CounterMetricFamily(REFUSALS, "Reloads that were refused", value=own.refusals),
-        restarts, workers, ends, entries,
+        restarts, workers, ends, entries, raised,
         GaugeMetricFamily(
             SUPPRESSIONS_MOST, "How many entries the suppression list may have; 0: it is not used", value=own.suppressions_most
         ),

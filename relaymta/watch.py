@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-__all__ = ["Watched"]
+__all__ = ["Watched", "stamp"]
 
 T = TypeVar("T")
 
@@ -41,10 +41,10 @@ class Watched(Generic[T]):
 
     def refresh(self) -> None:
         """Load the files again if they have changed, or could not be loaded the last time. Blocks."""
-        stamp = tuple(_stamp(path) for path in self._paths)
-        if stamp == self._stamp and not self.problem and (self.value is None or not self._again(self.value)):
+        now = tuple(stamp(path) for path in self._paths)
+        if now == self._stamp and not self.problem and (self.value is None or not self._again(self.value)):
             return
-        self._stamp = stamp
+        self._stamp = now
         try:
             self.value = self._load()
             self.problem, self.error = "", None
@@ -52,7 +52,8 @@ class Watched(Generic[T]):
             self.problem, self.error = str(error) or type(error).__name__, error.with_traceback(None)
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def stamp(path: str) -> tuple[int, int, int] | None:
+    """By which it is seen that a file has changed: its time of change (ns), octets and inode; None: there is none."""
     try:
         found = os.stat(path)
     except OSError:

@@ -104,6 +104,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("filter", "test"): ["/dev/null"], ("filter", "learn"): ["spam", "/dev/null"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
+    ("policy", "test"): [str(ROOT / "tests" / "dialogs")],
     ("policy", "hold"): ["--app", "a"], ("policy", "bounce"): ["--app", "a"], ("policy", "remove"): ["hold", "application=a"],
     **{("quarantine", verb): ["--all"] for verb in ("release", "delete")}, ("quarantine", "show"): [UNKNOWN],
     ("quarantine", "learn"): ["spam", "--all"],
@@ -144,7 +145,7 @@ NO_DAEMON = {
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
     ("filter", "check"), ("filter", "learn"), ("filter", "test"),
-    ("rule", "test"),
+    ("rule", "test"), ("policy", "test"),
 }  # fmt: skip  # likewise
 ASKING = [p for p in ALL if p == ("app", "usage") or (p[0] not in NO_DAEMON and p not in ALONE)]
 
@@ -685,6 +686,7 @@ SLOW = {
     ("filter", "test"),
     ("quarantine", "learn"),
     ("rule", "test"),
+    ("policy", "test"),
     ("top",),
     ("trace", "in"),
     ("trace", "out"),

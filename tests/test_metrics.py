@@ -76,7 +76,16 @@ async def served(domains: int) -> tuple[bytes, list[float]]:
 
     port = free_port()
     own = Own(
-        1, False, 0, {"exit": 1}, {"ready": 16}, {f"/etc/ssl/{n}.pem": 2_000_000_000 for n in range(50)}, {"manual": 5}, 9, 1
+        1,
+        False,
+        0,
+        {"exit": 1},
+        {"ready": 16},
+        {f"/etc/ssl/{n}.pem": 2_000_000_000 for n in range(50)},
+        {"manual": 5},
+        9,
+        1,
+        {"/p.py:1": 2},
     )
     runner = await serve_http(
         http_sockets("127.0.0.1", port), lambda: [shared.counters(slot) for slot in range(16)],

@@ -22,6 +22,7 @@ DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.exampl
 MAIL_RULE = L + '[[mail_rule]]\nname = "r"\n'
 RULE = MAIL_RULE.removeprefix(L)
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
+PYTHON = FILTER.replace("clamd", "python").replace('address = ["unix:/x"]', 'file = "/p.py"')
 HOOK = FILTER.replace("clamd", "http").replace("unix:/x", "http://127.0.0.1:8080/hook")
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
@@ -242,17 +243,30 @@ TABLES = [
      '7: filter.0.verdicts: a table: write verdicts = { NAME = "VALUE" }'),
     (FILTER.replace("clamd", "clam"),
      '5: filter.0.type: there is no type \'clam\' (did you mean "clamd"?); there are "clamd", "rspamd", "spamd", "milter", '
-     '"policy", "http", "dnsbl", "greylist"'),
-    (FILTER.replace("clamd", "python"),
-     '5: filter.0.type: "python" is not there yet: there are "clamd", "rspamd", "spamd", "milter", "policy", "http", '
-     '"dnsbl", "greylist"'),
+     '"policy", "http", "dnsbl", "greylist", "python"'),
+    (FILTER.replace("clamd", "smtp"),
+     '5: filter.0.type: "smtp" is not there yet: there are "clamd", "rspamd", "spamd", "milter", "policy", "http", '
+     '"dnsbl", "greylist", "python"'),
+    (PYTHON.replace("file", "#file"),
+     '3: filter.0.file: is empty: give that of the functions, such as "/etc/relaymta/policy.py"'),
+    (PYTHON.replace("/p.py", "p.py"), "6: filter.0.file: p.py: give the whole path, which begins with /"),
+    (PYTHON + 'address = ["unix:/x"]\n', "7: filter.0.address: python has none: give `file`"),
+    (PYTHON + "concurrency = 2\n", "7: filter.0.concurrency: has no meaning for python: leave it out"),
+    (PYTHON + 'isolation = "loop"\nmemory = "200MB"\n',
+     '8: filter.0.memory: has no meaning with isolation = "loop": it is the worker\'s'),
+    (PYTHON + 'memory = "1MB"\n', "7: filter.0.memory: 1048576: no process can begin with less than 128 MB"),
+    (PYTHON + 'stage = "message"\n', '7: filter.0.stage: python is asked at stage "mail", "queued"'),
+    (PYTHON + 'verdicts = { raise = "hold" }\n',
+     '7: filter.0.verdicts.raise: python does not say \'raise\' (did you mean "raised"?); it says "accept", "tag", "hold", '
+     '"discard", "tempfail", "reject", "raised"'),
+    (FILTER + 'file = "/p.py"\n', "7: filter.0.file: is for python, not for clamd"),
     (FILTER + 'stage = "mail"\n', '7: filter.0.stage: clamd is asked at stage "message", "queued"'),
     (FILTER.replace("clamd", "policy") + 'stage = "mail"\n',
      '7: filter.0.stage: policy is asked at stage "rcpt", "data", "message", "queued"'),
     (FILTER + 'stage = "connect"\n',
      '7: filter.0.stage: "connect" is not there yet: there are "mail", "rcpt", "data", "message" and "queued"'),
     (FILTER + 'may = ["sender"]\n',
-     "7: filter.0.may: clamd changes nothing but the header: it is for a milter, a policy service or an HTTP hook"),
+     "7: filter.0.may: clamd changes nothing but the header: it is for a milter, a policy service or hooks"),
     (HOOK.replace("http://", ""),
      '6: filter.0.address.0: \'127.0.0.1:8080/hook\' is no URL: write it as "http://127.0.0.1:8080/hook"'),
     (HOOK.replace("http:", "ftp:"),

@@ -43,7 +43,7 @@ def families() -> list[Any]:
         [cells], [row], [{"name": "a", "what": "messages", "share": 0.0}], {"s": (0, 0, 0)},
         (1, [{"site": "s", "hosts": "mx", "cause": "c"}]), {"f": metrics.FilterTotals([])}, {"z": []},
         {"r": metrics.RuleTotals(0, 0, 0, 0)}, {"c": (0, 0, 0)},
-        metrics.Own(1, False, 0, {"exit": 0}, {"ready": 1}, {"/c.pem": 0}, {"manual": 1}, 1, 0),
+        metrics.Own(1, False, 0, {"exit": 0}, {"ready": 1}, {"/c.pem": 0}, {"manual": 1}, 1, 0, {"/p.py:1": 0}),
         {"w": metrics.WebhookTotals()},
     )  # fmt: skip
 

@@ -122,6 +122,10 @@ class ClientConnection(Line, Generic[S]):
         """A user has logged in; the reply that refuses that, or None."""
         return None
 
+    async def ask_login(self, rights: Rights) -> bytes | None:
+        """Ask filters about a user who has logged in; the reply that refuses that, or None."""
+        return None
+
     def flow(self) -> Flow | None:
         """What mail transactions ask of the connection, where there are any."""
         return None
@@ -225,13 +229,15 @@ class ClientConnection(Line, Generic[S]):
             return f"lost: {exc}"
         return "closed by the client" if self.ended else "closed by us"
 
-    def _greet(self, secure: bool) -> None:
-        """Begin the session and send the banner. `secure`: over TLS."""
+    def _greet(self, secure: bool, described: str = "") -> None:
+        """Begin the session and send the banner. `secure`: over TLS, whose version and cipher are `described`."""
         self.set_buffer_limits()
         assert self.rights is not None
         self.session = self.begin_session(self.rights, secure)
         if self.session is not None:
-            self.write(self.session.greet())
+            if described:
+                self.secured(described)
+            self.advance(self.session, self.session.greet())
 
     # Input
 
@@ -388,8 +394,7 @@ class ClientConnection(Line, Generic[S]):
             self.write(self.refusal(reply.TALKING_EARLY))
             transport.close()
         else:
-            self._greet(True)
-            self.secured(described(transport))
+            self._greet(True, described(transport))
 
     def log_in(self, session: S) -> None:
         assert session.claim is not None
@@ -408,13 +413,21 @@ class ClientConnection(Line, Generic[S]):
             identity, answer = None, self._unchecked(error)
         if answer.startswith(b"535"):
             await asyncio.sleep(began + admission.config.accounts.answer_after - admission.now())
+        if identity is not None and not self.gone:
+            answer = rights.log_in(identity) or self._admit(rights) or answer
+            if rights.asks_client and answer.startswith(b"235"):
+                answer = await self._ask_login(rights) or answer
         self.waits &= ~CHECKING
         if self.gone:
             return
-        if identity is not None:
-            answer = rights.log_in(identity) or self._admit(rights) or answer
         self.active_at = admission.now()
         self.more(session, session.checked(answer))
+
+    async def _ask_login(self, rights: Rights) -> bytes | None:
+        refused = await self.ask_login(rights)
+        if refused is not None:
+            rights.log_out()
+        return refused
 
     def _admit(self, rights: Rights) -> bytes | None:
         try:

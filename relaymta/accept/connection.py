@@ -103,8 +103,8 @@ class Connection(ClientConnection[ServerSession]):
         transaction.complete()
 
     def _ask(self, session: ServerSession) -> None:
-        """Ask filters about MAIL or RCPT, unless the client has hung up already. One that goes meanwhile is to be noticed, so
-        that what it sends ahead is read, as far as it is little."""
+        """Ask filters about a command, or about a new client, unless it has hung up already. One that goes meanwhile is to be
+        noticed, so that what it sends ahead is read, as far as it is little."""
         if self.ended:
             session.close()
             return
@@ -115,16 +115,20 @@ class Connection(ClientConnection[ServerSession]):
         assert question is not None
         before, self.eager = self.eager, True
         try:
-            begin(self._asked(session, cast(Asks, session.transaction), question), self._asks)
+            begin(self._asked(session, question), self._asks)
         finally:
             self.eager = before
 
     def _asks(self, rest: Coroutine[Any, Any, None]) -> None:
         self.asking = self.admission.spawn(rest)
 
-    async def _asked(self, session: ServerSession, transaction: Asks, question: Question) -> None:
+    async def _asked(self, session: ServerSession, question: Question) -> None:
         try:
-            answer = await transaction.asked(question)
+            if session.transaction is not None:
+                answer = await cast(Asks, session.transaction).asked(question)
+            else:
+                assert self.rights is not None
+                answer = await self.rights.asked(question.verb, session)
         except asyncio.CancelledError as error:
             if not self.waits & ASKING:  # by `_stop_asking`
                 return
@@ -151,6 +155,15 @@ class Connection(ClientConnection[ServerSession]):
         text = redacted(f"filters could not be asked about a command: {type(error).__name__}: {error}")
         self.admission.intake.log.event("warning", text=text)
         return reply.NOT_ASKED
+
+    async def ask_login(self, rights: Rights) -> bytes | None:
+        """As of ClientConnection."""
+        if "AUTH" not in rights.asks_client or self.session is None:
+            return None
+        try:
+            return await rights.asked("AUTH", self.session)
+        except Exception as error:
+            return self._not_asked(error)
 
     def _stop_asking(self) -> None:
         """The client has gone, or is sent away: the question is not answered any more."""

@@ -41,7 +41,9 @@ _offers = lru_cache(64)(Offers)  # every session has one, and few differ
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the files that are read here, read with the rights of the caller."""
-    check_all(partial(one, config) for one in (tls.check, logins.check, _check_keys, _check_recipients, _check_aliases))
+    check_all(
+        partial(one, config) for one in (tls.check, logins.check, _check_keys, _check_recipients, _check_aliases, _check_hooks)
+    )
 
 
 class Parts(NamedTuple):
@@ -163,7 +165,7 @@ class Endpoint:
         """The worker ends: stop the signing process, leave the filters."""
         self.signer.end()
         if self.chains is not None:
-            self.chains.close()
+            self.chains.stop()
 
     def offers(self, listener: Listener, xclient: bool, xforward: bool = False) -> Offers:
         """What a new session on a listener may use. `xclient`, `xforward`: the client may use these commands."""
@@ -184,6 +186,8 @@ class Endpoint:
 
     def refresh(self, loop: Any, threads: Executor | None) -> None:
         """Read changed files, on a thread. Does nothing while that is under way."""
+        if self.chains is not None:
+            self.chains.refresh()
         if not self._refreshing:
             self._refreshing = True
             loop.run_in_executor(threads, self._parts.refresh).add_done_callback(self._refreshed)
@@ -236,6 +240,13 @@ def _check_keys(config: Config) -> None:
         from relaymta.filter import keys
 
         keys.check(config)
+
+
+def _check_hooks(config: Config) -> None:
+    if any(one.type == "python" for one in config.filter):
+        from relaymta.filter import hookcheck
+
+        hookcheck.check(config)
 
 
 def _check_recipients(config: Config) -> None:

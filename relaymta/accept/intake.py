@@ -323,6 +323,12 @@ class Intake:
             "rejected", phase="http", client=client.address, helo=user, protocol="HTTP", sender="", recipients=[], reply=answer
         )  # fmt: skip
 
+    def client_not_wanted(self, verb: str, origin: Origin, session: Session, answer: bytes) -> None:
+        """Count and log that a filter refuses a client: its connection, its name or its login."""
+        if verb == "CONNECT":
+            self.counters.add(CONNECTIONS_REFUSED, 1)
+        self._rejected("connect", origin, session, "", [], answer)
+
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
         self.counters.add(CONNECTIONS_REFUSED, 1)
@@ -470,6 +476,7 @@ class Intake:
             forwarded=transaction.forwarded,
             unseen=transaction.unseen,
             quarantine=transaction.quarantine,
+            route=transaction.route,
         )
         if wanted is None:
             queue.submit(ident, envelope, data, done)

@@ -19,8 +19,8 @@ ROOM = 65536  # octets reserved before the message data for fields computed from
 class Large:
     """A large message while it is received. It is to be signed (`draft`), verified (`look`), or neither. `front`: the fields that
     this relay adds; `header`: that of the message, where filters may change it (`changes`), else b"". Called on threads, one at a
-    time: `write` for all message data, then `take_place_of`, `read`, `finish` or `discard`; `piece` at any time between, by
-    several."""
+    time: `write` for all message data, then `take_place_of`, `read`, `finish` or `discard`; `piece` and `lend` at any time
+    between, by several."""
 
     def __init__(
         self,
@@ -67,6 +67,11 @@ class Large:
         """Octets behind the header. OSError."""
         assert self._file is not None
         return self._file.piece(len(self.header) + at, most)
+
+    def lend(self) -> tuple[int, int]:
+        """A descriptor to read what is behind the header from, and where that is (BigBody.lend). OSError."""
+        assert self._file is not None
+        return self._file.lend(len(self.header))
 
     def change(self, front: list[bytes]) -> None:
         """What is stored in front of the body, in place of the header and of our fields."""

@@ -17,20 +17,23 @@ from typing import TYPE_CHECKING
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.lmtp import FiledTransaction
-from relaymta.accept.origin import Client, Origin
+from relaymta.accept.origin import Client, Origin, spoken
 from relaymta.accept.transaction import Flow, IncomingTransaction
 from relaymta.auth.identity import Identity
 from relaymta.config import Listener
+from relaymta.filter.judgement import Mail, Text
 from relaymta.proto import reply
 from relaymta.proto.sasl import Keys
 from relaymta.proto.session import Host, Session
-from relaymta.proto.transaction import Transaction
+from relaymta.proto.transaction import NOBODY, Transaction
 from relaymta.reservation import Reservation
 
 if TYPE_CHECKING:
     from relaymta.filter.dialogue import Dialogue
 
 __all__ = ["Login", "Rights"]
+
+OF_CLIENTS = frozenset({"CONNECT", "HELO", "AUTH"})  # what filters are asked about clients that send nothing yet
 
 
 class Login:
@@ -128,6 +131,29 @@ class Rights(Host):
             if chain is not None and chain.begins and self.admitted and self._flow is not None:  # None: it sends no mail
                 self._dialogue = chain.dialogue(self.client.address)
         self.domain = self.origin.domain
+        chain = self.origin.chain
+        self.asks_client = NOBODY if chain is None or self._dialogue is None else chain.asks & OF_CLIENTS
+
+    async def asked(self, verb: str, session: Session) -> bytes | None:
+        """What filters that follow the client say to CONNECT, HELO or AUTH: the refusal, or None. Cancelled: no filter is left in
+        the middle of it."""
+        dialogue, chain = self._dialogue, self.origin.chain
+        if dialogue is None or chain is None:
+            return None
+        origin, exchange = self.origin, session.exchange
+        mechanism = exchange.mechanism if exchange is not None else session.mechanism if self.user else ""
+        mail = Mail(
+            "", "", (), self.client.address, session.helo, self.user, session.tls, Text(b""), mechanism=mechanism,
+            listener=origin.listener, protocol=spoken(origin, session), application=origin.application,
+        )  # fmt: skip
+        found = await dialogue.client(verb, mail)
+        if found is None:
+            return None
+        answer = chain.reply(found)
+        if verb == "CONNECT":  # RFC 5321 4.3.2: of a greeting there are no other codes
+            answer = (b"554" if answer.startswith(b"5") else b"421") + answer[3:]
+        self._admission.intake.client_not_wanted(verb, origin, session, answer)
+        return answer
 
     # What the session asks
 

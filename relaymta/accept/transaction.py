@@ -441,7 +441,9 @@ class IncomingTransaction(Transaction):
             return await admission.loop.run_in_executor(admission.threads, large.piece, at, most)
 
         octets = large.body_octets
-        revision = await self._filtered(chain, results, large.header, lambda head: Text(results + head, b"", octets, read))
+        revision = await self._filtered(
+            chain, results, large.header, lambda head: Text(results + head, b"", octets, read, large.lend)
+        )
         if revision is not None:
             await self._store_revised(revision, _without_empty_line(large.front, len(large.header)), b"")
 
@@ -465,7 +467,7 @@ class IncomingTransaction(Transaction):
             revision.discard()
             self._not_taken(outcome, revision)
             return None
-        self.held, self._left = self.held or outcome.held, outcome.left
+        self.held, self._left, self.route = self.held or outcome.held, outcome.left, outcome.route
         if outcome.held and outcome.by is not None:
             from relaymta.filter.quarantine import of_finding
 

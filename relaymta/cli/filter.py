@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from relaymta.config import Filter as Settings
     from relaymta.filter.judgement import Filter
 
-__all__ = ["filter", "message_text", "show_rows", "silent"]
+__all__ = ["as_user", "filter", "message_text", "show_rows", "silent"]
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ _HEAD = ["filter", "type", "state", "waiting", "asked", "p50", "p99", "failed", 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 MOST = 64 << 20  # octets of a message to test
 FAILED = 75
-_SAYS = {"milter": "is", "policy": "is", "http": "is", "dnsbl": "has", "greylist": "is"}  # of others: "finds"
+_SAYS = {"milter": "is", "policy": "is", "http": "is", "dnsbl": "has", "greylist": "is", "python": "has"}  # of others: "finds"
 
 
 @group
@@ -105,7 +105,7 @@ def check(read: Configuration, as_json: bool) -> None:
     import asyncio  # here and below: `list` does without
 
     config = config_with(read, "filter")
-    _as_user(config)
+    as_user(config)
     rows = asyncio.run(_proved(config))
     for row in rows:
         if as_json:
@@ -118,7 +118,7 @@ def check(read: Configuration, as_json: bool) -> None:
         sys.exit(FAILED)
 
 
-def _as_user(config: "Config") -> None:
+def as_user(config: "Config") -> None:
     """As root, become the user that the relay runs as: it is that user who has to be able to open the filters' sockets."""
     if config.user and os.geteuid() == 0:
         from relaymta.cli import judged  # noqa: F401  # that user may not be able to read our files
@@ -226,7 +226,7 @@ def test(
     to = recipients or ("recipient@" + config.hostname,)
     sending = Sending(data, sender, to, address, helo, application, listener)
     rules = [] if only or file is None else config.mail_rule
-    _as_user(config)
+    as_user(config)
     judged = Judged(config.model_copy(update={"filter": asked, "mail_rule": rules}), sending)
     if as_json:
         say_json(judged.row())

@@ -14,12 +14,13 @@ from relaymta.dns import Resolver
 from relaymta.filter.chain import Chain, Chains, Outcome
 from relaymta.filter.guard import Finding
 from relaymta.filter.judgement import Mail, NewBody, Text, Verdict
-from relaymta.filter.means import Means
+from relaymta.filter.means import HookMeans, Means
 from relaymta.filter.revision import Revision
 from relaymta.filter.rewritten import Rewritten
 from relaymta.proto.edits import without
 from relaymta.proto.header import header_end
 from relaymta.reservation import Reservation
+from relaymta.route.table import RouteTable
 from relaymta.shm import Shared
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ async def means(config: "Config") -> AsyncIterator[Means]:
     resolver = Resolver(config.delivery.nameservers)
     shared = Shared.create()
     try:
-        yield Means(config.hostname, resolver, triplets=lambda stale: shared.triplets(b"", stale))
+        hooks = HookMeans(lambda: RouteTable(config).labels)
+        yield Means(config.hostname, resolver, triplets=lambda stale: shared.triplets(b"", stale), hooks=hooks)
     finally:
         await resolver.close()
 
@@ -103,7 +105,7 @@ class Judged:
                 if chain is not None:
                     await self._dialogue(chain)
             finally:
-                chains.close()
+                chains.stop()
                 await asyncio.sleep(0)
 
     def _chain(self, chains: Chains) -> Chain | None:
@@ -125,7 +127,11 @@ class Judged:
         mail, header = self._mail(chain)
         try:
             await self._look_up(chain, mail)
-            refusal = await dialogue.mail(mail)
+            refusal = None
+            for verb in ("CONNECT", "HELO", *(["AUTH"] if sending.application else [])):
+                if refusal is None and verb in chain.asks:
+                    refusal = await dialogue.client(verb, mail)
+            refusal = refusal or await dialogue.mail(mail)
             for address in [] if refusal is not None else sending.recipients:
                 found = await dialogue.rcpt(mail, address)
                 if found is None:

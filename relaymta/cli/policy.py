@@ -1,15 +1,18 @@
-"""`relaymta policy`: hold and bounce policies, for mail in the queue and for mail that arrives while they are in effect."""
+"""`relaymta policy`: hold and bounce policies, for mail in the queue and for mail that arrives while they are in effect; and
+`policy test`, of hooks in Python."""
 
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import click
 
 from relaymta.cli.console import record, say, say_json
-from relaymta.cli.options import Configuration, configured, fail, group
+from relaymta.cli.options import Configuration, configured, fail, files, folders, group
 from relaymta.cli.peer import (
     Daemon,
+    GivenPath,
     Offline,
     absent,
     as_json,
@@ -137,6 +140,25 @@ def remove(read: Configuration, kind: str, about: str) -> None:
     if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
         absent(no_such("policy", f"{kind} {about}", hint="`relaymta policy list` names those in effect"))
     say(f"the policy to {kind} {about} has ended")
+
+
+@policy.command()
+@click.argument("folder", type=GivenPath(path_type=Path, exists=True, file_okay=False), metavar="DIR", shell_complete=folders)
+@click.option(
+    "--file", default=None, type=GivenPath(path_type=Path, dir_okay=False), shell_complete=files,
+    help="Test these hooks, instead of those of the configuration.",
+)  # fmt: skip
+@click.option("--only", default="", callback=given, metavar="FILTER", help="Test the hooks of this filter.")
+@as_json
+@configured
+def test(read: Configuration, folder: Path, file: Path | None, only: str, as_json: bool) -> None:
+    """Call hooks in Python (docs/hooks.md) with the cases in DIR/**/*.toml, and compare what they answer.
+
+    They run in a process of their own, as in the relay, which need not run. Exit status 1 when a case fails, 78 when the hooks or
+    the cases cannot be read."""
+    from relaymta.cli import cases  # the other verbs do without
+
+    cases.run(cases.chosen(read, file, only), folder, as_json)
 
 
 def _warn() -> None:

@@ -51,16 +51,24 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "http": {word: word for word in VERDICTS},
     "dnsbl": {"clean": "accept", "listed": "reject"},
     "greylist": {"known": "accept", "new": "tempfail", "early": "tempfail"},
+    "python": {word: word for word in VERDICTS} | {"raised": "tempfail"},
 }  # fmt: skip
 SCORED = ("rspamd", "spamd", "http", "dnsbl")  # types that say how likely it is
 BUILT_IN = ("dnsbl", "greylist")  # types that are no programs: they have no address, and look at unauthenticated clients alone
 WITHOUT_TEXT = (*BUILT_IN, "policy")  # types that are shown no text, whatever its size
+ELSEWHERE = (*BUILT_IN, "python")  # types that have no address
 OF_MESSAGES = ("message", "queued")  # stages; the first is the default
-STAGES = {"milter": ("mail", *OF_MESSAGES), "policy": ("rcpt", "data", *OF_MESSAGES)}  # of the others OF_MESSAGES
-CHANGING = ("milter", "policy", "http")  # types that may change more than the header
-NOT_YET = ("smtp", "python")
+STAGES = {
+    "milter": ("mail", *OF_MESSAGES),
+    "policy": ("rcpt", "data", *OF_MESSAGES),
+    "python": ("mail", "queued"),
+}  # of the others OF_MESSAGES
+CHANGING = ("milter", "policy", "http", "python")  # types that may change more than the header
+NOT_YET = ("smtp",)
 OF_TYPE = dict.fromkeys(("delay", "retry_window", "known_for", "known_after"), "greylist") | {"lists": "dnsbl"}
-OF_TYPE |= dict.fromkeys(("body", "secret_file"), "http")
+OF_TYPE |= dict.fromkeys(("body", "secret_file"), "http") | dict.fromkeys(("file", "isolation", "memory"), "python")
+MEMORY_LEAST = 128 << 20  # octets of address space
+HOOK_SECONDS = 1.0  # of type python, where `timeout` is not given
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")
 _FIELD = re.compile(r"([!-9;-~]+): ?(.*)\Z")
@@ -125,7 +133,8 @@ class Filter(Table):
     name: Reload[str] = Field(description="its name in log, metrics, replies and on the command line")
     type: Reload[str] = Field(
         description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd", "milter", "policy" (as of '
-        'Postfix), "http" (a hook of your own); or what the relay itself does: "dnsbl" (lists in the DNS), "greylist"',
+        'Postfix), "http" (a hook of your own); or what the relay itself does: "dnsbl" (lists in the DNS), "greylist", "python" '
+        "(hooks: functions of your own, docs/hooks.md)",
     )  # fmt: skip
     address: Reload[list[Annotated[str, BeforeValidator(_place)]]] = Field(
         [], description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310", of http "http://127.0.0.1:8080/hook" or an https:// '
@@ -133,11 +142,11 @@ class Filter(Table):
     )  # fmt: skip
     stage: Reload[Literal["", "mail", "rcpt", "data", "message", "queued"]] = Field(
         "", description='when it is asked. milter: "mail" (at MAIL, at each RCPT, and about the message: the default) or '
-        '"message"; policy: "rcpt" (the default), "data" or "message"; programs that look at messages: "message" (the default), '
-        'or "queued": after 250, and before it is delivered',
+        '"message"; policy: "rcpt" (the default), "data" or "message"; python: "mail" (at each stage that has a function: the '
+        'default); programs that look at messages: "message" (the default), or "queued": after 250, and before it is delivered',
     )  # fmt: skip
     may: Reload[list[Literal["header", "body", "recipients", "sender"]]] = Field(
-        ["header", "body"], description="milter, policy, http: what it may change; other changes are left out"
+        ["header", "body"], description="milter, policy, http, python: what it may change; other changes are left out"
     )
     clients: Reload[Literal["all", "unauthenticated", "trusted"]] = Field(
         "all", description="whose mail; trusted: of clients that may relay, since they have logged in or by their network"
@@ -150,7 +159,7 @@ class Filter(Table):
     )
     timeout: Reload[Duration] = Field(
         10, gt=0, le=300, description="for its answer: waiting for a place, connecting and talking, all in all; of dnsbl: for "
-        "its lists, from the connection on",
+        "its lists, from the connection on (default 5 s); of python: for one call (default 1 s)",
     )  # fmt: skip
     concurrency: Reload[int] = Field(16, ge=1, le=1000, description="messages that it is asked about at once, by all workers")
     max_size: Reload[Size] = Field(50_000_000, gt=0, description="octets of a message above which `oversize` is done")
@@ -184,6 +193,14 @@ class Filter(Table):
     body: Reload[bool] = Field(False, description="http: it is shown the message data, and not the header alone")
     secret_file: Reload[str] = Field(
         "", description="http: file with the secret by which requests are signed; empty: they are not"
+    )
+    file: Reload[str] = Field("", description='python: the file of the functions, such as "/etc/relaymta/policy.py"')
+    isolation: Reload[Literal["process", "loop"]] = Field(
+        "process", description='python: where they run. process: in one beside each worker; loop: on the event loop of the '
+        "worker, which a function that blocks stops",
+    )  # fmt: skip
+    memory: Reload[Size] = Field(
+        512 << 20, ge=0, description="python: octets of address space of a process (RLIMIT_AS); 0: any number"
     )
     score: Reload[list[Score]] = Field([], description="verdicts by score")
     lists: Reload[list[DnsList]] = Field([], description="dnsbl: what is asked")
@@ -225,6 +242,8 @@ class Filter(Table):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.type in BUILT_IN:
             yield from self._not_of_ours()
+        elif self.type == "python":
+            yield from self._not_of_hooks()
         elif not self.address:
             where = '"http://HOST:PORT/PATH" or "https://HOST/PATH"' if self.type == "http" else '"unix:/PATH" or "HOST:PORT"'
             yield "address", f"is empty: give {where}"
@@ -233,7 +252,7 @@ class Filter(Table):
             meant = near(word, known) or near(word.upper(), known)
             yield f"verdicts.{word}", f"{self.type} does not say {word!r}{meant}; it says {listed(known)}"
 
-        if self.score and self.type not in SCORED:
+        if self.score and self.type not in (*SCORED, "python"):
             yield "score", f"{self.type} has no score"
         if self.must_work and self.type != "rspamd":
             yield "must_work", f"{self.type} has no symbols"
@@ -260,7 +279,7 @@ class Filter(Table):
             there = f"is asked at stage {listed(stages)}" if stages else "has no choice of that: leave it out"
             yield "stage", f"{self.type} {there}"
         if self.type not in CHANGING and self.may != ["header", "body"]:
-            yield "may", f"{self.type} changes nothing but the header: it is for a milter, a policy service or an HTTP hook"
+            yield "may", f"{self.type} changes nothing but the header: it is for a milter, a policy service or hooks"
         yield from self._failing_wrongly()
         if self.type == "milter" and self.stage in ("", "mail") and self.recipient_domain:
             yield "recipient_domain", 'at MAIL no recipient is known: give stage = "message", too'
@@ -287,8 +306,28 @@ class Filter(Table):
             if self._is_given(key):
                 yield key, f"has no meaning for {self.type}: leave it out"
 
+    def _not_of_hooks(self) -> Iterator[tuple[str, str]]:
+        """What has no meaning for functions."""
+        if not self.file:
+            yield "file", 'is empty: give that of the functions, such as "/etc/relaymta/policy.py"'
+        elif not self.file.startswith("/"):
+            yield "file", f"{self.file}: give the whole path, which begins with /"
+        if self.address:
+            yield "address", "python has none: give `file`"
+        if self._is_given("concurrency"):
+            yield "concurrency", "has no meaning for python: leave it out"
+        if self.isolation == "loop" and self._is_given("memory"):
+            yield "memory", 'has no meaning with isolation = "loop": it is the worker\'s'
+        if 0 < self.memory < MEMORY_LEAST:
+            yield "memory", f"{self.memory}: no process can begin with less than {MEMORY_LEAST >> 20} MB"
+
     def _is_given(self, key: str) -> bool:
         return bool(getattr(self, key) != type(self).model_fields[key].get_default())
+
+    @property
+    def seconds(self) -> float:
+        """How long it may take: `timeout`, or what that is for its type."""
+        return HOOK_SECONDS if self.type == "python" and "timeout" not in self.model_fields_set else self.timeout
 
     @property
     def is_queued(self) -> bool:

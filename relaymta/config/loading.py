@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,7 +15,10 @@ from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
 from relaymta.toml import Source, lay_over, read_all, read_toml
 
-__all__ = ["load", "load_accounts"]
+if TYPE_CHECKING:
+    from relaymta.config.cases import Case
+
+__all__ = ["load", "load_accounts", "load_cases"]
 
 SEVERAL = {"account", *(name for name, field in Config.model_fields.items() if is_list(field.annotation))}
 M = TypeVar("M", bound=BaseModel)
@@ -48,6 +51,14 @@ def load_accounts(path: Path) -> list[Account]:
     """The accounts of a file. ConfigError with every problem."""
     text, data = read_toml(path, SEVERAL)
     return _validated(AccountsFile, Origin(path, [Source(path, text, data)]), data).account
+
+
+def load_cases(path: Path) -> "list[Case]":
+    """The cases of hooks in a file. ConfigError with every problem."""
+    from relaymta.config.cases import CasesFile  # what reads a configuration does without
+
+    text, data = read_toml(path, ("case",))
+    return _validated(CasesFile, Origin(path, [Source(path, text, data)]), data).case
 
 
 def _rename(data: dict[str, Any]) -> list[tuple[Place, str]]:

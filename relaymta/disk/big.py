@@ -13,7 +13,7 @@ from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame,
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
 
-__all__ = ["BigBody", "BigFile", "copy_big", "read_big"]
+__all__ = ["BigBody", "BigFile", "copy_big", "opened_again", "read_big"]
 
 SYNC_EVERY = 4 * MEGABYTE
 
@@ -89,6 +89,11 @@ def _copy_range(source: int, new: int, octets: int, offset: int, place: int) -> 
     return done
 
 
+def opened_again(descriptor: int) -> int:
+    """A further descriptor of the same file, by which it can only be read. OSError."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
+
 class BigBody:
     """A large body that is streamed into a file of its own. Each method blocks: call it from a thread, one at a time. Where
     `discard` is called in the middle of another one all the same, it waits, and what comes behind it is an OSError: nothing is
@@ -131,6 +136,13 @@ class BigBody:
         with self._using:
             self._require_open()
             return os.pread(self._fd, max(min(most, self.length - at), 0), self._room + FRAME.size + at)
+
+    def lend(self, at: int = 0) -> tuple[int, int]:
+        """A further descriptor of the file, to read from only, which is the caller's to close, and where in it what was written
+        begins, from `at` on; before `finish`, from any thread. OSError."""
+        with self._using:
+            self._require_open()
+            return opened_again(self._fd), self._room + FRAME.size + at
 
     def read(self, skip: int = 0) -> list[bytes]:
         """All that was written, but for the first `skip` octets, in pieces; before `finish`. OSError."""

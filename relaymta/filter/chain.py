@@ -12,7 +12,7 @@ import ipaddress
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from relaymta.config import Config, FiltersTable, Listener, MailRule
 from relaymta.config import Filter as Settings
@@ -25,12 +25,14 @@ from relaymta.filter.revision import Revision
 from relaymta.log import Log
 from relaymta.metrics import FilterCounters, FilterTotals, ListCounters, RuleCounters, RuleTotals, index, list_name, rule_name
 from relaymta.proto import reply
+from relaymta.proto.address import domain_matches, domain_of
 from relaymta.proto.dnsbl import Codes
 from relaymta.proto.edits import Edit, Insert, spaced, subject_edits
 from relaymta.proto.printable import printable
 from relaymta.shm import Limits, Named
 
 if TYPE_CHECKING:
+    from relaymta.filter.hooks import Hooks
     from relaymta.filter.rules import Match, Rules, RuleSet
 
 __all__ = ["Chain", "Chains", "Outcome", "Sender", "made", "reason_held"]
@@ -44,7 +46,7 @@ CHAINS_KEPT = 1000  # by what decides which filters apply
 class Outcome(NamedTuple):
     """What is done with a message. `reply`: where it is refused, for good or for now; `closes`: the client is disconnected then;
     `held`: why it is held, or ""; `left`: the filters that look at it later, before it is delivered; `by`: the finding that
-    counts, None: there is none."""
+    counts, None: there is none; `route`: the name of that which it takes, "": as routes say."""
 
     verdict: Verdict
     reply: bytes = b""
@@ -52,6 +54,7 @@ class Outcome(NamedTuple):
     held: str = ""
     left: tuple[str, ...] = ()
     by: Finding | None = None
+    route: str = ""
 
 
 class Sender(NamedTuple):
@@ -252,7 +255,8 @@ class Chain:
         tag = next((one for one in findings if one.action is Verdict.TAG), None)
         if tag is not None:
             revision.edit(self._tags(tag, revision.mail), TAGS_MOST)
-        return Outcome(first.action, held=reason_held(first) if first.action is Verdict.HOLD else "", by=first)
+        route = next((one.route for one in findings if one.route), "")
+        return Outcome(first.action, held=reason_held(first) if first.action is Verdict.HOLD else "", by=first, route=route)
 
     def reply(self, one: Finding) -> bytes:
         """The refusal that follows: the filter's own, where it gives one; else it names the filter, and never an address or a
@@ -335,7 +339,28 @@ class Chains:
             guard.close()
         self._gone = [guard for guard in ([] if before is None else [*before._gone, *gone]) if guard.open]
         for guard in self.guards:
+            if hasattr(guard.filter, "changed_shape"):
+                guard.filter.changed_shape = partial(self._reshaped, guard)
             guard.begin()
+
+    def _reshaped(self, guard: Guard) -> None:
+        """A filter is asked something else from now on, by sessions that begin now."""
+        guard.shape()
+        self._chains.clear()
+
+    def refresh(self) -> None:
+        """See whether files that filters have read are others now."""
+        for guard in self.guards:
+            refresh = getattr(guard.filter, "refresh", None)
+            if refresh is not None:
+                refresh()
+
+    def tell(self, result: str, attempt: dict[str, Any]) -> None:
+        """What has come of an attempt to deliver a message, for hooks that are told."""
+        for guard in self.guards:
+            tells = getattr(guard.filter, "tells", None)
+            if tells and _is_told(guard.settings, attempt):
+                cast("Hooks", guard.filter).tell(result, attempt)
 
     @property
     def open(self) -> int:
@@ -370,9 +395,14 @@ class Chains:
         return [known[name].told() if name in known else f"filter {name}, which is not configured any more" for name in names]
 
     def close(self) -> None:
-        """The worker ends."""
+        """There are no filters any more."""
         for guard in self.guards:
             guard.close()
+
+    def stop(self) -> None:
+        """The worker ends."""
+        for guard in [*self.guards, *self._gone]:
+            guard.stop()
 
     def behind(self, names: Sequence[str], trusted: bool) -> Chain | None:
         """Of the filters of these names those that there are, for a message in the queue of a client that may relay (`trusted`),
@@ -395,7 +425,7 @@ class Chains:
         if sender not in self._chains:
             if len(self._chains) >= CHAINS_KEPT:
                 self._chains.clear()
-            guards = [guard for guard in self.guards if _is_for(guard.settings, sender)]
+            guards = [guard for guard in self.guards if not guard.idle and _is_for(guard.settings, sender)]
             rules = None if self.rules is None else self.rules.of(sender)
             self._chains[sender] = (
                 Chain(guards, self._table, trusted, self._log, self._loop, sender.queues, rules=rules)
@@ -492,9 +522,17 @@ def _greylist(settings: Settings, means: Means) -> Filter:
     return Greylist(times, table, means.resolver, count)
 
 
+def _python(settings: Settings, means: Means) -> Filter:
+    from relaymta.filter.hooks import Hooks
+
+    return Hooks(
+        settings.file, settings.seconds, settings.memory, settings.isolation == "loop", means.hooks, settings.name, means.warn
+    )
+
+
 _TYPES: dict[str, Callable[[Settings, Means], Filter]] = {
     "clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter, "policy": _policy, "http": _http, "dnsbl": _dnsbl,
-    "greylist": _greylist,
+    "greylist": _greylist, "python": _python,
 }  # fmt: skip
 
 
@@ -505,6 +543,14 @@ def _is_for(settings: Settings, sender: Sender) -> bool:
     if settings.listener and sender.listener not in settings.listener:
         return False
     return sender.is_meant_by(settings)
+
+
+def _is_told(settings: Settings, attempt: dict[str, Any]) -> bool:
+    """Whether a filter is told of an attempt to deliver: by `application` and `recipient_domain`."""
+    if settings.application and attempt["application"] not in settings.application:
+        return False
+    wanted = settings.recipient_domain
+    return not wanted or any(domain_matches(domain_of(address), wanted) for address in attempt["recipients"])
 
 
 def _filled(template: str, one: Finding) -> str:

@@ -2,25 +2,28 @@
 
 State, all of it changed on the loop, by the one question that is under way or by `reset` and `end`: `_decided`, what a filter
 has said of the whole message before it has seen it, or why it could not be asked: it is not asked again in this transaction;
-`_noted`, what else it has said of the envelope, as far as no refusal has followed from that.
+`_noted`, what else it has said of the envelope, as far as no refusal has followed from that; `_at_data`, of which filters the
+former was said at DATA.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from relaymta.filter.guard import Finding, Guard, Judge
-from relaymta.filter.judgement import Answer, FilterSession, Mail, Verdict
+from relaymta.filter.judgement import Answer, FilterSession, Greeter, Mail, Verdict
 
 if TYPE_CHECKING:
     from relaymta.filter.chain import Chain
 
 __all__ = ["Dialogue"]
 
+UNADDRESSED = frozenset({"CONNECT", "HELO", "AUTH", "MAIL"})  # when no recipient is known
+
 
 class Dialogue:
     """See above. `client`: its address."""
 
-    __slots__ = ("_chain", "_client", "_decided", "_noted", "_sessions")
+    __slots__ = ("_at_data", "_chain", "_client", "_decided", "_noted", "_sessions")
 
     def __init__(self, chain: "Chain", client: str) -> None:
         self._chain = chain
@@ -28,9 +31,17 @@ class Dialogue:
         self._sessions: dict[Guard, FilterSession] = {}
         self._decided: dict[Judge, Finding] = {}
         self._noted: dict[Judge, Finding] = {}
+        self._at_data = frozenset[Judge]()
         for guard in chain.guards:
             if guard.begins:
                 self._session(guard)
+
+    async def client(self, verb: str, mail: Mail) -> Finding | None:
+        """CONNECT, HELO or AUTH: what refuses the client, or None. Nothing of it counts for a message."""
+        found = await self._ask(verb, mail, (), lambda session: cast(Greeter, session).client(verb, mail))
+        self._decided.clear()
+        self._noted.clear()
+        return found
 
     async def mail(self, mail: Mail) -> Finding | None:
         """MAIL: what refuses it, or None. As all questions here: cancelled, no filter is left in the middle of one."""
@@ -43,11 +54,13 @@ class Dialogue:
     async def data(self, mail: Mail) -> Finding | None:
         """DATA: what refuses it, or None. Where it was refused before, recipients may have been added since: what was said then
         does not count."""
-        for guard in self._chain.guards:
-            if "DATA" in guard.asks:
-                self._decided.pop(guard, None)
-                self._noted.pop(guard, None)
-        return await self._ask("DATA", mail, mail.recipients, lambda session: session.data(mail))
+        for guard in self._at_data:
+            self._decided.pop(guard, None)
+        before = frozenset(self._decided)
+        try:
+            return await self._ask("DATA", mail, mail.recipients, lambda session: session.data(mail))
+        finally:
+            self._at_data = frozenset(self._decided) - before
 
     async def _ask(
         self, verb: str, mail: Mail, recipients: Sequence[str], question: Callable[[FilterSession], Awaitable[Answer]]
@@ -56,7 +69,7 @@ class Dialogue:
         chain, refusal, instead = self._chain, None, None
         until, said = chain.deadline(), list[tuple[Finding, bool]]()
         for guard in chain.guards:
-            if verb not in guard.asks or not (verb == "MAIL" or guard.looks_at(recipients)):
+            if verb not in guard.asks or not (verb in UNADDRESSED or guard.looks_at(recipients)):
                 continue
             found = self._decided.get(guard)
             if found is None:
@@ -140,6 +153,7 @@ class Dialogue:
 
     def reset(self) -> None:
         """The transaction is over."""
+        self._at_data = frozenset()
         self._decided.clear()
         self._noted.clear()
         for session in self._sessions.values():

@@ -46,6 +46,7 @@ EDITS_MOST = 100  # of one filter, where it is asked more than once about a mess
 FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
 PROBE_EVERY, PROBE_MOST, RELAPSES = 1.0, 30.0, 5  # seconds; twice as many with each relapse, of which so many count
 NOTHING: frozenset[str] = frozenset()
+OF_MESSAGES = frozenset({"MAIL", "RCPT", "DATA"})
 WAITED_FOR = ("later", "tempfail", "disconnect")  # of on_failure: what a message in the queue waits for
 _FAILED = {"disconnect": Verdict.TEMPFAIL, "later": Verdict.ACCEPT}  # other words are verdicts
 WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
@@ -85,6 +86,7 @@ class Finding(NamedTuple):
     reply: bytes = b""
     condition: Condition = ""
     later: bool = False
+    route: str = ""
 
     def joined(self, before: "Finding") -> "Finding":
         """With what the same filter has said before, of another part of the same message: the stricter word, all changes. Of
@@ -94,7 +96,7 @@ class Finding(NamedTuple):
             envelope = self.envelope if envelope is None else envelope.joined(self.envelope)
         word = before if before.action > self.action else self
         return word._replace(
-            edits=edits[-EDITS_MOST:], envelope=envelope, body=self.body, seconds=before.seconds + self.seconds,
+            edits=edits[-EDITS_MOST:], envelope=envelope, body=self.body, seconds=before.seconds + self.seconds, route=self.route,
             dropped=before.dropped + self.dropped + max(len(edits) - EDITS_MOST, 0),
         )  # fmt: skip
 
@@ -136,11 +138,8 @@ class Guard:
         self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
         self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)
         self._follower = cast(Follower, asked) if hasattr(asked, "session") else None
-        one = self._follower
-        self.alone, self.asks = (False, NOTHING) if one is None else (one.alone, one.asks)
-        self.begins, self.looks = (False, True) if one is None else (one.begins, one.looks)
-        self.tags = Verdict.TAG in (*self._meaning.values(), *(verdict for _, verdict in self._scores))
-        self.follows = one is not None and (one.alone or bool(one.asks))
+        self._longest = float(getattr(asked, "longest", 0.0))  # of what bounds its own time
+        self.shape()
         self._places = Places(settings.name, settings.concurrency, limits, loop, self._show)
         self._counters = counters
         self._log = log
@@ -153,9 +152,21 @@ class Guard:
         self._closed = False
         self.is_queued = settings.is_queued
 
+    def shape(self) -> None:
+        """What it is asked, as the filter has it now: hooks may be others since their file was written."""
+        one = self._follower
+        self.alone, self.asks = (False, NOTHING) if one is None else (one.alone, one.asks)
+        self.begins, self.looks = (False, True) if one is None else (one.begins, one.looks)
+        self.tags = Verdict.TAG in (*self._meaning.values(), *(verdict for _, verdict in self._scores))
+        self.tags = self.tags and (self.looks or bool(self.asks & OF_MESSAGES))
+        self.follows = one is not None and (bool(self.asks) or (one.alone and self.looks))
+
     def begin(self) -> None:
         """The configuration that has it is in use from now on."""
         self._show()
+        begin = getattr(self.filter, "begin", None)
+        if begin is not None:
+            begin()
 
     def close(self) -> None:
         """No configuration has it any more. What asks it now, from sessions that began before, gets its answer; it is never down,
@@ -165,6 +176,19 @@ class Guard:
             self._probing.cancel()
         self._down = self._probing = None
         self.filter.close()
+
+    def stop(self) -> None:
+        """As `close`; the process ends, and so does what the filter has begun."""
+        if not self._closed:
+            self.close()
+        stop = getattr(self.filter, "stop", None)
+        if stop is not None:
+            stop()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing that it is asked."""
+        return not (self.looks or self.follows or self.tags)
 
     @property
     def open(self) -> int:
@@ -222,8 +246,11 @@ class Guard:
         settings = self.settings
         if self._down is not None:
             return self._failed(trusted, FilterFailure("connect", f"down: {self._down[1]}"), 0.0)
-        if not settings.address:  # it is no program: it has no places, and bounds its own time
-            return await self._asked(question, trusted, None, until, session, whole)
+        if not settings.address:  # it is no program elsewhere: it has no places, and bounds its own time
+            late = until if until < self._loop.time() + self._longest else None
+            if late is not None and asyncio.current_task() is None:
+                await asyncio.sleep(0)
+            return await self._asked(question, trusted, late, until, session, whole)
         if asyncio.current_task() is None:  # what has a time-out has to be a task (accept/eager.py)
             await asyncio.sleep(0)
         began = self._loop.time()
@@ -276,7 +303,7 @@ class Guard:
             answer.body.discard()
         seconds = self._loop.time() - began
         self._counters.took(seconds)
-        if failure.reason in ("oversize", "refused"):  # it has answered: crafted messages do not take it from the others
+        if failure.own:  # it has answered: crafted messages do not take it from the others
             self._note_answer(whole)
         else:
             self._note_failure(failure, whole)
@@ -293,7 +320,7 @@ class Guard:
         """What follows from an answer: without `enforce` nothing, and of the changes what it may do."""
         found = Finding(
             self, verdict.word, verdict, answer.reason, answer.score, answer.edits, seconds=seconds, body=answer.body,
-            envelope=answer.envelope, dropped=answer.dropped, reply=answer.reply, condition=answer.condition,
+            envelope=answer.envelope, dropped=answer.dropped, reply=answer.reply, condition=answer.condition, route=answer.route,
         )  # fmt: skip
         if answer.note:
             self.warn(answer.note)
@@ -303,7 +330,7 @@ class Guard:
             found.body.discard()
         if not self.settings.enforce:
             found = found._replace(action=Verdict.ACCEPT, condition="")
-        return found._replace(edits=(), body=None, envelope=None, dropped=0)
+        return found._replace(edits=(), body=None, envelope=None, dropped=0, route="")
 
     def _allowed(self, found: Finding) -> Finding:
         """A finding without the changes that the filter may not make."""
@@ -378,7 +405,7 @@ class Guard:
         if failure.reason == "protocol":
             self.warn(f"an answer that makes no sense: {failure}")
         self._failed_at.append((now, whole))
-        within = WITHIN if failure.reason != "timeout" else WITHIN + (FAILURES - 1) * self.settings.timeout
+        within = WITHIN if failure.reason != "timeout" else WITHIN + (FAILURES - 1) * self.settings.seconds
         if self._down is None and len(self._failed_at) == FAILURES and now - self._failed_at[0][0] <= within and not self._closed:
             self._down = now, f"{failure.reason}: {failure}"
             self._log.event("filter", filter=self.name, state="down", reason=self._down[1])

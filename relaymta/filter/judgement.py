@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 from relaymta.proto.edits import Edit
 
 __all__ = [
-    "PIECE", "Answer", "Condition", "FailureReason", "Filter", "FilterFailure", "FilterSession", "Follower", "Learner", "Mail",
-    "NewBody", "NewEnvelope", "Text", "Verdict", "gtube",
+    "PIECE", "Answer", "Condition", "FailureReason", "Filter", "FilterFailure", "FilterSession", "Follower", "Greeter", "Learner",
+    "Mail",     "NewBody", "NewEnvelope", "Text", "Verdict", "gtube",
 ]  # fmt: skip
 
 PIECE = 65536  # octets of message data that a filter gets at once
@@ -39,24 +39,29 @@ class Verdict(IntEnum):
 
 class FilterFailure(Exception):
     """A filter said nothing that is a verdict. `reason`: connect (nobody answers there), timeout, protocol (an answer that makes
-    no sense), refused (an answer that says that it cannot look), oversize (more than it takes)."""
+    no sense), refused (an answer that says that it cannot look), oversize (more than it takes). `own`: it is about this message
+    alone: the filter is well, and others are asked."""
 
-    def __init__(self, reason: FailureReason, text: str) -> None:
+    def __init__(self, reason: FailureReason, text: str, own: bool = False) -> None:
         Exception.__init__(self, text)
         self.reason: FailureReason = reason
+        self.own = own or reason in ("oversize", "refused")
 
 
 class Text:
     """Message data as filters see it: our Authentication-Results, then the message as it came, without our Received. `head`: the
     header, with the empty line behind it if there is one; `size`: octets, all in all."""
 
-    __slots__ = ("_body", "_octets", "_read", "head", "size")
+    __slots__ = ("_body", "_octets", "_read", "head", "open", "size")
 
     def __init__(
-        self, head: bytes, body: bytes = b"", octets: int = 0, read: Callable[[int, int], Awaitable[bytes]] | None = None
-    ) -> None:
-        """`body`: what is behind the head, in memory; or `read(at, most)` gives it, `octets` in all, from a file."""
+        self, head: bytes, body: bytes = b"", octets: int = 0, read: Callable[[int, int], Awaitable[bytes]] | None = None,
+        open: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:  # fmt: skip
+        """`body`: what is behind the head, in memory; or `read(at, most)` gives it, `octets` in all, from a file, and `open()`,
+        on a thread, a further descriptor of that, to read from only, and where in it the body begins."""
         self.head = head
+        self.open = open
         self._body = body
         self._read = read
         self._octets = octets if read is not None else len(body)
@@ -64,7 +69,7 @@ class Text:
 
     def below(self, head: bytes) -> "Text":
         """The same body below another header."""
-        return Text(head, self._body, self._octets, self._read)
+        return Text(head, self._body, self._octets, self._read, self.open)
 
     async def pieces(self, most: int | None = None, body_only: bool = False) -> AsyncIterator[bytes]:
         """The first `most` octets (None: all of them) in order, in pieces of at most PIECE octets, none of them empty; or, of
@@ -168,7 +173,8 @@ class Answer(NamedTuple):
     rule, a sentence: printable, SHOWN characters at most. Changes that it wants: `edits` of the header, `body`, `envelope`;
     `dropped`: how many of its changes were none that can be made. `reply`: the SMTP reply that it wants a refusal to have, b"":
     none. `condition`: "if permitted": a refusal that holds only where no other filter refuses; "if rejected": no refusal, but
-    `reply` (4xx) is said in place of another filter's 5xx. `note`: what it wants to have logged, "": nothing."""
+    `reply` (4xx) is said in place of another filter's 5xx. `note`: what it wants to have logged, "": nothing. `route`: the name
+    of that which it wants the message to take, "": none."""
 
     word: str
     reason: str = ""
@@ -180,6 +186,7 @@ class Answer(NamedTuple):
     reply: bytes = b""
     condition: Condition = ""
     note: str = ""
+    route: str = ""
 
 
 class Learner(Protocol):
@@ -236,11 +243,21 @@ class FilterSession(Protocol):
         """The client has gone, or is another one. What is under way is cancelled, or ends by itself."""
 
 
+class Greeter(FilterSession, Protocol):
+    """A filter that is asked about clients, too, before they send anything."""
+
+    async def client(self, verb: str, mail: Mail) -> Answer:
+        """A client has connected ("CONNECT"), said its name ("HELO"), or logged in ("AUTH"); `mail` has no more than that.
+        "reject" and "tempfail" refuse it; no other word than these and "continue"."""
+
+
 class Follower(Filter, Protocol):
     """A filter that can follow a client."""
 
     alone: bool  # it may change what others look at: nobody is asked beside it
-    asks: frozenset[str]  # of "MAIL", "RCPT" and "DATA": when its sessions are asked
+    asks: frozenset[
+        str
+    ]  # of "MAIL", "RCPT" and "DATA", of a Greeter "CONNECT", "HELO" and "AUTH", too: when its sessions are asked
     begins: bool  # its sessions begin with the connection, not with the first MAIL
     looks: bool  # they are asked about the message, too
 

@@ -22,13 +22,16 @@ PIECES = 1024  # in memory, until they are joined: each costs more memory than i
 
 
 class File(Protocol):
-    """The file of a body. Each method is called on a thread, one at a time but for `piece`. OSError or StoreError."""
+    """The file of a body. Each method is called on a thread, one at a time but for `piece` and `lend`. OSError or StoreError."""
 
     def write(self, data: list[bytes]) -> None:
         """Append pieces."""
 
     def piece(self, at: int, most: int) -> bytes:
         """Octets of it."""
+
+    def lend(self) -> tuple[int, int]:
+        """A further descriptor to read it from, and where in that it begins."""
 
     def discard(self) -> None:
         """It is not used: remove it."""
@@ -91,7 +94,7 @@ class Rewritten:
 
     def text(self, head: bytes) -> Text:
         """As of NewBody."""
-        return Text(head, self.body) if self.large is None else Text(head, b"", self.octets, self._read)
+        return Text(head, self.body) if self.large is None else Text(head, b"", self.octets, self._read, self.large.lend)
 
     def discard(self) -> None:
         """As of NewBody. Further calls do nothing. `place` is given back when the file is gone."""

@@ -246,7 +246,7 @@ class Scanner:
         head, behind = results + header, len(results) + behind
         if taken.is_large:
             octets = envelope.size - behind
-            text = Text(head, b"", octets, lambda at, most: taken.piece(behind + at, most))
+            text = Text(head, b"", octets, lambda at, most: taken.piece(behind + at, most), lambda: taken.lend(behind))
         else:
             text = Text(head, taken.data[behind:])
         return Mail(
@@ -288,19 +288,19 @@ class Scanner:
             held = (
                 of_finding(by, revision.header, self._queue.clock.now()) if verdict is Verdict.HOLD and by is not None else None
             )
-            await self._store(taken, revision, why, held, [*outcome.left], head, header)
+            await self._store(taken, revision, why, held, [*outcome.left], head, header, outcome.route)
         return ""
 
     async def _store(
         self, taken: Taken, revision: Revision, why: str, quarantine: Quarantine | None, left: list[str], head: bytes,
-        header: bytes,
+        header: bytes, route: str,
     ) -> None:  # fmt: skip
         """It stays in the queue: due, held in the `quarantine` (`why`: as of Envelope.held_for), or waiting for the filters that
-        are `left`."""
+        are `left`; on another `route`, where one is given."""
         unseen, ident, queue = _of(taken.envelope), taken.ident, self._queue.unseen
         results, fields = head[: unseen.above], head[unseen.above : unseen.above + unseen.front]
         new = revision.body is not None or revision.sender is not None or revision.recipients is not None
-        new = new or revision.header != header or revision.above != results
+        new = new or revision.header != header or revision.above != results or bool(route)
         draft = None
         if unseen.signs and not left and self._needs.signer:
             try:
@@ -311,7 +311,7 @@ class Scanner:
         held = held_because(why) if quarantine is not None else ""
         if new or draft is not None:
             behind = unseen.above + unseen.front + len(header)
-            await self._replace(taken, revision, held, quarantine, left, fields, behind, draft)
+            await self._replace(taken, revision, held, quarantine, left, fields, behind, draft, route)
         elif quarantine is not None:
             await queue.held(taken, held, quarantine, left)
         elif not left:
@@ -339,7 +339,7 @@ class Scanner:
 
     async def _replace(
         self, taken: Taken, revision: Revision, held: str, quarantine: Quarantine | None, left: list[str], fields: bytes,
-        behind: int, draft: Draft | None,
+        behind: int, draft: Draft | None, route: str,
     ) -> None:  # fmt: skip
         """It has another header, body or envelope from now on; its body was `behind` so many octets."""
         before, unseen, body = taken.envelope, _of(taken.envelope), cast(Rewritten | None, revision.body)
@@ -360,6 +360,7 @@ class Scanner:
             sender=before.sender if revision.sender is None else revision.sender,
             flags=before.flags & ~UNSEEN | (HELD if held else UNSEEN if left else 0), quarantine=quarantine,
             unseen=msgspec.structs.replace(unseen, filters=left, above=len(revision.above)) if left else None,
+            route=route or before.route,
         )  # fmt: skip
         if revision.recipients is not None:
             envelope.recipients = self._readdressed(before.recipients, revision.recipients)

@@ -143,7 +143,7 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     priority: str = "normal"
     body: Body | None = None
     placements: list[Placement] = []
-    route: str = ""  # the route that an operator chose for it; "": by the route table
+    route: str = ""  # the route that an operator, or a hook, chose for it; "": by the route table
     headers: list[str] = []  # the `header` conditions of routes that its header matches
     user: str = ""  # the login it was submitted with; "": none
     message_id: str = ""  # the value of its Message-ID, MESSAGE_ID_SHOWN characters at most

@@ -16,7 +16,7 @@ from relaymta.proto.address import mail_argument, rcpt_argument
 from relaymta.proto.edits import Append, Change, Edit, Insert, shown, spaced
 from relaymta.proto.printable import printable
 
-__all__ = ["CHANGES_MOST", "HookError", "Said", "Signature", "Wanted", "fields", "said", "wanted", "written"]
+__all__ = ["CHANGES_MOST", "AnyChange", "HookError", "Said", "Signature", "Wanted", "fields", "said", "wanted", "written"]
 
 CHANGES_MOST: Final = 200  # of one answer
 FIELDS_MOST: Final = 5000  # that are shown one by one
@@ -72,13 +72,16 @@ class _SetSender(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     address: str
 
 
+AnyChange = _Add | _Replace | _Remove | _AddRecipient | _RemoveRecipient | _SetSender
+
+
 class Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An answer, as it came: only its types are checked."""
 
     verdict: Verdict
     reason: str = ""
     score: float | None = None
-    changes: list[_Add | _Replace | _Remove | _AddRecipient | _RemoveRecipient | _SetSender] = []
+    changes: list[AnyChange] = []
 
 
 class Wanted(NamedTuple):

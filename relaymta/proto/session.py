@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from relaymta._speedups.smtp import Parser
 from relaymta.proto import reply, sasl
 from relaymta.proto.auth_exchange import AuthExchange
-from relaymta.proto.transaction import NOTHING_SAID, Limits, Transaction
+from relaymta.proto.transaction import NOBODY, NOTHING_SAID, Limits, Transaction
 
 __all__ = ["ASKED", "CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Question", "Session", "Tap"]
 
@@ -41,14 +41,16 @@ class Offers:
 
 
 class Question(NamedTuple):
-    """A command that the caller has to ask others about. `verb`: MAIL, with its `parameters` as they came; RCPT, with an
-    `address`; or DATA, also for the first BDAT, with `again`: the command, which is taken once more when the answer is there, and
-    with LAST among its parameters where it is the only one."""
+    """What the caller has to ask others about: a command, of a transaction MAIL, with its `parameters` as they came; RCPT, with
+    an `address`; or DATA, also for the first BDAT, with `again`: the command, which is taken once more when the answer is there,
+    and with LAST among its parameters where it is the only one. Or, where there is no transaction, CONNECT, before the greeting,
+    and HELO. `accepted`: the reply where nobody objects."""
 
     verb: str
     address: str = ""
     parameters: tuple[str, ...] = ()
     again: tuple[int, int, bytes] | None = None
+    accepted: bytes = b""
 
 
 class Tap(Protocol):
@@ -66,16 +68,18 @@ _LIMITS, _OFFERS = Limits(), Offers()
 
 class Host:
     """What a session asks of its caller: the rights of the client. This one accepts everything. `user`: the authenticated user,
-    "" for none. `domain`: completes addresses without one; "": they are errors. The caller may change all of them between two
+    "" for none. `domain`: completes addresses without one; "": they are errors. `asks_client`: of CONNECT and HELO: about what
+    others are asked. The caller may change all of them between two
     calls, but within a transaction its own `limits` hold."""
 
-    __slots__ = ("domain", "limits", "offers", "user")
+    __slots__ = ("asks_client", "domain", "limits", "offers", "user")
 
     def __init__(self, limits: Limits = _LIMITS, offers: Offers = _OFFERS) -> None:
         self.limits = limits
         self.offers = offers
         self.user = ""
         self.domain = ""
+        self.asks_client = NOBODY
 
     def begin(self, session: "Session", sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
         """MAIL: a new transaction, or the reply that rejects it. `size`: as the client announced it, 0: not at all."""
@@ -162,9 +166,11 @@ class Session:
         return self.transaction if self.state == COMPLETE else None
 
     def greet(self) -> bytes:
-        """The 220 greeting, for which a client has to wait (RFC 5321 3.1); from now on commands are parsed."""
+        """The 220 greeting, for which a client has to wait (RFC 5321 3.1); from now on commands are parsed. b"": others are asked
+        about the client first."""
         self.parser.commands()
-        return f"220 {self.hostname} {'LMTP' if self.host.offers.lmtp else 'ESMTP'} relaymta\r\n".encode()
+        greeting = f"220 {self.hostname} {'LMTP' if self.host.offers.lmtp else 'ESMTP'} relaymta\r\n".encode()
+        return self.ask(Question("CONNECT", accepted=greeting)) if "CONNECT" in self.host.asks_client else greeting
 
     def keep(self, data: bytes) -> None:
         """Keep octets from the client for a later `receive(b"")`."""
@@ -237,9 +243,14 @@ class Session:
         """What was asked is answered, which ends the state ASKED; not to be called once the session is closing. `answer`: the
         reply that refuses it (4xx or 5xx; 421 and 521 end the session), None: it is accepted. Returns what to write."""
         question, transaction = self.question, self.transaction
-        assert question is not None and transaction is not None
+        assert question is not None
         self.question, self.state = None, COMMANDS
-        out = self._accepted(question, transaction) if answer is None else self._refused(question, transaction, answer)
+        if answer is not None:
+            out = self._refused(question, answer)
+        elif transaction is None:
+            out = question.accepted
+        else:
+            out = self._accepted(question, transaction)
         self.behind = not self.closing and (bool(self.pending) or self.parser.runnable())
         return out
 
@@ -253,11 +264,13 @@ class Session:
         self.pending.insert(0, question.again)
         return b""
 
-    def _refused(self, question: Question, transaction: Transaction, answer: bytes) -> bytes:
-        if answer.startswith((b"421", b"521")):  # RFC 7504 3: with 521, too, there is nothing more to say
-            out = self.error_if_5xx(answer)
+    def _refused(self, question: Question, answer: bytes) -> bytes:
+        if answer.startswith((b"421", b"521")) or question.verb == "CONNECT":
+            out = self.error_if_5xx(answer)  # RFC 7504 3: with 521, too, there is nothing more to say
             self.close()
             return out
+        if question.verb == "HELO":
+            self.helo, self.extended = "", False
         if question.verb == "DATA" and question.parameters:  # BDAT: the chunk follows, whatever it is told (RFC 3030 2)
             refusal = self.for_each(answer) if "LAST" in question.parameters else answer
             self.drop()

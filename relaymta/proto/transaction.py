@@ -36,7 +36,7 @@ class Transaction:
     __slots__ = (
         "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "key",
         "keyed", "last_chunk", "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal",
-        "sender", "size", "smtputf8", "tail", "unseen", "utf8_header",
+        "route", "sender", "size", "smtputf8", "tail", "unseen", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -66,6 +66,7 @@ class Transaction:
         self.key = ""  # the idempotency key in its header, which is not sent on
         self.keyed = False  # it counts
         self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8
+        self.route = ""  # the name of the route that filters have chosen; "": none
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def accept(self, address: str) -> bytes | None:

@@ -56,7 +56,8 @@ def _extended_hello(session: Session, argument: bytes) -> bytes:
         lines.append("XFORWARD " + " ".join(XFORWARD))
     if offers.mechanisms and not host.user and (session.secure or offers.clear):
         lines.append("AUTH " + " ".join(offers.mechanisms))
-    return ("250-" + "\r\n250-".join(lines) + "\r\n250 ENHANCEDSTATUSCODES\r\n").encode()
+    answer = ("250-" + "\r\n250-".join(lines) + "\r\n250 ENHANCEDSTATUSCODES\r\n").encode()
+    return session.ask(Question("HELO", accepted=answer)) if "HELO" in host.asks_client else answer
 
 
 def _helo(session: Session, argument: bytes) -> bytes:
@@ -64,7 +65,8 @@ def _helo(session: Session, argument: bytes) -> bytes:
         return session.error(reply.UNKNOWN_COMMAND)
     if not _hello(session, argument, False):
         return session.error(reply.BAD_HELLO)
-    return f"250 {session.hostname}\r\n".encode()
+    answer = f"250 {session.hostname}\r\n".encode()
+    return session.ask(Question("HELO", accepted=answer)) if "HELO" in session.host.asks_client else answer
 
 
 def _mail(session: Session, argument: bytes) -> bytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from relaymta.disk.big import BigBody
+from relaymta.disk.big import BigBody, opened_again
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.operations import Task
 from relaymta.disk.segments import FRAME, Segments
@@ -71,6 +71,12 @@ class Taken:
         assert body is not None
         most = max(min(most, body.length - at), 0)
         return await self._readers.run(os.pread, self._descriptor, most, body.offset + FRAME.size + at)
+
+    def lend(self, at: int) -> tuple[int, int]:
+        """A further descriptor to read a large message from, and where in that it is from `at` on. On a thread. OSError."""
+        body = self.envelope.body
+        assert body is not None
+        return opened_again(self._descriptor), body.offset + FRAME.size + at
 
     def release(self) -> None:
         """The caller has done with it, whatever that was. Further calls do nothing."""

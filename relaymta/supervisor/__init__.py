@@ -15,6 +15,7 @@ import resource
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ __all__ = ["Supervisor", "serve"]
 
 ANSWER_SECONDS = 5.0  # for the command line to get its answers after an upgrade
 ACCOUNTS = "accounts"  # the table of node/ of what they usually send
+PLACES_MOST = 200  # of exceptions of hooks, that are exposed one by one
 
 
 class Supervisor:
@@ -95,6 +97,7 @@ class Supervisor:
         self.conversations: set[asyncio.Task[None]] = set()  # with the command line
         self.stopping = asyncio.Event()
         self.failure = ""
+        self._raised: Counter[str] = Counter()  # exceptions of hooks in Python, by their places
         self.audit = Audit(lambda: self.log)
         self.http_api: HttpApi | None = None
         self.reports: Reports
@@ -385,11 +388,17 @@ class Supervisor:
         """Answer a worker's request."""
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "site_state": self.machine.site_state, "token": self.machine.token, "conduct": self.abuse.conduct,
-            "sites": self.activity.note, "bounced": self.suppressing.bounced,
+            "sites": self.activity.note, "bounced": self.suppressing.bounced, "hooks_raised": self._hooks_raised,
         }  # fmt: skip
         if op not in answers:
             raise RelayError(f"no such request of a worker: {op}")
         return await answers[op](**args)
+
+    async def _hooks_raised(self, places: dict[str, int]) -> None:
+        """Hooks in Python have raised exceptions."""
+        for place, count in places.items():
+            known = place in self._raised or len(self._raised) < PLACES_MOST
+            self._raised[place if known else "other"] += count
 
     def _accounts(self, machine: Machine) -> Accounts:
         """What accounts send, and usually send."""
@@ -498,7 +507,7 @@ class Supervisor:
             self.slots.health,
             lambda: reasons(self.slots, self.shared, self.stopping),
             lambda: self.machine.outages.rows(_smart_sites(self.config)),
-            lambda: {one.name: FilterTotals(self._named.of(one.name), one.timeout) for one in self.config.filter},
+            lambda: {one.name: FilterTotals(self._named.of(one.name), one.seconds) for one in self.config.filter},
             lambda: {zone: self._named.of(list_name(zone)) for zone in _zones(self.config)},
             lambda: {one.name: RuleTotals.of(self._named.of(rule_name(one.name))) for one in self.config.mail_rule},
             lambda: self.abuse.counts(),
@@ -518,7 +527,7 @@ class Supervisor:
         listed = self.suppressing
         return Own(
             made.number, made.refused, made.refusals, self.slots.restarts, self.slots.states(), ends, listed.counts.by_reason(),
-            listed.counts.most, listed.left_out,
+            listed.counts.most, listed.left_out, dict(self._raised),
         )  # fmt: skip
 
     def _hear_signals(self) -> None:

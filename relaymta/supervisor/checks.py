@@ -33,6 +33,8 @@ def import_all(config: Config) -> None:
     names = ["difflib", "encodings.idna", "encodings.punycode"]  # for suggestions, and for host names
     if _has_files(config):
         names += ["cryptography.x509", "relaymta.accept.endpoint", "relaymta.filter.keys", "scramp"]
+    if _has_hooks(config):
+        names += ["relaymta.accept.endpoint", "relaymta.filter.hookcheck"]
     for name in names:
         import_module(name)
 
@@ -41,16 +43,20 @@ def _has_files(config: Config) -> bool:
     return bool(config.certificate or config.accounts or config.dkim or config.relay.recipients or config.local.aliases)
 
 
+def _has_hooks(config: Config) -> bool:
+    return any(one.type == "python" for one in config.filter)
+
+
 def check_files(config: Config) -> None:
-    """ConfigError when certificates, keys, accounts, recipients or the route map cannot be read or used by the current user, or
-    control.group does not exist."""
+    """ConfigError when certificates, keys, accounts, recipients, hooks or the route map cannot be read or used by the current
+    user, or control.group does not exist."""
     problems = []
     if config.control.group:
         try:
             privileges.group(config.control.group)
         except ConfigError as error:
             problems += error.problems
-    if _has_files(config):
+    if _has_files(config) or _has_hooks(config):
         from relaymta.accept import endpoint  # imports cryptography and argon2
 
         try:

@@ -46,6 +46,7 @@ from relaymta.shm import SLOTS, Shared
 from relaymta.worker.accounting import Witness, attempt_of
 from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
+from relaymta.worker.hooks import Hooking
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
 from relaymta.worker.suppression import Suppressing
@@ -247,7 +248,10 @@ class Worker:
         login = self.mail.recipients.login if self.mail is not None else None
         endpoint = Endpoint(
             self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login,
-            Means("", self.resolver, self.counters, self.named, matched=self._matched, triplets=self.triplets),
+            Means(
+                "", self.resolver, self.counters, self.named, matched=self._matched, triplets=self.triplets,
+                hooks=Hooking(self).means(),
+            ),
         )  # fmt: skip
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
@@ -257,6 +261,7 @@ class Worker:
         self.intake.once = Once(self.known, self.limits, threads)
         self.watch_conduct()
         await self.suppressing.start()
+        self.tell_hooks()
         others: dict[str, Make] = {}
         if self.mail is not None:
             self.intake.local = self.mail.local()
@@ -312,6 +317,17 @@ class Worker:
         self.intake.conduct = self.conduct
         for shard in self.shards.values():
             shard.witness.conduct = self.conduct
+
+    def tell_hooks(self) -> None:
+        """Tell hooks what becomes of messages from now on, or nobody any more, as is configured."""
+        there = any(one.type == "python" for one in self.config.filter)
+        for shard in self.shards.values():
+            shard.witness.tell = self._tell if there else None
+
+    def _tell(self, result: str, attempt: dict[str, Any]) -> None:
+        chains = self.acceptor.endpoint.chains if self.acceptor is not None else None
+        if chains is not None:
+            chains.tell(result, attempt)
 
     def report_conduct(self) -> None:
         """Tell the supervisor what accounts have sent."""

@@ -95,6 +95,8 @@ class Witness(Events):
         self._commit_messages = counters.histogram("relaymta_messages_per_commit")
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
         self.bounced: Bounced | None = None  # (envelope, recipient, attempt, expired); None: nobody wants to know
+        # Told of each result: delivered, deferred or bounced, and the fields of hooks.Attempt. None: nobody is.
+        self.tell: Callable[[str, dict[str, Any]], None] | None = None
         self._log = log
 
     def _age(self, ident: int) -> float:
@@ -130,6 +132,8 @@ class Witness(Events):
                 delay=delay, attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
                 **({"traceparent": envelope.traceparent} if envelope.traceparent else {}),
             )  # fmt: skip
+            if self.tell is not None:
+                self._told("delivered", entry, recipients, peer, _shown(*answer), delay)
             return
         last, expired = next(reversed(outcome.results), -1), {id(attempt) for _, attempt, late in outcome.failed if late}
         for position, attempt in outcome.results.items():
@@ -156,12 +160,14 @@ class Witness(Events):
             self._add(DELIVERED, 1)
             place = dict(zip(("address", "port", "tls", "cipher"), _link(entry, position), strict=True))
             self._log.event("delivered", recipients=[address], **place, **common, **stays)
+            told, more = "delivered", {}
         elif attempt.kind == TRANSIENT:
             self._add(DEFERRED, 1)
             again = self._next_try(outcome) / 1000
             self._log.event(
                 "deferred", recipient=address, phase=attempt.phase, cause=attempt.because, next=again, **common
             )  # fmt: skip
+            told, more = "deferred", {"next": again, "phase": attempt.phase}
         else:
             if self.bounced is not None:
                 self.bounced(entry.envelope, address, attempt, expired)
@@ -171,6 +177,19 @@ class Witness(Events):
                 "bounced", sender=entry.envelope.sender, recipient=address, phase=attempt.phase, cause=attempt.because, dsn=dsn,
                 **common, **stays, **({"expired": True} if expired else {}),
             )  # fmt: skip
+            told, more = "bounced", {"phase": attempt.phase}
+        if self.tell is not None:
+            self._told(told, entry, [address], attempt.peer, attempt.cause, self._age(entry.ident), **more)
+
+    def _told(self, result: str, entry: Entry, recipients: list[str], peer: str, said: str, delay: float, **more: Any) -> None:
+        """Tell hooks of it."""
+        assert self.tell is not None
+        found = {
+            "id": format_id(entry.ident), "sender": entry.envelope.sender, "recipients": recipients,
+            "application": entry.envelope.application, "result": result, "route": entry.name.label, "peer": peer, "reply": said,
+            "attempt": entry.attempts + 1, "delay": delay,
+        }  # fmt: skip
+        self.tell(result, found | more)
 
     def left_quarantine(self, ident: int, envelope: Envelope, how: str, to: list[str]) -> None:
         why = envelope.quarantine

@@ -87,6 +87,7 @@ class Reloading:
         worker.intake.configure(config, routes)
         worker.watch_conduct()
         worker.suppressing.configured()
+        worker.tell_hooks()
         worker.acceptor.config = config
         worker.acceptor.endpoint.configure(prepared.parts)
         for shard in worker.shards.values():

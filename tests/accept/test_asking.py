@@ -532,7 +532,7 @@ def test_a_message_counts_once_however_many_of_its_recipients_are_refused():
 @pytest.mark.parametrize("reads_mail", [False, True])
 def test_who_comes_to_read_mail_is_not_looked_up(reads_mail):
     class Follows(Machine):
-        begins, begun, ended = True, 0, 0
+        begins, begun, ended, asks = True, 0, 0, frozenset[str]()
 
         def dialogue(self, client: str) -> "Follows":
             self.begun += 1

@@ -126,8 +126,7 @@ class Submitter(Connection):
             self.rights.log_in(identity._replace(connections=0, quotas=identity.quotas if counts else {}))
         self.transport = _Nowhere(self._heard)
         self.trace(client)
-        self._greet(bool(tls))
-        self.secured(tls)
+        self._greet(bool(tls), tls)
 
     def is_delayed(self, session: Any, errors: int) -> bool:
         """Who has to log in is not guessing recipients."""

@@ -1,0 +1,221 @@
+"""A file of hooks: what it defines, and calling that. Used in the process of hooks, or with `isolation = "loop"` in a worker."""
+
+import ast
+import asyncio
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import msgspec
+
+from relaymta import hooks
+from relaymta.filter.hookframes import AFTERWARDS, ANSWER_MOST, CLIENT, ENVELOPE, HOOKS, Garbage, Reply, pack, unpack_reply
+from relaymta.watch import stamp
+
+__all__ = ["BrokenFile", "HookFile", "declared"]
+
+MODULE: Final = "relaymta_hooks_of_operator"
+TRACE_MOST: Final = 8000  # characters of a traceback, of which the end is kept
+FRAMES_MOST: Final = 30
+REASON_MOST: Final = 2000
+NO_STAMP: Final = (0, 0, 0)
+
+
+class BrokenFile(Exception):
+    """It cannot be imported, or what has the name of a hook is none; str(): `file:line: why`."""
+
+
+def declared(path: str) -> frozenset[str]:
+    """The names of hooks that a file seems to define, without running it. All that judge, where it cannot be read: then there is
+    something to be said about each message."""
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset(HOOKS) - frozenset(AFTERWARDS)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.alias(name=name, asname=other):
+                found.add(other or name)
+    return frozenset(found & set(HOOKS))
+
+
+class HookFile:
+    """The hooks of a file, imported now. `hooks`: by their names; `bodies`: of these the ones that want bodies; `files`: it, and
+    what it has imported from its own folder, each with its watch.stamp."""
+
+    def __init__(self, path: str, name: str = MODULE) -> None:
+        """BrokenFile. `name`: of the module."""
+        self._path = os.path.abspath(path)
+        own = stamp(self._path)  # before it is read: what is written meanwhile is another version
+        self._folder = os.path.dirname(self._path)
+        before = {known for known in sys.modules if self._is_own(sys.modules[known])}
+        kept = {known: sys.modules.pop(known) for known in before}  # of an earlier version, in this process
+        searched = [*sys.path]
+        if self._folder not in sys.path:
+            sys.path.append(self._folder)  # behind all others: a `json.py` of the operator's is not what we import
+        try:
+            self._module = self._imported(name)
+            self.hooks = self._found()
+        except BaseException:
+            for known in [known for known in sys.modules if self._is_own(sys.modules[known])]:
+                del sys.modules[known]
+            sys.modules.update(kept)
+            sys.path[:] = searched
+            raise
+        self.bodies = [hook for hook, function in self.hooks.items() if getattr(function, "wants_body", False) is True]
+        own_ones = [str(one.__file__) for one in list(sys.modules.values()) if self._is_own(one)]
+        others = {os.path.abspath(name) for name in own_ones} - {self._path}
+        self.files = [(self._path, *(own or NO_STAMP)), *((one, *(stamp(one) or NO_STAMP)) for one in sorted(others))]
+
+    def _is_own(self, module: Any) -> bool:
+        """Whether a module is from the file's folder, or below it."""
+        file = getattr(module, "__file__", None)
+        return isinstance(file, str) and os.path.abspath(file).startswith(self._folder + os.sep)
+
+    def _imported(self, name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, self._path)
+        if spec is None or spec.loader is None:
+            raise BrokenFile(f"{self._path}: its name does not end in .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise BrokenFile(f"{error.filename}:{error.lineno}: {error.msg}") from None
+        except OSError as error:
+            if error.filename is not None and os.path.abspath(os.fsdecode(error.filename)) == self._path:
+                raise BrokenFile(f"{self._path}: {error.strerror}") from None
+            raise self._broken(error) from None
+        except BaseException as error:  # sys.exit() too
+            raise self._broken(error) from None
+        return module
+
+    def _broken(self, error: BaseException) -> BrokenFile:
+        return BrokenFile(f"{self._place(error) or self._path}: {_told(error)}")
+
+    def _found(self) -> dict[str, Callable[..., Any]]:
+        found: dict[str, Callable[..., Any]] = {}
+        for hook in HOOKS:
+            function = getattr(self._module, hook, None)
+            if function is None:
+                continue
+            if not inspect.iscoroutinefunction(function):
+                line = getattr(getattr(function, "__code__", None), "co_firstlineno", 0)
+                where = f"{self._path}:{line}" if line else self._path
+                raise BrokenFile(f"{where}: {hook} has to be an `async def`")
+            found[hook] = function
+        return found
+
+    async def call(self, number: int, hook: str, arguments: Any, body: hooks.Body | None) -> Reply:
+        """Call a hook. Whatever it does, there is a reply, except where this is cancelled."""
+        try:
+            result = await self.hooks[hook](*_records(hook, arguments, body))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return self._raised(number, error)  # its own doing
+        except BaseException as error:  # SystemExit and KeyboardInterrupt would end the event loop
+            return self._raised(number, error)
+        return _reply(number, hook, result)
+
+    def _raised(self, number: int, error: BaseException) -> Reply:
+        trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without our own frame
+        told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
+        return Reply(number, "raised", _sendable(told[-TRACE_MOST:]), place=_sendable(self._place(error)))
+
+    def place(self, frame: Any) -> str:
+        """Where code of the file is, which has called this frame: `file:line in function`."""
+        first = ""
+        while frame is not None:
+            name = frame.f_code.co_filename
+            here = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+            if os.path.abspath(name).startswith(self._folder + os.sep):
+                return _sendable(here)
+            first = first or here
+            frame = frame.f_back
+        return _sendable(first)
+
+    def _place(self, error: BaseException) -> str:
+        """`file:line` of the innermost frame that is the operator's."""
+        found, trace = "", error.__traceback__
+        while isinstance(trace, TracebackType):
+            name = trace.tb_frame.f_code.co_filename
+            if os.path.abspath(name).startswith(self._folder + os.sep):
+                found = f"{name}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        return found
+
+
+def _told(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _records(hook: str, arguments: Any, body: hooks.Body | None) -> list[Any]:
+    """What a hook is called with."""
+    if hook in AFTERWARDS:
+        attempt = dict(arguments[0])
+        return [hooks.Attempt(**attempt | {"recipients": tuple(attempt["recipients"])})]
+    client = hooks.Client(*arguments[0])
+    if hook in CLIENT:
+        return [client]
+    sender, recipients, parameters, size = arguments[1]
+    envelope = hooks.Envelope(sender, tuple(recipients), tuple(parameters), size)
+    if hook in ENVELOPE:
+        return [client, envelope, *arguments[2:]]
+    ident, dmarc, head, octets = arguments[2]
+    return [hooks.Mail(ident, client, envelope, hooks.Results(dmarc), hooks.Header(head), octets, body)]
+
+
+_DO: Final = {
+    hooks.Add: "add", hooks.Replace: "replace", hooks.Remove: "remove", hooks.AddRecipient: "add_recipient",
+    hooks.RemoveRecipient: "remove_recipient", hooks.SetSender: "set_sender",
+}  # fmt: skip
+_WORDS: Final = frozenset({"accept", "tag", "hold", "discard", "tempfail", "reject"})
+
+
+def _reply(number: int, hook: str, result: Any) -> Reply:
+    """What a hook returns, as it is sent: checked as it is there."""
+    if result is None or hook in AFTERWARDS:
+        return Reply(number, "none")
+    if hook == "choose_route":
+        if isinstance(result, str):
+            return Reply(number, "route", _sendable(result)[:REASON_MOST])
+        return _invalid(number, f"{hook} returns {type(result).__name__}, and not the name of a route or None")
+    if not isinstance(result, hooks.Verdict):
+        return _invalid(number, f"{hook} returns {type(result).__name__}, and not a Verdict or None")
+    if result.word not in _WORDS:
+        return _invalid(number, f"{hook} says {result.word!r}, which is no verdict")
+    try:
+        changes: Any = [{"do": _DO[type(one)]} | {key: getattr(one, key) for key in one.__slots__} for one in result.changes]
+        made = Reply(number, result.word, result.reason, result.reply, result.score, changes)
+        packed = pack(made)
+        if len(packed) > ANSWER_MOST:
+            return _invalid(number, f"{hook} says {len(packed)} octets")
+        unpack_reply(packed[4:])
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, Garbage, msgspec.MsgspecError) as error:
+        return _invalid(number, f"{hook} returns a Verdict that cannot be understood: {error}")
+    return made
+
+
+def _invalid(number: int, why: str) -> Reply:
+    return Reply(number, "invalid", _sendable(why)[:REASON_MOST])
