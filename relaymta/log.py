@@ -57,6 +57,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "held",
         "tags",
         "traceparent",
+        "began",
     ),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id", "stays"),
     "quota_warning": ("user", "filled"),
@@ -104,9 +105,23 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "users",
         "stays",
         "traceparent",
+        "began",
     ),
-    "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt"),
-    "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "delay", "attempt", "traceparent"),
+    "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt", "traceparent"),
+    "deferred": (
+        "id",
+        "recipient",
+        "route",
+        "phase",
+        "peer",
+        "reply",
+        "cause",
+        "next",
+        "delay",
+        "attempt",
+        "traceparent",
+        "began",
+    ),
     "bounced": (
         "id",
         "sender",
@@ -122,6 +137,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "expired",
         "stays",
         "traceparent",
+        "began",
     ),
     # `ends`: seconds; `until`: the same in milliseconds, for one version more.
     "site": ("route", "state", "reason", "fault", "cause", "until", "ends"),
@@ -136,12 +152,25 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 ADDED = {"message_id", "users", "retrieved", "commands", "program", "mechanism"}
 
 # Fields that are left out where there is nothing to say.
-LEFT_OUT = {"orig_client", "orig_helo", "orig_id", "unseen", "held", "to", "stays", "expired", "ids", "tags", "traceparent"}
+LEFT_OUT = {
+    "orig_client",
+    "orig_helo",
+    "orig_id",
+    "unseen",
+    "held",
+    "to",
+    "stays",
+    "expired",
+    "ids",
+    "tags",
+    "traceparent",
+    "began",
+}
 
 # The types of fields that are no strings, in all events.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("pid", "slot", "size", "filled", "messages", "changes", "port", "attempt", "count"), int),
-    **dict.fromkeys(("seconds", "value", "limit", "ends", "until", "delay", "next"), float),
+    **dict.fromkeys(("seconds", "value", "limit", "ends", "until", "delay", "next", "began"), float),
     **dict.fromkeys(("good", "enforced", "stays", "expired"), bool),
     **dict.fromkeys(("listeners", "applied", "restart", "recipients", "unseen", "to", "ids", "tags"), list[str]),
     **dict.fromkeys(("users", "actions"), list[str] | str),
@@ -373,6 +402,7 @@ class Log:
         self._wanted = threading.Event()
         self._closing = False
         self._refused = 0  # records that the buffer had no room for
+        self.follow: Callable[[list[Any]], None] | None = None  # gets all records, once they are written; on the log's thread
         self.muted = False  # drop all records: the disk space is needed for mail
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -425,6 +455,8 @@ class Log:
             missing = self.dropped, self.history_dropped
             if self._log.write(lines if render is as_json else render(batch), render(self._lost(missing, reported))):
                 reported = missing
+            if self.follow is not None:
+                self.follow(batch)
             if self._closing and not self._pending:
                 return
 

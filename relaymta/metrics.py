@@ -152,6 +152,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_journal_dropped_total": (
         "Events that were not written to the journal, since the disk was full or failed", "", ("",),
     ),
+    "relaymta_trace_spans_total": (
+        "Spans for the collector of [tracing] (dropped: there was no room for them; refused: it has answered that it does not"
+        " take them)", "result", ("sent", "dropped", "refused"),
+    ),
     "relaymta_log_dropped_total": ("Log records dropped because they could not be written", "", ("",)),
 }  # fmt: skip
 

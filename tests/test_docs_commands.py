@@ -137,7 +137,9 @@ def unknown_key(code: str) -> str:
 
 
 def is_of_code(name: str) -> bool:
-    """Whether it is a file, or a module of ours and what is in it."""
+    """Whether it is a file, a module of ours and what is in it, or an attribute of spans."""
+    if name.startswith("network.peer."):
+        return True
     module = ROOT / "relaymta" / name.replace(".", "/")
     return any(path.with_suffix(".py").exists() for path in (module, module.parent)) or name.endswith(
         (".md", ".toml", ".py", ".sock", ".com", ".org", ".net", ".example")

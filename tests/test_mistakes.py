@@ -24,6 +24,7 @@ RULE = MAIL_RULE.removeprefix(L)
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
 PYTHON = FILTER.replace("clamd", "python").replace('address = ["unix:/x"]', 'file = "/p.py"')
 HOOK = FILTER.replace("clamd", "http").replace("unix:/x", "http://127.0.0.1:8080/hook")
+SPANS = '[tracing]\nendpoint = "http://h.example/v1/traces"\n'
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
 ALLOWED = "is not allowed in a host name: letters, digits and hyphens are (RFC 5321 4.1.2)"
@@ -280,6 +281,17 @@ TABLES = [
     (HOOK.replace("//127", "//me:pass@127"),
      "6: filter.0.address.0: a URL without user and password: secret_file shows the hook who asks (it is "
      "'http://me:pass@127.0.0.1:8080/hook')"),
+    ('[tracing]\nendpoint = "http://127.0.0.1:4318"\n' + L,
+     "2: tracing.endpoint: http://127.0.0.1:4318 has no path: http://127.0.0.1:4318/v1/traces, for most collectors"),
+    ('[tracing]\nendpoint = "http://me:pass@h/v1/traces"\n' + L,
+     "2: tracing.endpoint: a URL without user and password: credentials are in header_file"),
+    ("[tracing]\nratio = 0.1\n" + L, "2: tracing.ratio: has no effect without tracing.endpoint"),
+    (SPANS + 'headers = ["Bearer secret"]\n' + L, "3: tracing.headers: no header field: write Name: value, in ASCII"),
+    (SPANS + 'headers = ["authorization: secret"]\n' + L,
+     "3: tracing.headers: authorization is secret, and everybody who sees the configuration would see it: header_file"),
+    (SPANS + 'header_file = "/x"\n' + L,
+     "2: tracing.endpoint: the secret of header_file would go over plain http to another host; use https://, or a loopback "
+     "address"),
     (HOOK.replace("/hook", "/hook#x"), "6: filter.0.address.0: 'http://127.0.0.1:8080/hook#x': what is behind # is not sent"),
     (HOOK.replace("/hook", "/a hook"), "6: filter.0.address.0: 'http://127.0.0.1:8080/a hook': write what is no letter, digit or "
      "mark of a URL as %XX, and the host in A-labels"),

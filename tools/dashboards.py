@@ -176,6 +176,8 @@ WORKERS: list[Panel] = [
       (f'{rate("relaymta_syncs_total")} / {rate("relaymta_commits_total")}', "syncs")]),
     ("Operations that could not be committed, damaged bodies, log records lost", "ops", "Any is trouble with a disk: the kernel's log, `relaymta status`.",
      [(rate("relaymta_commit_errors_total"), "commits"), (rate("relaymta_corrupt_bodies_total"), "bodies"), (rate("relaymta_log_dropped_total"), "log")]),
+    ("Spans for the collector, by result", "ops", "`dropped`: it takes too few, or none; `refused`: it says that it does not want them. The log says why.",
+     [(rate("relaymta_trace_spans_total", "result"), "{{result}}")]),
     ("Disk: free, and the floor below which no mail is taken", "bytes", "Free space before it comes to the floor.",
      [("min(relaymta_disk_free_octets)", "free"), ("max(relaymta_disk_floor_octets)", "floor")]),
     ("Disk: segments, live bodies, octets of messages", "bytes", "Segments shrink some time after messages have left.",

@@ -42,6 +42,7 @@ from relaymta.route.table import RouteTable
 if TYPE_CHECKING:
     from relaymta.accept.suppressed import Suppressed
     from relaymta.filter.conduct import Conduct
+    from relaymta.proto.otlp import Traces
 
 __all__ = ["Intake"]
 
@@ -104,6 +105,7 @@ class Intake:
         self.out_of_memory = False
         self.local: LocalRecipients | None = None  # None: no mailboxes are kept here
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
+        self.traces: Traces | None = None  # None: no message has spans
         self.once: Once | None = None  # set before the first client connects
         self.suppressed: Suppressed | None = None  # None: the suppression list is not used
         self.configure(config, routes)
@@ -478,11 +480,14 @@ class Intake:
             quarantine=transaction.quarantine,
             route=transaction.route,
         )
-        if wanted is None:
-            queue.submit(ident, envelope, data, done)
-        else:
+        request = None
+        if wanted is not None:
             self._as_wanted(envelope, wanted)
-            queue.submit(ident, envelope, data, done, wanted.request)
+            request = wanted.request
+        began = 0.0
+        if self.traces is not None and self.traces.of(format_id(ident), envelope.traceparent) is not None:
+            began = (wanted is not None and wanted.began) or transaction.began_at
+        queue.submit(ident, envelope, data, done, request, began)
 
     def _as_wanted(self, envelope: Envelope, wanted: Wanted) -> None:
         envelope.tags, envelope.traceparent = wanted.tags, wanted.traceparent

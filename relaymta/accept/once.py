@@ -32,13 +32,15 @@ class Busy(Exception):
 
 class Wanted(NamedTuple):
     """What an application wants of a message beside its envelope. `priority`: "" for that of its origin; `send_at`: when it is
-    tried first (ms, UTC), 0: at once; `request`: what it belongs to, None: it has no idempotency key."""
+    tried first (ms, UTC), 0: at once; `request`: what it belongs to, None: it has no idempotency key; `began`: when its
+    request began to come (loop time), 0.0: not by HTTP."""
 
     tags: list[str]
     traceparent: str
     priority: str
     send_at: int
     request: Request | None
+    began: float = 0.0
 
 
 def owner_of(origin: Origin) -> str:

@@ -64,13 +64,12 @@ class Flow(Protocol):
 
 
 class IncomingTransaction(Transaction):
-    """See above. `began_at`: when its message data began to arrive (loop time), 0.0 before; `dialogue`: that of filters with this
-    client, None: no filter follows it."""
+    """See above. `dialogue`: that of filters with this client, None: no filter follows it."""
 
     __slots__ = (
         "_abandoned", "_admission", "_completed_at", "_content", "_descriptor", "_flow", "_ident", "_judging", "_left", "_over",
         "_session", "_units", "_verdict", "_writing",
-        "began_at", "dialogue", "large", "octets", "origin", "wanted",
+        "dialogue", "large", "octets", "origin", "wanted",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, origin: Origin, session: Session, flow: Flow, admission: Admission) -> None:
@@ -79,7 +78,6 @@ class IncomingTransaction(Transaction):
         self._session = session
         self._flow = flow
         self._admission = admission
-        self.began_at = 0.0
         self._completed_at = 0.0
         self._ident = 0
         self.octets = 0  # of the message to be stored, the fields added here included
@@ -229,6 +227,7 @@ class IncomingTransaction(Transaction):
     def complete(self) -> None:
         """All message data has arrived: store the message. From here on each step ends in the next one or in a reply."""
         self._completed_at = self._admission.now()
+        self.began_at = self.began_at or self._completed_at
         try:
             if self.large is None:
                 self._prepare()

@@ -25,6 +25,7 @@ from relaymta.config.networks import everywhere
 from relaymta.config.reloading import Change, merge
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging, header_condition
 from relaymta.config.signing import Dkim, Verify
+from relaymta.config.tracing import Tracing
 from relaymta.config.values import check_each, near, parse_duration, parse_hostport, parse_quota
 from relaymta.config.webhooks import Webhook, WebhooksTable
 from relaymta.config.whole import Config
@@ -33,7 +34,7 @@ __all__ = [
     "Abuse", "Account", "AccountsTable", "Admin", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim",
     "Filter", "FiltersTable", "Intake", "LimitsTable", "Listener", "Local", "Log", "MailRule", "Mailboxes", "Metrics", "OAuth",
     "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable",
-    "Verify", "Webhook", "WebhooksTable",
+    "Tracing", "Verify", "Webhook", "WebhooksTable",
     "as_toml", "check_each", "describe", "everywhere", "given", "given_values", "header_condition", "load",
     "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota", "reference",
 ]  # fmt: skip

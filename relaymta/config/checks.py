@@ -326,6 +326,8 @@ def _sent_in_clear(config: "Config") -> Iterator[tuple[str, str]]:
         tokens = config.accounts.tokens
         asked.append(("accounts.tokens.jwks", tokens.jwks, "keys that verify tokens"))
         asked.append(("accounts.tokens.introspection", tokens.introspection, "tokens and our client secret"))
+    if config.tracing.header_file:
+        asked.append(("tracing.endpoint", config.tracing.endpoint, "the secret of header_file"))
     for number, route in enumerate(config.route):
         if route.oauth is not None:
             asked.append((f"route.{number}.oauth.token_url", route.oauth.token_url, "our client secret and tokens"))

@@ -19,6 +19,7 @@ from relaymta.config.origin import Origin
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
 from relaymta.config.signing import Dkim, Verify
 from relaymta.config.suppression import SuppressionTable
+from relaymta.config.tracing import Tracing
 from relaymta.config.values import Problem, Problems, Reload, Restart, Table, place_of
 from relaymta.config.webhooks import Webhook, WebhooksTable
 
@@ -70,6 +71,7 @@ class Config(Table):
     delivery: Delivery = Delivery()
     limits: LimitsTable = LimitsTable()
     metrics: Metrics = Metrics()
+    tracing: Tracing = Tracing()
     control: Control = Control()
     local: Local = Local()
     admin: Admin = Admin()

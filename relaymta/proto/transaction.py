@@ -34,8 +34,8 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "key",
-        "keyed", "last_chunk", "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal",
+        "announced", "asks", "began_at", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held",
+        "key", "keyed", "last_chunk", "led", "limits", "message_id", "names", "parameters", "quarantine", "recipients", "refusal",
         "route", "sender", "size", "smtputf8", "tail", "unseen", "utf8_header",
     )  # fmt: skip
 
@@ -50,6 +50,7 @@ class Transaction:
         self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
         self.asks = NOBODY  # of MAIL, RCPT and DATA: about what others are asked (see Session.answered); set by Host.begin
         self.cleared = False  # the answer to DATA was that it is accepted
+        self.began_at = 0.0  # when its message data began to come (monotonic seconds), 0.0 before
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False

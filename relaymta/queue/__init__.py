@@ -326,9 +326,10 @@ class Queue:
         data: list[bytes] | Body,
         done: Callable[[StoreError | None], None],
         request: Request | None = None,
+        began: float = 0.0,
     ) -> None:
         """Store a message, `data` in pieces or as the `Body` of a finished `BigBody`. `done(None)` is called on the loop when it
-        is durable, `done(error)` when it could not be stored. `request`: as of Put."""
+        is durable, `done(error)` when it could not be stored. `request`, `began`: as of Put."""
         names = self.assign(envelope, 0)
         fresh = len(names) == 1 and self._inlines(envelope, names[0][0])
         self._replies.promised += fresh
@@ -338,7 +339,7 @@ class Queue:
             self._big.submitted(ident)
         else:
             pieces = data
-        self.writer.submit(Put(ident, envelope, names, pieces, done, fresh, request=request))
+        self.writer.submit(Put(ident, envelope, names, pieces, done, fresh, request=request, began=began))
 
     def _inlines(self, envelope: Envelope, name: QueueName) -> bool:
         """Whether a message will be tried at once, so that it needs no rows of its own."""

@@ -16,12 +16,14 @@ class Entry:
 
     `indexes`: of the envelope's recipients, None for all. `data`: the pieces of the message data while they are in memory;
     `octets`: what it holds of the budget for them. `sole`: the message is in no other queue. `scanned`: it was read from disk.
-    `state`: see lifecycle.py, which alone changes it. `route` (how its result came) and `lost` (reused connections that it has
-    lost) belong to send/.
+    `state`: see lifecycle.py, which alone changes it. `route` (how its result came), `lost` (reused connections that it has
+    lost) and `began` (when the attempt did, monotonic, of a message that has a trace; 0.0: none has, or nobody asks) belong to
+    send/.
     """
 
     __slots__ = (
         "attempts",
+        "began",
         "data",
         "due",
         "envelope",
@@ -63,6 +65,7 @@ class Entry:
         self.scanned = False
         self.route: object = None
         self.lost = 0
+        self.began = 0.0
 
     @property
     def waiting(self) -> bool:
@@ -92,7 +95,8 @@ class Put:
     or with the error. `fresh`: it is delivered at once, so it is inlined; `replaces`: it takes the place of the unseen message of
     this id, whom its caller has claimed, and its body, if it is a large one, is in `Segments.next_path`.
     `restored`: it was imported: its placements, one for each of `names`, and its recipients' states. `request`: what it belongs
-    to, None: it was handed in without an idempotency key."""
+    to, None: it was handed in without an idempotency key. `began`: when its acceptance did (monotonic), of a message that has a
+    trace; else 0.0."""
 
     ident: int
     envelope: Envelope
@@ -104,6 +108,7 @@ class Put:
     replaces: bool = False
     restored: tuple[list[Placement], list[RecipientState]] | None = None
     request: Request | None = None
+    began: float = 0.0
 
 
 class Outcome:

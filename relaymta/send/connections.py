@@ -270,7 +270,7 @@ class Connections:
         if said is not None and said.code == 421:
             self._decisions.learned(pool, pool.refused_connection(said, began, self._loop.time()))
         if not pool.sessions and pool.is_news(began):
-            self._site_failed(pool, failure)
+            self._site_failed(pool, failure, began)
         elif not pool.sessions:
             self.pump(pool)
 
@@ -283,8 +283,8 @@ class Connections:
         self._starved_until = now + STARVED_TOLD
         self.pump_in(pool, STARVED_SECONDS)
 
-    def _site_failed(self, pool: Pool, error: ConnectFailed | NoRoute) -> None:
-        """No host of the site can be used: charge one message, let the queues sleep."""
+    def _site_failed(self, pool: Pool, error: ConnectFailed | NoRoute, began: float = 0.0) -> None:
+        """No host of the site can be used, as was found from `began` (loop time) on: charge one message, let the queues sleep."""
         entries = pool.ready.take_all()
         if isinstance(error, NoRoute) and error.permanent:
             for entry in entries:
@@ -302,7 +302,7 @@ class Connections:
         self._parking.sleeps_for(pool, entries)
         if entries:
             self._outcomes.tally.add(pool.key, TRANSIENT, len(entries[0].recipients))
-        self._outcomes.charge_one(entries, until, phase, said, enhanced, error)
+        self._outcomes.charge_one(entries, until, phase, said, enhanced, error, began if phase != "route" else 0.0)
 
     # Callbacks of sessions
 

@@ -13,7 +13,7 @@ one failure of a site: pool.py.)
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from relaymta.config import Config, Source
 from relaymta.dns import Resolver
@@ -44,6 +44,7 @@ from relaymta.send.room import Room
 from relaymta.send.session import Session
 from relaymta.send.sessions import Sessions
 from relaymta.send.tasks import Tasks
+from relaymta.send.timing import MarkedStages
 from relaymta.send.view import SiteView, View, position, seen
 from relaymta.shm import InFlight, Limits, Rates
 from relaymta.trace import Tracer
@@ -87,6 +88,7 @@ class Dispatcher:
             states, publish, log, self.pools, loop.time, self._clock, self.parking.send_back, self.parking.wake,
             self.parking.wake_pool,
         )  # fmt: skip
+        self.counters = counters
         self.outcomes = Outcomes(counters, self.decisions, self.parking)
         self.landed = self.recovery.landed  # called when an entry's outcome is durable
         self.local = Local(self.outcomes, in_flight, self.tasks, counters, log)
@@ -265,6 +267,10 @@ class Dispatcher:
         return self._its_queue().clock.wall(moment) / 1000 if moment else 0.0
 
     # Traces
+
+    def mark_attempts(self, traced: Callable[[Entry], bool]) -> None:
+        """From now on entries of messages that have spans (`traced`) say when their attempts have begun."""
+        self.outcomes.stages = MarkedStages(self.counters, traced)
 
     def trace(self, tracer: Tracer) -> None:
         """Let this one know of connections."""

@@ -129,6 +129,7 @@ class Elsewhere:
             self._log.event(
                 "next_host", id=format_id(entry.ident), recipients=recipients, route=entry.name.label, phase=phase, peer=peer,
                 reply=reply, attempt=entry.attempts + 1,
+                **({"traceparent": entry.envelope.traceparent} if entry.envelope.traceparent else {}),
             )  # fmt: skip
 
     # A connection to another host

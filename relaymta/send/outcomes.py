@@ -176,12 +176,17 @@ class Outcomes:
             attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, *told(why), category)
             self.queue.finish(entry, dict.fromkeys((i for i, _ in entry.recipients), attempt), retry_after)
 
-    def charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure) -> None:
+    def charge_one(
+        self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure, began: float = 0.0
+    ) -> None:
         """Where nothing can be delivered, charge one message with the attempt and put the others back. Their queues sleep, and
-        nothing else delays them: the charged one is due like the others, and is offered when its queue wakes."""
+        nothing else delays them: the charged one is due like the others, and is offered when its queue wakes.
+        `began`: when a connection was to be opened (loop time), 0.0: none was."""
         for number, entry in enumerate(entries):
             self._parking.park(entry.queue, until)
             if number == 0:
+                if began:
+                    self.stages.failed_since(entry, began)
                 self.charge(entry, TRANSIENT, phase, "", said.code, enhanced, why, AT_ONCE_MS)
             else:
                 self._parking.put_back(entry)

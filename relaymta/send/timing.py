@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from relaymta.proto.smtp_client import Mail
     from relaymta.queue import Entry
 
-__all__ = ["Stages", "Stopwatch", "Timed", "untimed"]
+__all__ = ["MarkedStages", "Stages", "Stopwatch", "Timed", "untimed"]
 
 Timed = Callable[[str, float], None]  # (phase, seconds)
 # The phases (of replies, as smtp_client has them) that a transaction has been through, by that of its last reply.
@@ -49,6 +49,9 @@ class Stages:
         if not entry.attempts and not entry.lost:
             self._first[entry.name.priority]((now - entry.due) / 1000)
 
+    def failed_since(self, entry: "Entry", began: float) -> None:
+        """No connection could be opened, which was begun for this entry and others at `began` (loop time)."""
+
     def replied(self, mail: "Mail", chunking: bool) -> None:
         """All replies to a message are there; of one in several transactions: with the waits of all."""
         waited = mail.waited
@@ -60,6 +63,25 @@ class Stages:
         observe = self._phases.get(_SHOWN.get(awaiting, awaiting))
         if observe is not None:
             observe(seconds)
+
+
+class MarkedStages(Stages):
+    """As Stages; it also marks when attempts begin, for their spans. `traced(entry)`: whether its message has any."""
+
+    def __init__(self, counters: Counters, traced: "Callable[[Entry], bool]") -> None:
+        super().__init__(counters)
+        self._traced = traced
+
+    def begun(self, entry: "Entry", now: int) -> None:
+        """As of Stages. What goes on at another connection, since a reused one was lost, is the same attempt."""
+        super().begun(entry, now)
+        if not (entry.lost and entry.began) and self._traced(entry):
+            entry.began = time.monotonic()
+
+    def failed_since(self, entry: "Entry", began: float) -> None:
+        """As of Stages."""
+        if self._traced(entry):
+            entry.began = began
 
 
 class Stopwatch:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import uvloop
 
+from relaymta import __version__
 from relaymta.accept.acceptor import Acceptor, Make
 from relaymta.accept.admission import Admission
 from relaymta.accept.collecting import Collector
@@ -37,6 +38,7 @@ from relaymta.ident import shard_of
 from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
 from relaymta.node import ABUSE, SiteState, SiteStates
+from relaymta.proto.otlp import Traces
 from relaymta.queue import Outcome, Queue, Shards, Totals, format_id
 from relaymta.queue.quarantine import Keeper
 from relaymta.route.table import RouteTable
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from relaymta.filter.conduct import Conduct
     from relaymta.filter.judgement import Mail as Judged
     from relaymta.filter.scanner import Needs, Scanner
+    from relaymta.spans import Spans
     from relaymta.worker.mail import Mail
 
 __all__ = ["Shard", "Worker", "main"]
@@ -199,6 +202,7 @@ class Worker:
         self.triplets = partial(shared.triplets, (Path(self.config.spool) / "secret").read_bytes())
         self.probed = dict(probed)
         self.log = self._open_log(mail is not None)
+        self.spans = self._follow_log()
         self.routes = RouteTable(self.config)
         self.tokens = Tokens(self._exchange)
         if any(route.lookup for route in self.config.route):
@@ -215,6 +219,8 @@ class Worker:
         for number in shards:
             self.shards[number] = Shard(self, number)
             self.shards[number].dispatcher.trace(self.tracer)
+            if self.spans is not None:
+                self.shards[number].dispatcher.mark_attempts(self.spans.has)
         for shard in self.shards.values():
             await shard.queue.start(culprit)
             shard.dispatcher.look_back()
@@ -243,6 +249,26 @@ class Worker:
         log.routes(self.config)
         return log
 
+    def _follow_log(self) -> "Spans | None":
+        """What makes spans of the log; None: nobody wants any."""
+        settings = self.config.tracing
+        if not settings.endpoint:
+            return None
+        from relaymta.spans import Collector, Spans  # with http.client
+
+        secret = (Path(self.config.spool) / "secret").read_bytes()
+        resource = {"service.name": "relaymta", "service.version": __version__,
+                    "service.instance.id": f"{self.config.hostname}/{self.slot}", "host.name": self.config.hostname}  # fmt: skip
+
+        def warn(text: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(lambda: self.log.event("warning", text=text))
+
+        traces = Traces(secret, settings.ratio, settings.unsampled)
+        spans = Spans(settings, Collector(settings), traces, self.counters, resource, warn)
+        self.log.follow = spans.take
+        return spans
+
     async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""
         login = self.mail.recipients.login if self.mail is not None else None
@@ -258,6 +284,7 @@ class Worker:
         threads = ThreadPoolExecutor(4, "spill")
         own = {number: shard.queue.store for number, shard in self.shards.items()}
         self.known = Shards(Path(self.config.spool), own, self._is_in_flight)
+        self.intake.traces = self.spans.traces if self.spans is not None else None
         self.intake.once = Once(self.known, self.limits, threads)
         self.watch_conduct()
         await self.suppressing.start()
@@ -514,6 +541,8 @@ class Worker:
             await self.mail.mailboxes.stop()
         await self.resolver.close()
         self.log.close()
+        if self.spans is not None:
+            self.spans.close()
 
 
 _OWN_REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {

@@ -1,5 +1,6 @@
 """What a worker counts and logs of what its queue has committed."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,23 @@ def attempt_of(entry: Entry) -> Attempt:
     return Attempt(wall_ms(), SUCCESS, said.phase, peer, said.code, said.enhanced, said.text)
 
 
-def _more(envelope: Envelope) -> dict[str, Any]:
-    """What XFORWARD has said, which filters have not looked at it yet, why it is held, and what its application has said of it,
-    as the log has it."""
+def _wall(moment: float) -> float:
+    """A monotonic moment as the log has times: seconds since 1970."""
+    return time.time() - (time.monotonic() - moment)
+
+
+def _traced(entry: Entry) -> dict[str, Any]:
+    """What the log says of the trace of an attempt's message."""
+    found: dict[str, Any] = {"traceparent": entry.envelope.traceparent} if entry.envelope.traceparent else {}
+    if entry.began:
+        found["began"] = _wall(entry.began)
+    return found
+
+
+def _more(put: Put) -> dict[str, Any]:
+    """What XFORWARD has said, which filters have not looked at it yet, why it is held, what its application has said of it, and
+    when its acceptance began, as the log has it."""
+    envelope = put.envelope
     found: dict[str, Any] = {} if envelope.unseen is None else {"unseen": envelope.unseen.filters}
     if envelope.held_for:
         found["held"] = envelope.held_for
@@ -59,6 +74,8 @@ def _more(envelope: Envelope) -> dict[str, Any]:
         found["tags"] = envelope.tags
     if envelope.traceparent:
         found["traceparent"] = envelope.traceparent
+    if put.began:
+        found["began"] = _wall(put.began)
     if envelope.forwarded:
         for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT")):
             found[f"orig_{field}"] = envelope.forwarded.get(name, "")
@@ -105,11 +122,11 @@ class Witness(Events):
 
     def queued(self, put: Put) -> None:
         envelope = put.envelope
-        more = envelope.forwarded or envelope.unseen or envelope.held_for or envelope.tags or envelope.traceparent
+        more = envelope.forwarded or envelope.unseen or envelope.held_for or envelope.tags or envelope.traceparent or put.began
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
-            message_id=envelope.message_id, **(_more(envelope) if more else {}),
+            message_id=envelope.message_id, **(_more(put) if more else {}),
         )  # fmt: skip
 
     def ended(self, outcome: Outcome) -> None:
@@ -130,7 +147,7 @@ class Witness(Events):
                 "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=_shown(*answer),
                 delay=delay, attempt=entry.attempts + 1, **(_STAYS if outcome.stays else {}),
-                **({"traceparent": envelope.traceparent} if envelope.traceparent else {}),
+                **(_traced(entry) if envelope.traceparent or entry.began else {}),
             )  # fmt: skip
             if self.tell is not None:
                 self._told("delivered", entry, recipients, peer, _shown(*answer), delay)
@@ -150,8 +167,8 @@ class Witness(Events):
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
             "reply": attempt.cause, "delay": self._age(entry.ident),
         }  # fmt: skip
-        if entry.envelope.traceparent:
-            common["traceparent"] = entry.envelope.traceparent
+        if entry.envelope.traceparent or entry.began:
+            common |= _traced(entry)
         address = entry.envelope.recipients[position]
         # What an operator or a policy bounces has not failed because of who has sent it.
         if self.conduct is not None and attempt.kind != TRANSIENT and attempt.because != "operator":

@@ -382,7 +382,15 @@ class Machine(Admission):
         self.written.append(File(len(self.written)))
         return self.written[-1]
 
-    def submit(self, ident: int, envelope: Envelope, data: list[bytes] | Body, done: Callable[[Any], None]) -> None:
+    def submit(
+        self,
+        ident: int,
+        envelope: Envelope,
+        data: list[bytes] | Body,
+        done: Callable[[Any], None],
+        request: Any = None,
+        began: float = 0.0,
+    ) -> None:
         file = None if isinstance(data, list) else self.written[data.segment]
         whole = b"".join(data) if isinstance(data, list) else self.written[data.segment].front + self.written[data.segment].data
 

@@ -49,7 +49,10 @@ LARGE, LARGE_TOGETHER = 1 << 20, 4  # octets of a request of which only so many 
 ENDING = Answer(421, "4.3.2 Shutting down; try again in a moment")
 SPARE = 1 << 20  # octets of a request beside its message
 _KEY = re.compile(r"[!-~]{1,255}\Z")
-_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
+# Version 00 as it is; of a later one what 00 has (W3C Trace Context 2, 3.2.4). The first group is what is behind the version.
+_TRACEPARENT = re.compile(
+    r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2}(?=.{53}(?:-|\Z)))(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})"
+)
 _encode = msgspec.json.Encoder().encode
 _TOTAL = "relaymta_http_requests_total"
 _REQUESTS = {value: index(_TOTAL, value) for value in COUNTERS[_TOTAL][2]}
@@ -59,7 +62,8 @@ DETAIL_LOGGED = 300  # characters
 
 class Asked(NamedTuple):
     """A request whose client is known, as it was then: what is done for it goes on when the client has gone. `identity`: of the
-    user, None: nobody has logged in; `key`: its idempotency key, "" without one; `traceparent`: likewise."""
+    user, None: nobody has logged in; `key`: its idempotency key, "" without one; `traceparent`: likewise; `began`: when it
+    began to come (loop time)."""
 
     connection: HttpConnection
     request: web.BaseRequest
@@ -68,6 +72,7 @@ class Asked(NamedTuple):
     origin: Origin
     key: str
     traceparent: str
+    began: float
 
 
 class Injection:
@@ -271,7 +276,7 @@ class Injection:
             return MessageResult(status=answers.TRY_AGAIN, reply=ENDING.whole, recipients=[])
 
         def wanted(taken: list[str], refused: list[tuple[str, Answer]]) -> Wanted:
-            return Wanted(order.tags, asked.traceparent, order.priority, order.send_at, request(taken, refused))
+            return Wanted(order.tags, asked.traceparent, order.priority, order.send_at, request(taken, refused), asked.began)
 
         submitter: Submitter | None = None
         try:
@@ -403,15 +408,16 @@ _OPERATIONS: tuple[tuple[re.Pattern[str], dict[str, _Operation]], ...] = (
 
 
 def _asked(connection: HttpConnection, request: web.BaseRequest) -> Asked:
-    keys, trace = request.headers.getall("Idempotency-Key", []), request.headers.get("traceparent", "")
+    keys, traces = request.headers.getall("Idempotency-Key", []), request.headers.getall("traceparent", [])
     if keys and (len(keys) > 1 or not _KEY.match(keys[0])):
         raise Problem(400, "Idempotency-Key is 1 to 255 visible ASCII characters, once", argument="Idempotency-Key")
     rights = connection.rights
     if rights is None or not rights.admitted:
         raise ConnectionResetError
     identity = rights.login.identity if rights.login is not None else None
-    trace = trace if _TRACEPARENT.match(trace) else ""
-    return Asked(connection, request, rights.client, identity, rights.origin, keys[0] if keys else "", trace)
+    found = _TRACEPARENT.match(traces[0]) if len(traces) == 1 else None
+    trace = "00" + found[1] if found is not None else ""
+    return Asked(connection, request, rights.client, identity, rights.origin, keys[0] if keys else "", trace, connection.began_at)
 
 
 def _header(pieces: Iterator[bytes]) -> bytes:
