@@ -25,3 +25,8 @@ class SuppressionTable(Table):
     ignore_suppression: Reload[list[str]] = Field(
         [], description="applications whose mail is taken all the same, such as one that resets passwords"
     )
+
+    @property
+    def follows(self) -> bool:
+        """Whether recipients are added by themselves, by what becomes of mail."""
+        return self.enabled and (self.hard_bounces or self.complaints)

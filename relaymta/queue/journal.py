@@ -167,7 +167,9 @@ class Journal:
                 party += (because, one.in_doubt, why if kind == "bounced" else "")
             kinds.setdefault(kind, []).append(party)
         for kind, parties in kinds.items():
-            more = {"next": self._clock.wall(outcome.retry_at)} if kind == "deferred" else None
+            more: dict[str, Any] = {"next": self._clock.wall(outcome.retry_at)} if kind == "deferred" else {}
+            if kind == "bounced":
+                more = {"recipients": len(addresses)}
             self._note(kind, entry.ident, entry.envelope, parties, wall_ms(), entry.attempts + 1, more)
 
     def changed(self, kind: str, ident: int, envelope: Envelope, reason: str = "", more: dict[str, Any] | None = None) -> None:
@@ -254,7 +256,8 @@ def _deferred(record: Record, party: Party) -> dict[str, Any]:
 
 
 def _bounced(record: Record, party: Party) -> dict[str, Any]:
-    return {"reason": party.reason, "phase": party.phase, "cause": party.cause} | _delivered(record, party)
+    why = {"reason": party.reason, "phase": party.phase, "cause": party.cause}
+    return why | _delivered(record, party) | record.more
 
 
 _OF_KIND: Final[dict[str, Callable[[Record, Party], dict[str, Any]]]] = {

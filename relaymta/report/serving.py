@@ -25,6 +25,7 @@ from relaymta.queue.journal import stamp
 from relaymta.report.replays import Replay, begun, load_all, new_name
 from relaymta.report.shards import Shard
 from relaymta.report.streams import Consumer, NotTaken, Pace, Stream, Tally
+from relaymta.report.suppressing import Suppressing
 from relaymta.report.webhook import Webhook
 
 __all__ = ["FOLDER", "Reporter", "serve"]
@@ -33,6 +34,7 @@ WORKER = -3  # the number of this process in the log
 FOLDER = "report"  # in the spool
 LOOK_SECONDS = 1.0  # for new shards; and figures are told so often
 THREADS = 4
+SUPPRESS_SECONDS = 30.0  # for the suppression list to take events
 NICE = 10  # mail first: on a busy machine a tenth of a core is left
 
 
@@ -99,7 +101,8 @@ class Reporter:
                     self._replay(told, replay)
 
     def _warn(self, name: str, text: str) -> None:
-        self._log.event("warning", text=f"webhook {name}: {text}")
+        what = "the suppression list" if name == Suppressing.name else f"webhook {name}"
+        self._log.event("warning", text=f"{what}: {text}")
 
     async def look(self) -> None:
         """Follow shards that there are from now on, again and again."""
@@ -226,6 +229,7 @@ class _Process:
         self.ending = asyncio.Event()
         self.channel = Channel(sock, self._asked, self.ending.set)
         self._reporter: Reporter | None = None
+        self._suppressing: Suppressing | None = None
         self._log: Log | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -241,7 +245,8 @@ class _Process:
         spool = Path(found.spool)
         self._log = Log(found.log.file, WORKER, form=found.log.format)
         await asyncio.to_thread(_alone, spool / FOLDER)
-        self._reporter = Reporter(spool, self._log)
+        self._suppressing = Suppressing(found, self._suppress)
+        self._reporter = Reporter(spool, self._log, (self._suppressing,))
         await self._reporter.configure(found, tuple(fresh))
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._reporter.look()), loop.create_task(self._tell())]
@@ -251,8 +256,15 @@ class _Process:
             raise RelayError("the process of the webhooks is starting")
         return self._reporter
 
+    async def _suppress(self, events: list[dict[str, Any]]) -> None:
+        """Have the supervisor, who has the list, take events."""
+        await self.channel.ask("suppress", None, SUPPRESS_SECONDS, events=events)
+
     async def _configure(self, config: str) -> None:
-        await self._reports().configure(Config.model_validate_json(config))
+        found = Config.model_validate_json(config)
+        if self._suppressing is not None:
+            self._suppressing.configure(found)
+        await self._reports().configure(found)
 
     async def _reopen_log(self) -> None:
         if self._log is not None:

@@ -126,7 +126,7 @@ class Supervisor:
             opened, sockets = self._inherited(self._elder, workers)
         self._sockets = sockets
         self._prepare_spool(spool)
-        self.reports = Reports(config, self._warn)
+        self.reports = Reports(config, self._warn, self.suppressing.take)
         self.control = opened.control or control_socket(config.control_path, None, group_of(config))
         self.admin = opened.admin or admin_socket(config, group_of(config))
         self._open_local(opened.local)
@@ -388,7 +388,7 @@ class Supervisor:
         """Answer a worker's request."""
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "site_state": self.machine.site_state, "token": self.machine.token, "conduct": self.abuse.conduct,
-            "sites": self.activity.note, "bounced": self.suppressing.bounced, "hooks_raised": self._hooks_raised,
+            "sites": self.activity.note, "hooks_raised": self._hooks_raised,
         }  # fmt: skip
         if op not in answers:
             raise RelayError(f"no such request of a worker: {op}")

@@ -41,6 +41,7 @@ from relaymta.control.requests import (
     Replaying,
     Request,
     SieveChange,
+    Suppression,
     SuppressionOf,
     SuppressionPage,
     SuppressionPut,
@@ -74,6 +75,7 @@ __all__ = ["Answers", "serve_cli", "usage"]
 
 _STARTED = time.monotonic()  # the process is as old as its modules
 METRICS_SECONDS = 1.5  # a scrape waits for a worker's rows
+COMPLAINED_SECONDS = 10.0  # for a worker to note complaints
 
 
 async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -340,7 +342,21 @@ class Answers:
         """Add entries."""
         by = f"operator (uid {args.uid})" if args.uid >= 0 else "operator"
         suppressing = self._supervisor.suppressing
-        return done(await suppressing.put(entries_of(args.rows, by, suppressing.lasting)))
+        found = done(await suppressing.put(entries_of(args.rows, by, suppressing.lasting)))
+        await self._complained([row for row in args.rows if row.reason == "complaint" and not row.since])  # now
+        return found
+
+    async def _complained(self, rows: list[Suppression]) -> None:
+        """Have it noted in a journal of events that these recipients have complained: webhooks are told."""
+        if not rows or not self._supervisor.config.webhook:
+            return
+        told = [(row.address, row.application, row.text) for row in rows]
+        for slot in self._slots:
+            if slot.ready and slot.channel is not None:
+                with contextlib.suppress(ConnectionError):
+                    await slot.channel.ask("complained", None, COMPLAINED_SECONDS, rows=told)
+                    return
+        raise RelayError("the entries were added, but no worker could note for webhooks that they have complained")
 
     async def suppression_remove(self, args: SuppressionRemove) -> int:
         """Remove entries; how many."""

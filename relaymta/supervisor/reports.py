@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ START_SECONDS = 30.0
 
 
 class Reports:
-    """`warn(text)` logs a warning."""
+    """`warn(text)` logs a warning; `suppress(events)`: has the suppression list take events. StoreError."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, warn: Callable[[str], None], suppress: Callable[[list[dict[str, Any]]], Awaitable[None]]
+    ) -> None:
         self._config = config
+        self._suppress = suppress
         self._warn = warn
         self._channel: Channel | None = None
         self._task: asyncio.Task[None] | None = None
@@ -52,13 +55,13 @@ class Reports:
         known = {row.name for row in config.webhook}
         self._totals = {name: found for name, found in self._totals.items() if name in known}
         self._changed.set()
-        if config.webhook and self._channel is not None:
+        if not self._unwanted and self._channel is not None:
             with contextlib.suppress(RelayError):
                 self._channel.notify("configure", config=config.to_json())
 
     @property
     def _unwanted(self) -> bool:
-        return self._closing or not self._config.webhook
+        return self._closing or not (self._config.webhook or self._config.suppression.follows)
 
     async def _keep(self) -> None:
         backoff = BACKOFF_FIRST
@@ -119,7 +122,9 @@ class Reports:
         return why or process.returncode or 0
 
     async def _asked(self, op: str, args: dict[str, Any], descriptors: list[int]) -> None:
-        if op == "figures":
+        if op == "suppress":
+            await self._suppress(args["events"])
+        elif op == "figures":
             for name, delivered, dropped, behind, seconds, failing in args["rows"]:
                 before = self._before.get(name, WebhookTotals())
                 self._totals[name] = WebhookTotals(

@@ -11,7 +11,6 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from relaymta.config import Config
-from relaymta.errors import StoreError
 from relaymta.suppression import FOLDER, Changed, Counts, Entry, Page, Suppressions, Suppressor, Terms
 
 __all__ = ["Suppressing"]
@@ -96,14 +95,10 @@ class Suppressing:
             self._warn(f"the suppression list is full: {changed.left_out} entries were not added (suppression.entries)")
         return changed
 
-    async def bounced(self, events: list[dict[str, Any]]) -> None:
-        """A worker has seen bounces: see `Suppressor.take`."""
-        if not self._config().suppression.enabled:
-            return
-        try:
+    async def take(self, events: list[dict[str, Any]]) -> None:
+        """Take what has become of mail: see `Suppressor.take`. StoreError."""
+        if self._config().suppression.enabled:
             self.left_out += (await self._on_thread(lambda: self._take(events))).left_out
-        except StoreError as error:
-            self._warn(f"the suppression list: {len(events)} hard bounces were not noted: {error}")
 
     def _take(self, events: list[dict[str, Any]]) -> Changed:
         table, lasting = self._config().suppression, self.lasting

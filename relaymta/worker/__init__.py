@@ -38,8 +38,9 @@ from relaymta.ident import shard_of
 from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
 from relaymta.node import ABUSE, SiteState, SiteStates
+from relaymta.proto.envelope import Envelope
 from relaymta.proto.otlp import Traces
-from relaymta.queue import Outcome, Queue, Shards, Totals, format_id
+from relaymta.queue import Outcome, Queue, Shards, Totals, format_id, wall_ms
 from relaymta.queue.quarantine import Keeper
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
@@ -459,6 +460,13 @@ class Worker:
     async def _busy(self, descriptors: list[int], names: list[str] | None) -> list[Any]:
         return busy(self.shards.values(), names, self.loop.time())
 
+    async def _complained(self, descriptors: list[int], rows: list[tuple[str, str, str]]) -> None:
+        """Recipients have complained, of whatever message: address, application and what is noted of it."""
+        queue = next(iter(self.shards.values())).queue
+        for address, application, text in rows:
+            envelope = Envelope("", [address], 0, 0, wall_ms(), 0, application=application)
+            await queue.complained(queue.ident(), envelope, [address], {"message": "", "text": text})
+
     async def _peer(self, descriptors: list[int], shards: list[int]) -> None:
         """A channel to another worker, which owns these shards of mailboxes."""
         sock = socket.socket(fileno=descriptors[0])
@@ -558,6 +566,7 @@ _OWN_REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "tickets": Worker._renew_tickets,
     "site_state": Worker._site_state,
     "peer": Worker._peer,
+    "complained": Worker._complained,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
 }
@@ -578,6 +587,7 @@ def main() -> None:
     # times for each group. Measured: 10 % less CPU per message.
     sys.setswitchinterval(0.0001)
     os.environ.pop("NOTIFY_SOCKET", None)
+    os.set_inheritable(int(sys.argv[1]), False)  # the supervisor's socket is none of the business of processes beside this one
     end_with_supervisor(ORPHAN_SECONDS)
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(_main(int(sys.argv[1])))

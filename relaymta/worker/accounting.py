@@ -28,7 +28,6 @@ DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 QUARANTINE = {how: index("relaymta_quarantine_total", how) for how in COUNTERS["relaymta_quarantine_total"][2]}
 
 
-Bounced = Callable[[Envelope, str, Attempt, bool], None]
 Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS version, cipher
 NOWHERE: Link = ("", 0, "", "")
 # The peer that has taken an entry for all of its recipients, its reply, and the connection to it.
@@ -111,7 +110,6 @@ class Witness(Events):
         self._commit_seconds = counters.histogram("relaymta_commit_seconds")
         self._commit_messages = counters.histogram("relaymta_messages_per_commit")
         self.conduct: Conduct | None = None  # None: nobody looks for abuse
-        self.bounced: Bounced | None = None  # (envelope, recipient, attempt, expired); None: nobody wants to know
         # Told of each result: delivered, deferred or bounced, and the fields of hooks.Attempt. None: nobody is.
         self.tell: Callable[[str, dict[str, Any]], None] | None = None
         self._log = log
@@ -186,8 +184,6 @@ class Witness(Events):
             )  # fmt: skip
             told, more = "deferred", {"next": again, "phase": attempt.phase}
         else:
-            if self.bounced is not None:
-                self.bounced(entry.envelope, address, attempt, expired)
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
             self._log.event(

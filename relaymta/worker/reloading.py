@@ -112,6 +112,6 @@ def queue_settings(config: Config, workers: int) -> QueueSettings:
 
 def _journal(config: Config, workers: int) -> JournalSettings | None:
     """What the journal of events of each shard may have; None: nobody reads any."""
-    if not config.webhook:
+    if not (config.webhook or config.suppression.follows):
         return None
     return JournalSettings(config.webhooks.store // max(workers, 1), int(config.webhooks.keep * 1000))

@@ -8,6 +8,7 @@ import signal
 import smtplib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,19 +125,16 @@ def test_dsns_and_our_own_addresses_are_not_added(peer, tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", ON, 'relay.domains=["d.example"]') as relay:
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "bad@d.example")
         wait_for(lambda: relay.events("bounced"))
-        assert relay.stop() == 0
+        time.sleep(2)  # a bounce is in the list by then
         assert listed(relay) == {}
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", ON) as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             client.sendmail("", ["bad@d.example"], "Subject: x\r\n\r\nx\r\n")
         wait_for(lambda: len(relay.events("bounced")) == 2)
-        assert relay.stop() == 0
+        time.sleep(2)
         assert listed(relay) == {}
-        relay.start()
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "bad@d.example")
-        wait_for(lambda: len(relay.events("bounced")) == 3)
-        assert relay.stop() == 0  # it tells at its end what it has not told yet
-        assert list(listed(relay)) == ["bad@d.example"]
+        wait_for(lambda: list(listed(relay)) == ["bad@d.example"], what="the entry")
 
 
 def test_csv_there_and_back_with_wrong_lines(relay, tmp_path):

@@ -33,6 +33,32 @@ def process_of(relay: Relay) -> int:
     return 0
 
 
+def test_a_complaint_is_told_and_who_complains_gets_no_more(tmp_path):
+    secret = secret_file(tmp_path / "secret")
+    with FakeMx({}) as peer, consumer(secret) as shop:
+        hook = settings(table("shop", shop.url, tmp_path / "secret"))
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", hook, "suppression.enabled=true") as relay:
+            relay.cli("suppression", "complaint", "c@d.example", "--application", "shop")
+            wait_for(lambda: shop.events, 30, "the event")
+            (event,) = shop.events
+            assert (event["event"], event["recipient"], event["application"]) == ("complained", "c@d.example", "shop")
+            assert event["message"] == event["sender"] == ""
+            assert "c@d.example" in relay.cli("suppression", "list").stdout
+
+
+def test_a_hard_bounce_reaches_the_list_though_all_die_in_between(tmp_path):
+    with FakeMx({"RCPT": {f"u{n}@d.example": b"550 5.1.1 nobody\r\n" for n in range(40)}}) as peer:
+        relay = Relay(tmp_path, f"127.0.0.1:{peer.port}", "suppression.enabled=true")
+        with relay:
+            for number in range(40):
+                relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", f"u{number}@d.example")
+            wait_for(lambda: len(relay.events("bounced")) >= 40, what="the bounces")
+            relay.kill()
+        with relay:
+            listed = lambda: relay.cli("suppression", "list").stdout.count("@d.example")  # noqa: E731
+            wait_for(lambda: listed() == 40, what="all entries")
+
+
 def test_each_message_is_told_from_its_acceptance_to_its_end(tmp_path):
     secret = secret_file(tmp_path / "secret")
     with FakeMx({}) as peer, consumer(secret) as shop:

@@ -52,12 +52,12 @@ def test_the_programs_in_the_document_verify_requests(verified):
 
 
 def test_the_event_in_the_document_is_one_and_all_kinds_are_there():
-    shown = json.loads(re.search(r'^    (\{"id".*?\}\})$', PAGE, re.S | re.M)[1])
+    shown = json.loads(re.search(r'^    (\{"id".*?"recipients": 1\})$', PAGE, re.S | re.M)[1])
     about = ("a@shop.example", "shop", "", ["receipt"], "<1@shop.example>", "")
     party = ("c@d.example", 550, "5.1.1", "no such user", "mx.d.example", "rcpt", "reply", False, "permanent")
     from relaymta.ident import parse_id
 
-    record = ("bounced", 1796000870553, parse_id("1M8MZWW3A0000"), about, [party], 1, {})
+    record = ("bounced", 1796000870553, parse_id("1M8MZWW3A0000"), about, [party], 1, {"recipients": 1})
     (made,) = events(2, decode_records(encode([record])))
     assert made == shown
     kinds = re.findall(r"^\| `(\w+)` \|", PAGE.partition("| `event` | when")[2], re.M)

@@ -98,9 +98,10 @@ async def test_a_list_that_cannot_be_opened_is_told_once_and_when_it_can_it_is_u
     made.kept.start()
     with pytest.raises(StoreError, match="is damaged"):
         await made.kept.put([entry("a@b.example")])
-    await made.kept.bounced([{"event": "bounced", "recipient": "a@b.example", "reply": "550 5.1.1 no", "time": NOW * 1000}])
+    with pytest.raises(StoreError, match="is damaged"):
+        await made.kept.take([{"event": "bounced", "recipient": "a@b.example", "reply": "550 5.1.1 no", "time": NOW * 1000}])
     await asyncio.sleep(0.1)
-    assert len(made.told) == 2 and "is damaged" in made.told[0] and "1 hard bounces were not noted" in made.told[1]
+    assert len(made.told) == 1 and "is damaged" in made.told[0]
     os.rename(tmp_path / FOLDER, tmp_path / "old")
     await until(lambda: made.there and made.kept.counts.most)
     await made.kept.stop()
@@ -111,15 +112,15 @@ async def test_bounces_are_noted_as_is_configured_and_counted_where_there_is_no_
     made = Made(tmp_path, enabled=True, entries=1, hard_bounce_expires=60)
     made.kept.start()
     rows = [{"event": "bounced", "recipient": f"u{n}@b.example", "reply": "550 5.1.1 no", "time": NOW * 1000} for n in range(3)]
-    await made.kept.bounced(rows[:1])
+    await made.kept.take(rows[:1])
     assert (await made.kept.find("u0@b.example"))[0].until == NOW + 60
-    await made.kept.bounced(rows)
+    await made.kept.take(rows)
     assert made.kept.left_out == 2 and len(made.told) == 1
     assert (await made.kept.put([entry("z@b.example")])).left_out == 1 and made.kept.left_out == 3 and len(made.told) == 2
     made.configure(enabled=True, hard_bounces=False)
     await made.kept.remove(["u0@b.example"], None)
-    await made.kept.bounced(rows[:1])
+    await made.kept.take(rows[:1])
     made.configure(enabled=False)
-    await made.kept.bounced(rows[:1])
+    await made.kept.take(rows[:1])
     assert await made.kept.find("u0@b.example") == []
     await made.kept.stop()
