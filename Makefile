@@ -69,7 +69,7 @@ prove: build
 
 fuzz: build
 	$(BIN)/pip install -q "atheris>=3"
-	for target in smtp replies session pop3 imap connection sasl header proxy mime search sieve managesieve clamd spamd milter policy http message template; do $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) -verbosity=0 || exit 1; done
+	for target in smtp replies session pop3 imap connection sasl header proxy mime search sieve managesieve clamd spamd milter policy http message template form sendmail; do $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) -verbosity=0 || exit 1; done
 
 # Postfix beside it, where it is installed and root asks.
 bench: build

@@ -284,6 +284,10 @@ def test_a_message_for_later_waits(relay, site):
     (b'{"from":"a@b.example","to":"a@d.example","text":"x","frm":1}', "application/json", 422, "frm"),
     (b"x", "text/plain", 415, ""), (b"x", "", 415, ""), (b"", "message/rfc822", 422, ""),
     (b"x", "multipart/form-data", 400, ""), (b"--x\r\n\r\n\r\n--x--", "multipart/form-data; boundary=x", 400, ""),
+    (b'--x\r\nContent-Disposition: form-data; name="message"; =\xff\r\n\r\n{}\r\n--x--',
+     "multipart/form-data; boundary=x", 400, ""),
+    (b'--x\r\nContent-Disposition: form-data; name="\xff"\r\nContent-Transfer-Encoding: base64\r\n\r\n{}\r\n--x--',
+     "multipart/form-data; boundary=x", 415, r"\udcff"),
     (b"To: x@y.example\n\nx", "message/rfc822", 422, "from"), (b"From: x@y.example\n\nx", "message/rfc822", 422, "to"),
 ], ids=str)  # fmt: skip
 def test_a_wrong_request_is_told_what_is_wrong(relay, body, kind, status, argument):

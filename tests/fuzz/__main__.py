@@ -6,20 +6,23 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import atheris
+from aiohttp import multipart
 from jinja2 import compiler as jinja_compiler
 from jinja2 import lexer as jinja_lexer
 from jinja2 import parser as jinja_parser
 from jinja2 import sandbox as jinja_sandbox
 
+from relaymta import problems
 from relaymta.accept.connection import Connection
-from relaymta.accept.http import compose, contents, fields, models, templating
+from relaymta.accept.http import compose, contents, fields, models, receiving, templating
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
-from relaymta.api import access, operations, page, problems
+from relaymta.api import access, operations, page
 from relaymta.api import verbs as api_verbs
 from relaymta.filter import published, signatures
 from relaymta.proto import (
     access_session,
+    addressees,
     attachment_names,
     attachments,
     auth_exchange,
@@ -71,6 +74,7 @@ from relaymta.proto import (
 )
 from relaymta.proto import header as header_fields
 from relaymta.proto import mime as mime_section
+from relaymta.sendmail import message, options
 from tests.fuzz import targets
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -84,6 +88,7 @@ MODULES = (
     sieve_grammar, sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings,
     sieve_tests, sieve_vacation, sieve_values, spamc, access, operations, page, problems, api_verbs,
     models, compose, contents, fields, templating, jinja_compiler, jinja_lexer, jinja_parser, jinja_sandbox,
+    receiving, multipart, addressees, message, options,
 )  # fmt: skip
 CLASSES = (
     imap_session.Session, imap_server.ServerSession, imap_words.Words, pop3_maildrop.Maildrop, pop3_maildrop.Wanted,

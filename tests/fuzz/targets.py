@@ -44,7 +44,7 @@ from relaymta.proto.sieve_run import run as run_sieve
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.proto.spamc import SpamdError, judged
 from tests.accept.test_transactions import connected, idle
-from tests.fuzz import messages
+from tests.fuzz import forms, messages, sendmail
 from tests.proto.test_managesieve import Caller as ManageSieveCaller
 from tests.speedups import (
     imap_oracle,
@@ -598,4 +598,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "http": http,
     "message": messages.message,
     "template": messages.template,
+    "form": forms.form,
+    "sendmail": sendmail.sendmail,
 }

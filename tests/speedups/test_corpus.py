@@ -1,5 +1,7 @@
 """The fuzzers' corpus, replayed: inputs that reached new code, and every finding."""
 
+import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,12 @@ def test_corpus(name):
             TARGETS[name](path.read_bytes())
         except Exception as error:
             raise AssertionError(f"{path.name}") from error
+
+
+def test_what_the_fuzzers_follow_is_there():
+    tree = ast.parse((CORPUS.parent / "__main__.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("relaymta", "tests")):
+            of = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(of, name.name) or importlib.import_module(f"{node.module}.{name.name}")

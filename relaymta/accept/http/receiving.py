@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import mmap
 import os
+import warnings
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, TypeVar
 
 from aiohttp import BodyPartReader, HttpVersion11, MultipartReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.multipart import BadContentDispositionHeader, BadContentDispositionParam
 
 from relaymta.accept.admission import Admission
 from relaymta.problems import Problem
+from relaymta.proto.printable import printable
 from relaymta.reservation import Reservation
 
 __all__ = ["Body", "Received", "Receiver", "finished", "media_type", "too_large"]
@@ -25,7 +28,12 @@ PARTS_MOST = 100
 JSON_IN_FORM = 8 << 20  # octets of JSON beside files
 MESSAGE_PART = "message"  # the part of a form that has the JSON
 DIGEST = 16
-AS_AIOHTTP_TELLS_IT = (ValueError, AssertionError, RuntimeError, LookupError, web.HTTPException, HttpProcessingError)
+_WARNED = (BadContentDispositionHeader, BadContentDispositionParam)
+AS_AIOHTTP_TELLS_IT = (
+    ValueError, AssertionError, RuntimeError, LookupError, web.HTTPException, HttpProcessingError, *_WARNED
+)  # fmt: skip
+for _kind in _WARNED:  # a warning would be kept, with the client's text, for as long as the worker runs
+    warnings.simplefilter("error", _kind)
 T = TypeVar("T")
 
 
@@ -221,12 +229,14 @@ class Receiver:
                     raise Problem(400, f"{what} in the form"[:200])
                 names.add(name)
                 if part.headers.get(hdrs.CONTENT_TRANSFER_ENCODING, "binary").lower() not in ("binary", "8bit", "7bit"):
-                    raise Problem(415, "Content-Transfer-Encoding is not supported: send parts as they are", argument=name[:200])
+                    raise Problem(
+                        415, "Content-Transfer-Encoding is not supported: send parts as they are", argument=printable(name[:200])
+                    )
                 left = most - received.size
                 limit = min(left, JSON_IN_FORM) if name == MESSAGE_PART else left
                 await self._fill(received, received.part(name), part.read_chunk, limit)
         except AS_AIOHTTP_TELLS_IT as error:
-            raise Problem(400, f"the form is not well-formed: {str(error)[:100]}") from None
+            raise Problem(400, f"the form is not well-formed: {printable(str(error)[:100])}") from None
         if MESSAGE_PART not in names:
             raise Problem(400, f"the form has no part {MESSAGE_PART!r} with the JSON of the message", argument=MESSAGE_PART)
 
@@ -248,7 +258,7 @@ class Receiver:
                 await self._spill(received, body)
                 received.hold(-held)
         except (web.RequestPayloadError, web.PayloadAccessError) as error:
-            raise Problem(400, f"the body is not well-formed: {str(error)[:100]}") from None
+            raise Problem(400, f"the body is not well-formed: {printable(str(error)[:100])}") from None
         except ConnectionError:
             raise
         except OSError as error:
