@@ -40,8 +40,13 @@ class Problem(Exception):
 
     @property
     def details(self) -> ProblemDetails:
-        """What the answer says."""
-        return ProblemDetails(title=HTTPStatus(self.status).phrase, status=self.status, detail=self.detail, **self.more)
+        """What the answer says. JSON has no lone surrogates, as a client's octets that are no UTF-8 are."""
+        more = {name: _encodable(value) if isinstance(value, str) else value for name, value in self.more.items()}
+        return ProblemDetails(title=HTTPStatus(self.status).phrase, status=self.status, detail=_encodable(self.detail), **more)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def of_arguments(error: Exception) -> Problem:

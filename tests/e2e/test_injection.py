@@ -296,6 +296,31 @@ def test_a_wrong_request_is_told_what_is_wrong(relay, body, kind, status, argume
     assert said.headers["Content-Type"] == "application/problem+json" and said.json["status"] == status and said.detail
 
 
+def test_octets_that_are_no_utf_8_are_answered_wherever_they_stand(relay):
+    raw = b"From: %s\r\nTo: %s\r\nSubject: %s\r\nBcc: %s\r\n\r\nx\r\n"
+    good = (b"a@b.example", b"a@d.example", b"s", b"c@d.example")
+    for place in range(4):
+        for odd in (b"\xff%s", b'"\xff" <%s>', b"\xff <%s>", b"%s\xff", b"=?utf-8?q?=FF?= <%s>"):
+            fields = [odd % one if at == place else one for at, one in enumerate(good)]
+            said = relay.post(raw % tuple(fields), Content_Type="message/rfc822")
+            assert said.status in (202, 400, 422), (fields, said)
+    whole = raw % good
+    for path in ("?to=%ff@d.example&from=a@b.example", "?from=%ff@b.example", "?tag=%ff", "?%ff=1", "?to=a@d.example&to=%80%ff"):
+        said = relay.post(whole, path=f"/v1/messages{path}", Content_Type="message/rfc822")
+        assert said.status in (202, 400, 422), (path, said)
+    for name in ("Idempotency-Key", "traceparent", "Content-Type", "Authorization", "Origin", "Content-Encoding", "Host"):
+        said = relay.ask("POST", "/v1/messages", whole, {"Content-Type": "message/rfc822"} | {name: "\xff"})
+        assert said.status in (202, 400, 401, 403, 415), (name, said)
+    for path in ("receipts/%ff", "messages/%ff", "%ff", "messages/%ff?%ff=%ff", "receipts/%ff%00%0a"):
+        assert relay.ask("GET", f"/v1/{path}").status in (400, 404), path
+    for text in (r"\ud800", r"\udcff", "\xff"):
+        for place in ("from", "to", "subject", "text", "cc", "\xff"):
+            body = json.dumps(message(**{place: "@@"})).replace("@@", text).encode("latin-1")
+            said = relay.ask("POST", "/v1/messages", body, {"Content-Type": "application/json"})
+            assert said.status in (202, 400, 422), (place, said)
+    assert not [one for one in relay.events("warning") if "internal" in one["text"]]
+
+
 def test_requests_are_counted_and_those_that_are_refused_logged(relay):
     def requests(answer: str) -> float:
         return relay.metric(f'relaymta_http_requests_total{{answer="{answer}",operation="send"}}')
