@@ -41,8 +41,11 @@ class Problem(Exception):
     @property
     def details(self) -> ProblemDetails:
         """What the answer says. JSON has no lone surrogates, as a client's octets that are no UTF-8 are."""
-        more = {name: _encodable(value) if isinstance(value, str) else value for name, value in self.more.items()}
-        return ProblemDetails(title=HTTPStatus(self.status).phrase, status=self.status, detail=_encodable(self.detail), **more)
+        found = ProblemDetails(
+            title=HTTPStatus(self.status).phrase, status=self.status, detail=_encodable(self.detail), **self.more
+        )
+        found.argument = _encodable(found.argument)
+        return found
 
 
 def _encodable(text: str) -> str:
