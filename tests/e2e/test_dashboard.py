@@ -17,6 +17,7 @@ from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
 from tests.support.prometheus import asked, prometheus
+from tests.support.webhooks import secret_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "grafana").glob("*.json"))]
@@ -24,8 +25,8 @@ EXPRESSIONS = [target["expr"] for board in BOARDS for panel in board["panels"] f
 
 
 class Busy(Relay):
-    """A relay with a listener for logins, an application with a quota, a DKIM key, a filter that nobody answers for, and a route
-    to a host that is down."""
+    """A relay with a listener for logins, an application with a quota, a DKIM key, a filter and a webhook that nobody answers
+    for, a hook that fails, and a route to a host that is down."""
 
     def __init__(self, folder: Path, port: int) -> None:
         super().__init__(folder, None, "delivery.idle=1")
@@ -33,6 +34,8 @@ class Busy(Relay):
         self.config = folder / "relay.toml"
         trustme.CA().issue_cert("relay.example").private_key_and_cert_chain_pem.write_to_path(str(folder / "relay.pem"))
         write_key(folder / "dkim.pem", "ed25519")
+        (folder / "policy.py").write_text("async def on_bounced(attempt):\n    raise ValueError\n")
+        secret_file(folder / "secret")
         self.config.write_text(
             f'''
 [[listener]]
@@ -59,6 +62,15 @@ on_failure = "accept"
 name = "lists"
 type = "dnsbl"
 lists = [{{ zone = "bl.example", codes = ["127.0.0.2"] }}]
+[[filter]]
+name = "policy"
+type = "python"
+file = "{folder}/policy.py"
+[[webhook]]
+name = "shop"
+url = "http://127.0.0.1:1/"
+secret_file = "{folder}/secret"
+private = true
 [[mail_rule]]
 name = "programs"
 attachment = ["*.exe"]

@@ -94,7 +94,7 @@ def test_route_test_shows_where_mail_would_be_sent(tmp_path, nameserver):
     found = json.loads(relay.cli("route", "test", "--to", "x@two.test", "--as", "shop", "--json", *flags).stdout)
     assert (found["routes"], found["site"]) == ([{"route": "shop", "matches": True, "by": ""}], "shop")
     assert "5.1.10" in relay.cli("route", "test", "--to", "x@null.test", *flags).stdout
-    assert relay.cli("route", "test", "--to", "nobody", *flags, check=False).returncode == 64
+    assert relay.cli("route", "test", "--to", "nobody@", *flags, check=False).returncode == 64
 
 
 def test_a_route_by_mx_matches_the_domains_of_its_hosts(tmp_path, nameserver):

@@ -69,7 +69,9 @@ class Desk:
         self.transport = Transport()
         self.made = self.transport.connection = ImapConnection(self.access, self.admission, None)  # type: ignore[arg-type]
         client = SimpleNamespace(address="192.0.2.1", trusted=True)
-        self.made.rights = SimpleNamespace(user="a@a.example", client=client, end=int, detach=int, log_out=int)  # type: ignore[assignment]
+        self.made.rights = SimpleNamespace(
+            user="a@a.example", client=client, asks_client=frozenset(), end=int, detach=int, log_out=int
+        )  # type: ignore[assignment]
         self.made.transport = self.transport  # type: ignore[assignment]
         self.session: ServerSession = self.made.begin_session(self.made.rights, False)  # type: ignore[arg-type, assignment]
         self.made.session = self.session
