@@ -51,6 +51,7 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_filter_seconds_bucket", {"filter": "virus", "le": "+Inf"}, (1.0,), (1.0,)),
         ("relaymta_filter_timeout_seconds", {"filter": "virus"}, 10, 10),
     ],
+    "RelaymtaHookRaises": [("relaymta_hook_exceptions_total", {"place": "policy.py:2"}, (0.01,), (0.0,))],
     "RelaymtaUnseen": [("relaymta_unseen_oldest_seconds", {}, 601, 0)],
     "RelaymtaDropWaits": [("relaymta_drop_oldest_seconds", {}, 901, 0)],
     "RelaymtaQuarantineFull": [

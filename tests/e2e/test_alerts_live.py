@@ -269,8 +269,8 @@ HERE = {
     "RelaymtaSiteDown", "RelaymtaFilterDown", "RelaymtaCertificateEnds", "RelaymtaKeysOrAccounts", "RelaymtaReloadRefused",
     "RelaymtaWorkersRestart", "RelaymtaWorkersMissing",
 }  # fmt: skip
-# Only tested with made-up series: what they watch takes a quarter of an hour, or a full store of events.
-ELSEWHERE = {"RelaymtaDropWaits", "RelaymtaWebhookDropped", "RelaymtaWebhookFails"}
+# Only tested with made-up series: what they watch takes a quarter of an hour, a full store of events, or a wrong hook.
+ELSEWHERE = {"RelaymtaDropWaits", "RelaymtaHookRaises", "RelaymtaWebhookDropped", "RelaymtaWebhookFails"}
 
 
 class Hook(BaseHTTPRequestHandler):
