@@ -14,7 +14,7 @@ from collections import deque
 from typing import Final, Protocol
 
 from relaymta.control import program
-from relaymta.filter.hookframes import ANSWER_MOST, Call, Frames, Garbage, Reply, pack, unpack_reply
+from relaymta.filter.hookframes import ANSWER_MOST, Call, Frames, Garbage, Reply, pack, pack_call, unpack_reply
 from relaymta.filter.hookhost import SHARED
 
 __all__ = ["Ask", "Owner", "Process"]
@@ -156,10 +156,11 @@ class Process:
         """Give it a call. False: it has too many; OSError: no descriptor is left."""
         if self._backlog > BACKLOG:
             return False
+        data = pack_call(Call(ask.number, ask.hook, int(ask.descriptor >= 0), ask.arguments))  # fails here, if ever
         descriptors = [] if ask.descriptor < 0 else [os.dup(ask.descriptor)]
         ask.deadline = deadline
         self.pending[ask.number] = ask
-        self._send(pack(Call(ask.number, ask.hook, len(descriptors), ask.arguments)), descriptors)
+        self._send(data, descriptors)
         return True
 
     def cancel(self, number: int, until: float) -> None:

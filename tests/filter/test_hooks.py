@@ -247,6 +247,21 @@ async def test_a_route_has_to_be_there(tmp_path, name):
 
 # What should not be there
 
+
+async def test_octets_of_a_client_that_are_no_text_are_shown_and_cost_nobody_the_process(tmp_path):
+    """As of `MAIL FROM:<a@b.example> AUTH=\\xff`."""
+    code = """
+        from relaymta.hooks import *
+        async def on_mail(client, envelope): return reject(ascii(envelope.parameters))
+    """
+    async with hooks(tmp_path, code) as one:
+        before, session = pid(one), one.session("")
+        answer = await session.mail(replace(MAIL, parameters=("AUTH=\udcff",)))
+        assert answer.reason == r"('AUTH=\ufffd',)"
+        assert not one.pool.version.called.pending and pid(one) == before
+        session.close()
+
+
 ENDED = {"exits": "status 3", "crashes": "SIGSEGV", "closes": "closed its socket|status", "writes": "no sense",
          "answers_for_others": "no sense", "parent_exits": "status 5", "child_task": "status 6"}  # fmt: skip
 
