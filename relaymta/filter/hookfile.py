@@ -128,11 +128,17 @@ class HookFile:
             return self._raised(number, error)  # its own doing
         except BaseException as error:  # SystemExit and KeyboardInterrupt would end the event loop
             return self._raised(number, error)
-        return _reply(number, hook, result)
+        try:
+            return _reply(number, hook, result)
+        except Exception as error:  # what it returns has methods and properties of the operator's own
+            return _invalid(number, f"{hook} returns what cannot be read: {type(error).__name__}")
 
     def _raised(self, number: int, error: BaseException) -> Reply:
         trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without our own frame
-        told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
+        try:
+            told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
+        except Exception as why:  # such as of a SyntaxError whose text is none
+            told = f"{type(error).__name__}, which cannot be shown: {type(why).__name__}"
         return Reply(number, "raised", _sendable(told[-TRACE_MOST:]), place=_sendable(self._place(error)))
 
     def place(self, frame: Any) -> str:

@@ -62,6 +62,8 @@ async def calls_exit(): sys.exit(4)
 
 async def interrupts(): raise KeyboardInterrupt
 
+async def raises_what_cannot_be_shown(): raise SyntaxError("no", ("x", 1, 1, 5))
+
 async def raises(): raise ValueError("a secret\\r\\n250 fine")
 
 async def waits(): await asyncio.sleep(600)
@@ -206,6 +208,8 @@ async def test_a_message_of_nobody_who_is_followed_is_asked_about_at_each_stage(
     ("Verdict('accept', changes=('x',))", "understood"), ("Verdict('accept', changes=(Add(1, 2),))", "understood"),
     ("Verdict('accept', '\\ud800')", "understood"), ("Verdict('accept', 'x' * (2 << 20))", "octets"),
     ("Verdict('accept', score='much')", "understood"), ("Verdict('hold')", "there is no message yet"),
+    ("Verdict(['reject'])", "cannot be read: TypeError"),
+    ("Verdict('accept', changes=(1 / 0 for _ in 'x'))", "cannot be read: ZeroDivisionError"),
 ])  # fmt: skip
 async def test_what_is_no_verdict_is_a_failure_that_says_what_it_was(tmp_path, returned, why):
     told: list[Any] = []
@@ -358,7 +362,7 @@ async def test_who_is_gone_does_not_wait_and_what_it_has_begun_is_stopped(tmp_pa
         assert await said(one, "nothing") == Answer("continue")
 
 
-@pytest.mark.parametrize("what", ["raises", "calls_exit", "interrupts", "leaks"])
+@pytest.mark.parametrize("what", ["raises", "calls_exit", "interrupts", "raises_what_cannot_be_shown", "leaks"])
 async def test_an_exception_is_a_refusal_for_now_and_a_place_in_the_metrics(tmp_path, what):
     told: list[Any] = []
     async with hooks(tmp_path, BAD, told, memory=256 << 20) as one:
