@@ -249,6 +249,28 @@ async def test_a_route_has_to_be_there(tmp_path, name):
             assert (await one.judge(MAIL)).route == ("fast" if name == "fast" else "")
 
 
+def test_a_file_may_lie_above_the_relay_and_what_is_installed(tmp_path):
+    """As that of a project with a virtual environment in it."""
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/relaymta").symlink_to(Path(module.__file__).parents[1])
+    (tmp_path / "venv/other.py").touch()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/__init__.py").touch()
+    file = tmp_path / "policy.py"
+    file.write_text("import other, own\nfrom relaymta.hooks import *\nasync def on_helo(c): return reject('here')\n")
+    code = f"""
+        import asyncio
+        from relaymta.filter.hookfile import HookFile
+        one = HookFile({str(file)!r})
+        print(asyncio.run(one.call(1, "on_helo", [()], None)).word, *(path for path, *_ in one.files))
+    """
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}/venv"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["reject", str(file), f"{tmp_path}/own/__init__.py"], done.stderr
+
+
 # What should not be there
 
 
