@@ -195,10 +195,11 @@ class Version:
             process.end("")
 
     def is_held(self, process: Process, number: int, place: str) -> None:
-        """As of Owner, or seen from here (`place`: ""): the other calls go elsewhere."""
+        """As of Owner, or seen from here (`place`: ""): the other calls go elsewhere, all of them where it has
+        returned."""
         if place:
             self._pool.held(place)
-        if process.held or number not in process.pending:
+        if process.held or not process.pending or number in process.cancelling:
             return
         process.held = True
         if process in self.spares:

@@ -52,7 +52,7 @@ class Owner(Protocol):
         """What has come of a call, which is not under way there any more."""
 
     def is_held(self, process: "Process", number: int, place: str) -> None:
-        """A call keeps the event loop of the process waiting, at a place."""
+        """A call, or a task that it has left behind, keeps the event loop of the process waiting, at a place."""
 
     def came_back(self, process: "Process") -> None:
         """It was held, and has no calls any more."""
@@ -144,10 +144,10 @@ class Process:
         return self._running[0] or (self._running[2] if self._astray else 0)
 
     def look(self) -> int:
-        """At how many looks in a row, this one included, a call of it was at the same step: 0: it has gone on since."""
+        """At how many looks in a row, this one included, a call of it, or a task that one has left behind, was at the same step:
+        0: it has gone on since."""
         seen, self._seen = self._seen, self.now
-        known = self._seen[0] in self.pending or self._seen[0] in self.cancelling
-        self._same = self._same + 1 if known and seen == self._seen else 0
+        self._same = self._same + 1 if seen[0] and seen == self._seen else 0
         return self._same
 
     # Calls
@@ -236,8 +236,7 @@ class Process:
             self.ready = reply.word == "ready"
             self._owner.came_up(self, reply)
         elif reply.word == "held":
-            if number in self.pending or number in self.cancelling:
-                self._owner.is_held(self, number, reply.place)
+            self._owner.is_held(self, number, reply.place)
         elif (ask := self.pending.pop(number, None)) is not None:
             self._owner.answered(self, ask, reply)
         else:

@@ -66,6 +66,12 @@ async def raises_what_cannot_be_shown(): raise SyntaxError("no", ("x", 1, 1, 5))
 
 async def raises(): raise ValueError("a secret\\r\\n250 fine")
 
+async def leaves_a_task():
+    async def blocks():
+        await asyncio.sleep(0.01)
+        time.sleep(600)
+    kept.append(asyncio.create_task(blocks()))
+
 async def waits(): await asyncio.sleep(600)
 
 async def ignores():
@@ -382,6 +388,19 @@ async def test_who_is_gone_does_not_wait_and_what_it_has_begun_is_stopped(tmp_pa
         await until(lambda: not any(one.pending or one.cancelling for one in one.pool.version._tasks))
         await until(lambda: there(before) is (what == "waits"))
         assert await said(one, "nothing") == Answer("continue")
+
+
+async def test_a_task_that_blocks_after_its_hook_has_answered_costs_others_nothing(tmp_path):
+    told: list[Any] = []
+    async with hooks(tmp_path, BAD, told, seconds=3.0) as one:
+        await until(lambda: one.pool.version.spares)
+        before, session = one.pool.version.called, one.session("")
+        assert await said(one, "leaves_a_task", session) == Answer("continue")
+        await until(lambda: before.now == (1, 3))
+        assert await asyncio.gather(*(said(one, "nothing", session) for _ in range(3))) == [Answer("continue")] * 3
+        assert one.pool.version.called is not before
+        await until(lambda: any("50 ms" in text and "in blocks" in text for kind, text in told if kind == "log"))
+        session.close()
 
 
 @pytest.mark.parametrize("what", ["raises", "calls_exit", "interrupts", "raises_what_cannot_be_shown", "leaks"])
