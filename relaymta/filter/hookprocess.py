@@ -17,11 +17,16 @@ from relaymta.control import program
 from relaymta.filter.hookframes import ANSWER_MOST, Call, Frames, Garbage, Reply, pack, pack_call, unpack_reply
 from relaymta.filter.hookhost import SHARED
 
-__all__ = ["Ask", "Owner", "Process"]
+__all__ = ["Ask", "Owner", "Process", "environment"]
 
 CLOSING: Final = 0.05  # seconds from the end of its socket to that of the process
 BACKLOG: Final = 32 << 20  # octets that it has not taken, above which it is sent no more calls
 _KEPT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME")  # of our environment
+
+
+def environment() -> dict[str, str]:
+    """What code of the operator's own sees of our environment, which may have secrets."""
+    return {name: os.environ[name] for name in _KEPT if name in os.environ}
 
 
 class Ask:
@@ -111,9 +116,8 @@ class Process:
             self._running = memoryview(self._memory).cast("Q")
             numbers = [str(one) for one in (theirs.fileno(), shared)]
             command = program("relaymta.filter.hookhost", *numbers, path, str(memory), str(os.getpid()))
-            environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
             self._process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=[theirs.fileno(), shared], stdin=asyncio.subprocess.DEVNULL, env=environment, cwd="/",
+                *command, pass_fds=[theirs.fileno(), shared], stdin=asyncio.subprocess.DEVNULL, env=environment(), cwd="/",
                 start_new_session=True,
             )  # fmt: skip
         except BaseException:
