@@ -643,6 +643,19 @@ async def test_a_session_that_keeps_code_that_nobody_has_any_more_goes_on_with_t
         old.close()
 
 
+async def test_sessions_keep_what_no_configuration_has_any_more_until_they_end(tmp_path, monkeypatch):
+    """Nothing else would be asked for them: a client may stay for days."""
+    monkeypatch.setattr(module, "OLD", 0.05)
+    async with hooks(tmp_path, BAD) as one:
+        session = one.session("")
+        one.close()
+        await asyncio.sleep(0.2)
+        assert await said(one, "exits", session) == "refused"
+        assert await said(one, "nothing", session) == Answer("continue"), "a process is started for it"
+        session.close()
+        await until(lambda: not one.open)
+
+
 async def test_old_code_ends_after_a_while_whoever_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "OLD", 0.1)
     (tmp_path / "helper.py").write_text("WORD = 'one'\n")
