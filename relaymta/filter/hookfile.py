@@ -52,10 +52,11 @@ def declared(path: str) -> frozenset[str]:
 
 class HookFile:
     """The hooks of a file, imported now. `hooks`: by their names; `bodies`: of these the ones that want bodies; `files`: it, and
-    what it has imported from its own folder, each with its watch.stamp."""
+    what it has imported from its own folder, each with its watch.stamp; `spent`: a hook has raised MemoryError."""
 
     def __init__(self, path: str, name: str = MODULE) -> None:
         """BrokenFile. `name`: of the module."""
+        self.spent = False
         self._path = os.path.abspath(path)
         own = stamp(self._path)  # before it is read: what is written meanwhile is another version
         self._folder = os.path.join(os.path.dirname(self._path), "")
@@ -144,6 +145,7 @@ class HookFile:
             return _invalid(number, f"{hook} returns what cannot be read: {type(error).__name__}")
 
     def _raised(self, number: int, error: BaseException) -> Reply:
+        self.spent = self.spent or _is_of_memory(error)
         trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without our own frame
         try:
             told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
@@ -172,6 +174,15 @@ class HookFile:
                 found = f"{name}:{trace.tb_lineno}"
             trace = trace.tb_next
         return found
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether it is a MemoryError, or follows from one: by its type, since its text may be a client's."""
+    for _ in range(FRAMES_MOST):
+        if error is None or isinstance(error, MemoryError):
+            break
+        error = error.__cause__ or error.__context__
+    return isinstance(error, MemoryError)
 
 
 def _told(error: BaseException) -> str:

@@ -151,7 +151,7 @@ class _Host:
                 os.close(body[1])
         if _Forked.here:
             os._exit(0)
-        spent = reply.word == "raised" and "MemoryError" in reply.reason[-200:]
+        spent = self._file.spent
         if spent:
             self._reserve.clear()
         self.send(reply)
