@@ -37,6 +37,7 @@ PROCESSES: Final = 4  # of one version at the same time
 PAUSE_LEAST, PAUSE_MOST, PAUSE_BROKEN = 0.1, 1.0, 10.0  # seconds between two starts: twice as many with each in a row
 STABLE: Final = 10.0  # seconds after which one that ends is not taken for one of a row
 OLD: Final = 300.0  # seconds for which sessions keep a version that was replaced
+OLD_MOST: Final = 4  # versions that were replaced, at the same time: a process each
 FILES: Final = 1000  # that are looked at
 LOOK: Final = 1.0  # seconds, at least, between two looks at the files
 
@@ -400,6 +401,8 @@ class Pool:
             before, self.version, self._candidate = self.version, version, None
             self._refused = None
             before.replaced()
+            for oldest in [one for one in self._versions if one is not version][:-OLD_MOST]:
+                oldest.end()
         if version is self.version:
             self.listener.changed(version.hooks)
 

@@ -658,6 +658,26 @@ async def test_sessions_keep_what_no_configuration_has_any_more_until_they_end(t
         await until(lambda: not one.open)
 
 
+NEWER = "from relaymta.hooks import *\nasync def on_rcpt(c, e, r): return reject('{}')\n"
+
+
+async def test_of_old_code_there_is_little_at_once_however_often_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOOK", 0.0)
+    monkeypatch.setattr(module, "OLD_MOST", 2)
+    async with hooks(tmp_path, NEWER.format(0)) as one:
+        sessions = []
+        for number in range(1, 5):
+            sessions.append(one.session(""))
+            known = one.pool.version
+            (tmp_path / "policy.py").write_text(NEWER.format(number) + "#" * number)
+            one.refresh()
+            await until(lambda known=known: one.pool.version is not known)
+        said = [(await session.rcpt(MAIL, "c@d.example")).reason for session in sessions]
+        assert said == ["4", "4", "2", "3"] and len(one.pool._versions) == 3
+        for session in sessions:
+            session.close()
+
+
 async def test_old_code_ends_after_a_while_whoever_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "OLD", 0.1)
     (tmp_path / "helper.py").write_text("WORD = 'one'\n")
