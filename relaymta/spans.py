@@ -62,6 +62,7 @@ BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # while the collector does not take any
 AFTER_MOST = 300.0  # of what Retry-After asks for
 CLOSE_SECONDS = 1.0
 LARGEST = 65_536  # octets of an answer
+UNKNOWN = (401, 403)  # it does not know us: the next connection has what is in header_file then
 ADDRESSES_MOST = 100  # of a span, where they are shown
 _REPLY = re.compile(r"([245]\d\d)[ -](?:([245]\.\d{1,3}\.\d{1,3})\b)?")
 
@@ -120,7 +121,7 @@ class Collector:
         connection.request("POST", self._path, body, headers | self._secret)
         with connection.getresponse() as response:
             said = response.read(LARGEST + 1)
-            if len(said) > LARGEST or response.will_close or not response.isclosed():
+            if len(said) > LARGEST or response.will_close or not response.isclosed() or response.status in UNKNOWN:
                 self.close()
             kind, after = response.headers.get("Content-Type", ""), response.headers.get("Retry-After", "")
             return read_answer(response.status, kind, said, count), retry_after(after, time.time())

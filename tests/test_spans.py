@@ -209,6 +209,21 @@ def test_what_a_collector_refuses_is_not_sent_again(answer, refused):
         made.spans.close()
 
 
+def test_a_secret_that_was_replaced_is_used_once_the_old_one_is_refused(tmp_path):
+    file = tmp_path / "secret"
+    file.write_text("Authorization: Bearer old")
+    file.chmod(0o600)
+    with Collecting(Answer(401)) as collector:
+        made = Made(collector.url, header_file=str(file))
+        made.take("A")
+        wait_for(lambda: made.counted.all == (0, 0, 1))
+        file.write_text("Authorization: Bearer new")
+        made.take("B")
+        wait_for(lambda: made.counted.all == (1, 0, 1))
+        assert [one.headers["authorization"] for one in collector.requests] == ["Bearer old", "Bearer new"]
+        made.spans.close()
+
+
 def test_a_connection_that_was_closed_meanwhile_is_opened_again():
     with Collecting(Answer(closes=True), Answer(closes=True)) as collector:
         made = Made(collector.url)

@@ -52,18 +52,24 @@ def declared(path: str) -> frozenset[str]:
 
 class HookFile:
     """The hooks of a file, imported now. `hooks`: by their names; `bodies`: of these the ones that want bodies; `files`: it, and
-    what it has imported from its own folder, each with its watch.stamp."""
+    what it has imported from its own folder, each with its watch.stamp; `spent`: a hook has raised MemoryError."""
 
     def __init__(self, path: str, name: str = MODULE) -> None:
         """BrokenFile. `name`: of the module."""
+        self.spent = False
         self._path = os.path.abspath(path)
         own = stamp(self._path)  # before it is read: what is written meanwhile is another version
-        self._folder = os.path.dirname(self._path)
+        self._folder = os.path.join(os.path.dirname(self._path), "")
+        # Folders below it from which others are imported: a virtual environment may lie beside the file.
+        installed = [os.path.join(os.path.abspath(one), "") for one in (*sys.path, sys.prefix)]
+        relay = os.path.join(os.path.dirname(os.path.abspath(hooks.__file__)), "")
+        self._foreign = (relay, *(one for one in installed if one.startswith(self._folder) and one != self._folder))
         before = {known for known in sys.modules if self._is_own(sys.modules[known])}
         kept = {known: sys.modules.pop(known) for known in before}  # of an earlier version, in this process
         searched = [*sys.path]
-        if self._folder not in sys.path:
-            sys.path.append(self._folder)  # behind all others: a `json.py` of the operator's is not what we import
+        folder = os.path.dirname(self._path)
+        if folder not in sys.path:
+            sys.path.append(folder)  # behind all others: a `json.py` of the operator's is not what we import
         try:
             self._module = self._imported(name)
             self.hooks = self._found()
@@ -81,7 +87,12 @@ class HookFile:
     def _is_own(self, module: Any) -> bool:
         """Whether a module is from the file's folder, or below it."""
         file = getattr(module, "__file__", None)
-        return isinstance(file, str) and os.path.abspath(file).startswith(self._folder + os.sep)
+        return isinstance(file, str) and self._is_there(file)
+
+    def _is_there(self, file: str) -> bool:
+        """Whether a file of code is in the folder, or below it, and not one that is installed there."""
+        path = os.path.abspath(file)
+        return path.startswith(self._folder) and not path.startswith(self._foreign)
 
     def _imported(self, name: str) -> Any:
         spec = importlib.util.spec_from_file_location(name, self._path)
@@ -128,11 +139,18 @@ class HookFile:
             return self._raised(number, error)  # its own doing
         except BaseException as error:  # SystemExit and KeyboardInterrupt would end the event loop
             return self._raised(number, error)
-        return _reply(number, hook, result)
+        try:
+            return _reply(number, hook, result)
+        except Exception as error:  # what it returns has methods and properties of the operator's own
+            return _invalid(number, f"{hook} returns what cannot be read: {type(error).__name__}")
 
     def _raised(self, number: int, error: BaseException) -> Reply:
+        self.spent = self.spent or _is_of_memory(error)
         trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without our own frame
-        told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
+        try:
+            told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
+        except Exception as why:  # such as of a SyntaxError whose text is none
+            told = f"{type(error).__name__}, which cannot be shown: {type(why).__name__}"
         return Reply(number, "raised", _sendable(told[-TRACE_MOST:]), place=_sendable(self._place(error)))
 
     def place(self, frame: Any) -> str:
@@ -141,7 +159,7 @@ class HookFile:
         while frame is not None:
             name = frame.f_code.co_filename
             here = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
-            if os.path.abspath(name).startswith(self._folder + os.sep):
+            if self._is_there(name):
                 return _sendable(here)
             first = first or here
             frame = frame.f_back
@@ -152,10 +170,19 @@ class HookFile:
         found, trace = "", error.__traceback__
         while isinstance(trace, TracebackType):
             name = trace.tb_frame.f_code.co_filename
-            if os.path.abspath(name).startswith(self._folder + os.sep):
+            if self._is_there(name):
                 found = f"{name}:{trace.tb_lineno}"
             trace = trace.tb_next
         return found
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether it is a MemoryError, or follows from one: by its type, since its text may be a client's."""
+    for _ in range(FRAMES_MOST):
+        if error is None or isinstance(error, MemoryError):
+            break
+        error = error.__cause__ or error.__context__
+    return isinstance(error, MemoryError)
 
 
 def _told(error: BaseException) -> str:

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import msgspec
 
-from relaymta.proto.hook import AnyChange
+from relaymta.proto.hook import AnyChange, clean
 
 __all__ = [
     "AFTERWARDS", "ANSWER_MOST", "CLIENT", "ENVELOPE", "HOOKS", "MESSAGE", "VERBS", "Call", "Frames", "Garbage", "Reply", "pack",
-    "unpack_call", "unpack_reply",
+    "pack_call", "unpack_call", "unpack_reply",
 ]  # fmt: skip
 
 CLIENT: Final = ("on_connect", "on_helo", "on_auth")
@@ -72,6 +72,14 @@ def pack(frame: "Call | Reply") -> bytes:
     """A frame as octets. What msgspec raises where a value cannot be sent."""
     body = _encode(frame)
     return _LENGTH.pack(len(body)) + body
+
+
+def pack_call(call: Call) -> bytes:
+    """A call as octets. Clients write octets that are no text: they are U+FFFD."""
+    try:
+        return pack(call)
+    except UnicodeEncodeError:
+        return pack(msgspec.structs.replace(call, arguments=clean(call.arguments)))
 
 
 def unpack_call(body: bytes) -> Call:

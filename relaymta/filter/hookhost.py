@@ -1,7 +1,7 @@
 """The process that runs hooks in Python beside a worker: `main()`, started by hookprocess.py.
 
 Its arguments: the descriptors of its socket and of a memory that it shares with the worker, the file, and the octets of memory
-that it may have (0: any number). With `check` and a file it says whether that can be imported, and ends.
+that it may have (0: any number). With `check`, a file and a descriptor it says there whether the file can be imported.
 
 In the shared memory stands which call is running: a hook that blocks, exits or crashes tells nobody, and the worker finds there
 whose fault it was. A second thread looks at it, too: it tells where a hook is that has kept the event loop waiting.
@@ -35,6 +35,7 @@ __all__ = ["SHARED", "SPENT"]
 SHARED: Final = 24  # octets of the shared memory: the number of the call that is running, how many steps calls have taken, and
 # the number of the one that was running last
 SPENT: Final = 71  # exit status: it has come to the end of its memory
+ERROR_MOST: Final = 2000  # characters of why it cannot
 BROKEN: Final = 78  # exit status: the file cannot be imported
 LOOK: Final = 0.025  # seconds between two looks at what is running
 HELD: Final = 2  # looks after which a call that has not gone on holds the event loop
@@ -150,7 +151,7 @@ class _Host:
                 os.close(body[1])
         if _Forked.here:
             os._exit(0)
-        spent = reply.word == "raised" and "MemoryError" in reply.reason[-200:]
+        spent = self._file.spent
         if spent:
             self._reserve.clear()
         self.send(reply)
@@ -217,17 +218,17 @@ def _close_others(kept: set[int]) -> None:
                 pass
 
 
-def check(path: str) -> None:
-    """Say whether a file can be imported: its hooks as JSON, or why not, and the exit status."""
+def check(path: str, answer: int) -> None:
+    """Say whether a file can be imported, by a descriptor: its hooks as JSON, or why not."""
+    _close_others({0, 1, 2, answer})
+    os.set_inheritable(answer, False)
+    found: object
     try:
-        file = HookFile(path)
+        found = list(HookFile(path).hooks)
     except BrokenFile as error:
-        sys.stdout.write(json.dumps(str(error)) + "\n")
-        sys.stdout.flush()
-        os._exit(BROKEN)
-    sys.stdout.write(json.dumps(list(file.hooks)) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # whatever threads it has begun
+        found = str(error)[:ERROR_MOST]
+    os.write(answer, json.dumps(found).encode())
+    os._exit(0 if isinstance(found, list) else BROKEN)  # whatever threads it has begun
 
 
 def main() -> None:
@@ -235,7 +236,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.argv[1] == "check":
-        check(sys.argv[2])
+        check(sys.argv[2], int(sys.argv[3]))
     _end_with_worker()
     descriptor, shared, path, memory, parent = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
     if os.getppid() != parent:
@@ -260,7 +261,7 @@ def main() -> None:
         file = HookFile(path)
     except BrokenFile as error:
         sock.setblocking(True)
-        sock.sendall(pack(Reply(0, "broken", str(error)[:2000].encode("utf-8", "backslashreplace").decode())))
+        sock.sendall(pack(Reply(0, "broken", str(error)[:ERROR_MOST].encode("utf-8", "backslashreplace").decode())))
         os._exit(BROKEN)
     gc.freeze()
     loop = asyncio.new_event_loop()

@@ -37,6 +37,7 @@ PROCESSES: Final = 4  # of one version at the same time
 PAUSE_LEAST, PAUSE_MOST, PAUSE_BROKEN = 0.1, 1.0, 10.0  # seconds between two starts: twice as many with each in a row
 STABLE: Final = 10.0  # seconds after which one that ends is not taken for one of a row
 OLD: Final = 300.0  # seconds for which sessions keep a version that was replaced
+OLD_MOST: Final = 4  # versions that were replaced, at the same time: a process each
 FILES: Final = 1000  # that are looked at
 LOOK: Final = 1.0  # seconds, at least, between two looks at the files
 
@@ -94,7 +95,7 @@ class Version:
                 return
             if not taken:
                 self._fail(ask, Failed("connect", "unavailable", "the process of hooks takes no more calls", False))
-        elif self._over or self._replaced:
+        elif self._over or (self._replaced and not self._pool.closed):
             self._pool.again(self, ask)
         elif self.problem and not self.others:
             self._fail(ask, Failed("connect", "unavailable", self.problem, False))
@@ -195,10 +196,11 @@ class Version:
             process.end("")
 
     def is_held(self, process: Process, number: int, place: str) -> None:
-        """As of Owner, or seen from here (`place`: ""): the other calls go elsewhere."""
+        """As of Owner, or seen from here (`place`: ""): the other calls go elsewhere, all of them where it has
+        returned."""
         if place:
             self._pool.held(place)
-        if process.held or number not in process.pending:
+        if process.held or not process.pending or number in process.cancelling:
             return
         process.held = True
         if process in self.spares:
@@ -300,12 +302,17 @@ class Version:
         if self._replaced:
             return
         self._replaced = True
-        if not self.sessions or self.called is None:
+        if not self.sessions or (self.called is None and not self._pool.closed):
             self.end()
             return
         self._old = self._loop.call_later(OLD, self.end)
         for process in [*self.spares]:
             process.end("")
+
+    def is_last(self) -> None:
+        """Its sessions keep it until they end, since no other will be in use for them."""
+        if self._old is not None:
+            self._old.cancel()
 
     def end(self) -> None:
         """End its processes. What is under way fails, or is called in the version in use."""
@@ -321,7 +328,8 @@ class Version:
 
 
 class Pool:
-    """See above. `path`: of the file; `memory`: octets of a process; `seconds`: that a call may take; `version`: in use."""
+    """See above. `path`: of the file; `memory`: octets of a process; `seconds`: that a call may take; `version`: in use;
+    `closed`: no session begins here any more."""
 
     def __init__(self, path: str, seconds: float, memory: int, listener: Listener) -> None:
         self.path = path
@@ -334,7 +342,7 @@ class Pool:
         self._versions = [self.version]
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self.closed = False
         self._refused: object = None  # files as they were when they could not be imported
         self._looking: asyncio.Future[object] | None = None
         self._look_after = 0.0
@@ -366,7 +374,7 @@ class Pool:
 
     def again(self, gone: Version, ask: Ask) -> None:
         """A call of a version that has ended: in the one in use."""
-        if self.version is gone or self._closed:
+        if self.version is gone or self.closed:
             if not ask.future.done():
                 ask.future.set_exception(Failed("connect", "unavailable", "the hooks have been replaced", False))
         else:
@@ -393,6 +401,8 @@ class Pool:
             before, self.version, self._candidate = self.version, version, None
             self._refused = None
             before.replaced()
+            for oldest in [one for one in self._versions if one is not version][:-OLD_MOST]:
+                oldest.end()
         if version is self.version:
             self.listener.changed(version.hooks)
 
@@ -405,14 +415,14 @@ class Pool:
 
     def over(self, version: Version) -> None:
         """It has ended."""
-        if version in self._versions and (version is not self.version or self._closed):
+        if version in self._versions and (version is not self.version or self.closed):
             self._versions.remove(version)
 
     def look(self) -> None:
         """Look whether the files have changed, on a thread; what has is imported by a process of its own, and is in use once that
         has succeeded."""
         now = self._loop.time()
-        if self._looking is not None or self._closed or now < self._look_after or self._candidate is not None:
+        if self._looking is not None or self.closed or now < self._look_after or self._candidate is not None:
             return
         if not self.version.known:  # it is imported anew anyway
             return
@@ -423,7 +433,7 @@ class Pool:
 
     def _looked(self, future: "asyncio.Future[object]") -> None:
         self._looking = None
-        if future.cancelled() or future.exception() is not None or self._closed:
+        if future.cancelled() or future.exception() is not None or self.closed:
             return
         found = future.result()
         if found in (self.version.files, self._refused) or self._candidate is not None:
@@ -435,15 +445,17 @@ class Pool:
 
     def close(self) -> None:
         """No session begins here any more: the processes end with the last one."""
-        self._closed = True
+        self.closed = True
         if self._candidate is not None:
             self._candidate.end()
             self._candidate = None
         self.version.replaced()
+        for version in self._versions:
+            version.is_last()
 
     def stop(self) -> None:
         """All processes end now."""
-        self._closed = True
+        self.closed = True
         for version in [*self._versions]:
             version.end()
         if self._timer is not None:

@@ -14,14 +14,19 @@ from collections import deque
 from typing import Final, Protocol
 
 from relaymta.control import program
-from relaymta.filter.hookframes import ANSWER_MOST, Call, Frames, Garbage, Reply, pack, unpack_reply
+from relaymta.filter.hookframes import ANSWER_MOST, Call, Frames, Garbage, Reply, pack, pack_call, unpack_reply
 from relaymta.filter.hookhost import SHARED
 
-__all__ = ["Ask", "Owner", "Process"]
+__all__ = ["Ask", "Owner", "Process", "environment"]
 
 CLOSING: Final = 0.05  # seconds from the end of its socket to that of the process
 BACKLOG: Final = 32 << 20  # octets that it has not taken, above which it is sent no more calls
 _KEPT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME")  # of our environment
+
+
+def environment() -> dict[str, str]:
+    """What code of the operator's own sees of our environment, which may have secrets."""
+    return {name: os.environ[name] for name in _KEPT if name in os.environ}
 
 
 class Ask:
@@ -52,7 +57,7 @@ class Owner(Protocol):
         """What has come of a call, which is not under way there any more."""
 
     def is_held(self, process: "Process", number: int, place: str) -> None:
-        """A call keeps the event loop of the process waiting, at a place."""
+        """A call, or a task that it has left behind, keeps the event loop of the process waiting, at a place."""
 
     def came_back(self, process: "Process") -> None:
         """It was held, and has no calls any more."""
@@ -111,9 +116,8 @@ class Process:
             self._running = memoryview(self._memory).cast("Q")
             numbers = [str(one) for one in (theirs.fileno(), shared)]
             command = program("relaymta.filter.hookhost", *numbers, path, str(memory), str(os.getpid()))
-            environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
             self._process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=[theirs.fileno(), shared], stdin=asyncio.subprocess.DEVNULL, env=environment, cwd="/",
+                *command, pass_fds=[theirs.fileno(), shared], stdin=asyncio.subprocess.DEVNULL, env=environment(), cwd="/",
                 start_new_session=True,
             )  # fmt: skip
         except BaseException:
@@ -144,10 +148,10 @@ class Process:
         return self._running[0] or (self._running[2] if self._astray else 0)
 
     def look(self) -> int:
-        """At how many looks in a row, this one included, a call of it was at the same step: 0: it has gone on since."""
+        """At how many looks in a row, this one included, a call of it, or a task that one has left behind, was at the same step:
+        0: it has gone on since."""
         seen, self._seen = self._seen, self.now
-        known = self._seen[0] in self.pending or self._seen[0] in self.cancelling
-        self._same = self._same + 1 if known and seen == self._seen else 0
+        self._same = self._same + 1 if seen[0] and seen == self._seen else 0
         return self._same
 
     # Calls
@@ -156,10 +160,11 @@ class Process:
         """Give it a call. False: it has too many; OSError: no descriptor is left."""
         if self._backlog > BACKLOG:
             return False
+        data = pack_call(Call(ask.number, ask.hook, int(ask.descriptor >= 0), ask.arguments))  # fails here, if ever
         descriptors = [] if ask.descriptor < 0 else [os.dup(ask.descriptor)]
         ask.deadline = deadline
         self.pending[ask.number] = ask
-        self._send(pack(Call(ask.number, ask.hook, len(descriptors), ask.arguments)), descriptors)
+        self._send(data, descriptors)
         return True
 
     def cancel(self, number: int, until: float) -> None:
@@ -235,8 +240,7 @@ class Process:
             self.ready = reply.word == "ready"
             self._owner.came_up(self, reply)
         elif reply.word == "held":
-            if number in self.pending or number in self.cancelling:
-                self._owner.is_held(self, number, reply.place)
+            self._owner.is_held(self, number, reply.place)
         elif (ask := self.pending.pop(number, None)) is not None:
             self._owner.answered(self, ask, reply)
         else:

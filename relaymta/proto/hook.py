@@ -16,7 +16,19 @@ from relaymta.proto.address import mail_argument, rcpt_argument
 from relaymta.proto.edits import Append, Change, Edit, Insert, shown, spaced
 from relaymta.proto.printable import printable
 
-__all__ = ["CHANGES_MOST", "AnyChange", "HookError", "Said", "Signature", "Wanted", "fields", "said", "wanted", "written"]
+__all__ = [
+    "CHANGES_MOST",
+    "AnyChange",
+    "HookError",
+    "Said",
+    "Signature",
+    "Wanted",
+    "clean",
+    "fields",
+    "said",
+    "wanted",
+    "written",
+]
 
 CHANGES_MOST: Final = 200  # of one answer
 FIELDS_MOST: Final = 5000  # that are shown one by one
@@ -216,10 +228,11 @@ def written(request: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(request)
     except UnicodeEncodeError:
-        return msgspec.json.encode(_clean(request))
+        return msgspec.json.encode(clean(request))
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
+    """With U+FFFD for what is not Unicode in texts, such as octets of a client that are not UTF-8."""
     if isinstance(value, str):
         try:
             octets = value.encode("utf-8", "surrogateescape")
@@ -227,8 +240,8 @@ def _clean(value: Any) -> Any:
             octets = value.encode("utf-8", "replace")
         return octets.decode("utf-8", "replace")
     if isinstance(value, dict):
-        return {key: _clean(one) for key, one in value.items()}
-    return [_clean(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: clean(one) for key, one in value.items()}
+    return [clean(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 class Signature:

@@ -62,7 +62,15 @@ async def calls_exit(): sys.exit(4)
 
 async def interrupts(): raise KeyboardInterrupt
 
-async def raises(): raise ValueError("a secret\\r\\n250 fine")
+async def raises_what_cannot_be_shown(): raise SyntaxError("no", ("x", 1, 1, 5))
+
+async def raises(): raise ValueError("a secret\\r\\n250 fine MemoryError")
+
+async def leaves_a_task():
+    async def blocks():
+        await asyncio.sleep(0.01)
+        time.sleep(600)
+    kept.append(asyncio.create_task(blocks()))
 
 async def waits(): await asyncio.sleep(600)
 
@@ -206,6 +214,8 @@ async def test_a_message_of_nobody_who_is_followed_is_asked_about_at_each_stage(
     ("Verdict('accept', changes=('x',))", "understood"), ("Verdict('accept', changes=(Add(1, 2),))", "understood"),
     ("Verdict('accept', '\\ud800')", "understood"), ("Verdict('accept', 'x' * (2 << 20))", "octets"),
     ("Verdict('accept', score='much')", "understood"), ("Verdict('hold')", "there is no message yet"),
+    ("Verdict(['reject'])", "cannot be read: TypeError"),
+    ("Verdict('accept', changes=(1 / 0 for _ in 'x'))", "cannot be read: ZeroDivisionError"),
 ])  # fmt: skip
 async def test_what_is_no_verdict_is_a_failure_that_says_what_it_was(tmp_path, returned, why):
     told: list[Any] = []
@@ -245,7 +255,44 @@ async def test_a_route_has_to_be_there(tmp_path, name):
             assert (await one.judge(MAIL)).route == ("fast" if name == "fast" else "")
 
 
+def test_a_file_may_lie_above_the_relay_and_what_is_installed(tmp_path):
+    """As that of a project with a virtual environment in it."""
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/relaymta").symlink_to(Path(module.__file__).parents[1])
+    (tmp_path / "venv/other.py").touch()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/__init__.py").touch()
+    file = tmp_path / "policy.py"
+    file.write_text("import other, own\nfrom relaymta.hooks import *\nasync def on_helo(c): return reject('here')\n")
+    code = f"""
+        import asyncio
+        from relaymta.filter.hookfile import HookFile
+        one = HookFile({str(file)!r})
+        print(asyncio.run(one.call(1, "on_helo", [()], None)).word, *(path for path, *_ in one.files))
+    """
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}/venv"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["reject", str(file), f"{tmp_path}/own/__init__.py"], done.stderr
+
+
 # What should not be there
+
+
+async def test_octets_of_a_client_that_are_no_text_are_shown_and_cost_nobody_the_process(tmp_path):
+    """As of `MAIL FROM:<a@b.example> AUTH=\\xff`."""
+    code = """
+        from relaymta.hooks import *
+        async def on_mail(client, envelope): return reject(ascii(envelope.parameters))
+    """
+    async with hooks(tmp_path, code) as one:
+        before, session = pid(one), one.session("")
+        answer = await session.mail(replace(MAIL, parameters=("AUTH=\udcff",)))
+        assert answer.reason == r"('AUTH=\ufffd',)"
+        assert not one.pool.version.called.pending and pid(one) == before
+        session.close()
+
 
 ENDED = {"exits": "status 3", "crashes": "SIGSEGV", "closes": "closed its socket|status", "writes": "no sense",
          "answers_for_others": "no sense", "parent_exits": "status 5", "child_task": "status 6"}  # fmt: skip
@@ -343,7 +390,20 @@ async def test_who_is_gone_does_not_wait_and_what_it_has_begun_is_stopped(tmp_pa
         assert await said(one, "nothing") == Answer("continue")
 
 
-@pytest.mark.parametrize("what", ["raises", "calls_exit", "interrupts", "leaks"])
+async def test_a_task_that_blocks_after_its_hook_has_answered_costs_others_nothing(tmp_path):
+    told: list[Any] = []
+    async with hooks(tmp_path, BAD, told, seconds=3.0) as one:
+        await until(lambda: one.pool.version.spares)
+        before, session = one.pool.version.called, one.session("")
+        assert await said(one, "leaves_a_task", session) == Answer("continue")
+        await until(lambda: before.now == (1, 3))
+        assert await asyncio.gather(*(said(one, "nothing", session) for _ in range(3))) == [Answer("continue")] * 3
+        assert one.pool.version.called is not before
+        await until(lambda: any("50 ms" in text and "in blocks" in text for kind, text in told if kind == "log"))
+        session.close()
+
+
+@pytest.mark.parametrize("what", ["raises", "calls_exit", "interrupts", "raises_what_cannot_be_shown", "leaks"])
 async def test_an_exception_is_a_refusal_for_now_and_a_place_in_the_metrics(tmp_path, what):
     told: list[Any] = []
     async with hooks(tmp_path, BAD, told, memory=256 << 20) as one:
@@ -360,7 +420,9 @@ async def test_an_exception_is_a_refusal_for_now_and_a_place_in_the_metrics(tmp_
         logged = [text for kind, text in told if kind == "log" and "has raised" in text]
         assert len(logged) == 1 and "\r" not in logged[0] and "\n" not in logged[0]
         assert told.count(("on_rcpt", "raised")) == 2
-        if what == "leaks":
+        if what != "leaks":
+            assert pid(one) == before, "a client may have written the text of an exception"
+        else:
             assert any(kind == "warn" and f"status {SPENT}" in text for kind, text in told)
         assert await said(one, "nothing") == Answer("continue")
 
@@ -581,6 +643,39 @@ async def test_a_session_that_keeps_code_that_nobody_has_any_more_goes_on_with_t
         await until(lambda: first.called is None)
         assert (await old.rcpt(MAIL, "c@d.example")).reason == "two"
         old.close()
+
+
+async def test_sessions_keep_what_no_configuration_has_any_more_until_they_end(tmp_path, monkeypatch):
+    """Nothing else would be asked for them: a client may stay for days."""
+    monkeypatch.setattr(module, "OLD", 0.05)
+    async with hooks(tmp_path, BAD) as one:
+        session = one.session("")
+        one.close()
+        await asyncio.sleep(0.2)
+        assert await said(one, "exits", session) == "refused"
+        assert await said(one, "nothing", session) == Answer("continue"), "a process is started for it"
+        session.close()
+        await until(lambda: not one.open)
+
+
+NEWER = "from relaymta.hooks import *\nasync def on_rcpt(c, e, r): return reject('{}')\n"
+
+
+async def test_of_old_code_there_is_little_at_once_however_often_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOOK", 0.0)
+    monkeypatch.setattr(module, "OLD_MOST", 2)
+    async with hooks(tmp_path, NEWER.format(0)) as one:
+        sessions = []
+        for number in range(1, 5):
+            sessions.append(one.session(""))
+            known = one.pool.version
+            (tmp_path / "policy.py").write_text(NEWER.format(number) + "#" * number)
+            one.refresh()
+            await until(lambda known=known: one.pool.version is not known)
+        said = [(await session.rcpt(MAIL, "c@d.example")).reason for session in sessions]
+        assert said == ["4", "4", "2", "3"] and len(one.pool._versions) == 3
+        for session in sessions:
+            session.close()
 
 
 async def test_old_code_ends_after_a_while_whoever_keeps_it(tmp_path, monkeypatch):
