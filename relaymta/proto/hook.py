@@ -17,18 +17,8 @@ from relaymta.proto.edits import Append, Change, Edit, Insert, shown, spaced
 from relaymta.proto.printable import printable
 
 __all__ = [
-    "CHANGES_MOST",
-    "AnyChange",
-    "HookError",
-    "Said",
-    "Signature",
-    "Wanted",
-    "clean",
-    "fields",
-    "said",
-    "wanted",
-    "written",
-]
+    "CHANGES_MOST", "AnyChange", "HookError", "Said", "Signature", "Wanted", "clean", "fields", "said", "wanted", "written",
+]  # fmt: skip
 
 CHANGES_MOST: Final = 200  # of one answer
 FIELDS_MOST: Final = 5000  # that are shown one by one
