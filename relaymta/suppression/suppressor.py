@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple
 
 from relaymta.errors import StoreFull
 from relaymta.proto.bounce_class import HARD, classify, parsed
-from relaymta.proto.suppression import listed
+from relaymta.proto.suppression import listed, listed_application
 from relaymta.suppression.entries import Changed, Entry, Suppressions
 
 __all__ = ["Suppressor", "Terms"]
@@ -67,9 +67,9 @@ class Suppressor:
             return None
         try:
             address, since = listed(str(event.get("recipient") or "")), int(event.get("time") or 0) // 1000
+            application = listed_application(str(event.get("application") or ""))
         except (ValueError, TypeError):
             return None
-        application = str(event.get("application") or "").replace("\0", "")
         text = without_address(reply, address)
         return Entry(application, address, reason, text, since, since + seconds if seconds else 0, BY)
 

@@ -40,6 +40,7 @@ def test_a_bad_address_is_added(entries, suppressor, reply):
     {"reply": "554 5.6.0 content"}, {"reply": "550 5.1.2 no such domain"}, {"reply": "550 5.1.8 bad sender"}, {"reply": ""},
     {"reply": "550 5.4.4 no route"}, {"expired": True}, {"event": "deferred"}, {"event": "delivered"}, {"event": None},
     {"recipient": "no address"}, {"recipient": None}, {"time": "x"}, {"class": "policy"}, {"reply": None},
+    {"application": "x" * 600}, {"application": "a\0b"},
 ], ids=str)  # fmt: skip
 def test_what_says_nothing_of_the_address_adds_nobody(entries, suppressor, more):
     assert suppressor.take([event(**more)]) == Changed()
