@@ -93,7 +93,7 @@ class Pace:
         why = _why(error)
         if not self.failures:
             self._told(f"it does not take events: {why}; they are sent again")
-        if began >= self._failed:  # else another stream has failed at the same time
+        if not self.failures or began >= self._failed:  # else another stream has failed at the same time
             self.failures += 1
             self._failed = self._now()
         pause = min(FIRST * 2.0 ** min(self.failures - 1, 20), MOST) * random.uniform(0.75, 1.25)

@@ -301,3 +301,13 @@ async def test_a_stream_outlives_whatever_cannot_be_read_and_says_why_once(tmp_p
         assert bench.warnings == ["no more readers: its events wait"]
         failing.clear()
         await until(lambda: bench.taker.numbers == [0])
+
+
+def test_who_is_gone_has_failed_also_where_another_stream_was_answered_meanwhile():
+    clock, told = [10.0], list[str]()
+    pace = Pace(told.append, lambda: clock[0])
+    pace.failed(NotTaken("500"), 10.0)
+    clock[0] = 12.0
+    pace.succeeded()
+    pace.failed(NotTaken("410", gone=True), 9.0)
+    assert pace.gone and pace.failures == 1, "so that a test which succeeds revives it"
