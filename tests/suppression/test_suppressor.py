@@ -2,6 +2,7 @@
 
 import pytest
 
+from relaymta.errors import StoreFull
 from relaymta.suppression import Changed, Entry, Suppressions, Suppressor, Terms
 from relaymta.suppression.suppressor import without_address
 
@@ -110,3 +111,12 @@ def test_replies_lose_the_recipient_s_address():
     assert without_address("550 5.1.1 no a@b.example here", "a@b.example") == "550 5.1.1 no <> here"
     assert without_address("550 5.1.1 no", "a@b.example") == "550 5.1.1 no"
     assert without_address("550 \u0130 a@b.example", "a@b.example") == "550 \u0130 a@b.example", "which is longer in lower case"
+
+
+def test_a_disk_that_is_full_is_an_error_so_that_the_events_come_again(tmp_path):
+    with_no_room = Suppressions(tmp_path, map_size=256 * 1024)
+    suppressor = Suppressor(lambda: with_no_room, TERMS, pytest.fail)
+    with pytest.raises(StoreFull):
+        for start in range(0, 100_000, 500):
+            suppressor.take([event(recipient=f"u{n}@b.example") for n in range(start, start + 500)])
+    with_no_room.close()
