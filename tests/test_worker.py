@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,3 +45,27 @@ def test_a_worker_that_only_relays_has_nothing_of_mailboxes_in_memory():
     code = "import sys, relaymta.worker; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [one for one in found.stdout.split() if one.startswith(("relaymta.store", "relaymta.view"))] == []
+
+
+async def test_complaints_that_come_together_are_noted_in_one_group_commit():
+    class Gathering:
+        """Commits when all have come."""
+
+        def __init__(self) -> None:
+            self.told: list[str] = []
+            self.all = asyncio.Event()
+
+        def ident(self) -> int:
+            return len(self.told)
+
+        async def complained(self, ident, envelope, addresses, more) -> None:
+            self.told += addresses
+            if len(self.told) == 3:
+                self.all.set()
+            await self.all.wait()
+
+    queue = Gathering()
+    worker = SimpleNamespace(shards={0: SimpleNamespace(queue=queue)})
+    rows = [(f"u{number}@d.example", "", "") for number in range(3)]
+    await asyncio.wait_for(Worker._complained(worker, [], rows), 5)
+    assert queue.told == [row[0] for row in rows]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Final
 
-from relaymta.proto.suppression import REASONS, listed
+from relaymta.proto.suppression import REASONS, listed, listed_application
 
 __all__ = ["COLUMNS", "Wrong", "read_rows", "written"]
 
@@ -80,6 +80,7 @@ def _row(columns: list[str], fields: list[str], default: Row) -> Row:
             raise Wrong(f"{name}: not UTF-8, too long, or with characters that cannot be printed: {value[:60]!r}")
     try:
         address = listed(given.pop("address", ""))
+        listed_application(given.get("application", ""))
     except ValueError as error:
         raise Wrong(str(error)) from None
     if (reason := given.get("reason", REASONS[0])) not in REASONS:

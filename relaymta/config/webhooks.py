@@ -12,10 +12,12 @@ from relaymta.config.values import Duration, Name, Network, Reload, Size, Table,
 __all__ = ["Webhook", "WebhooksTable", "is_private"]
 
 Event = Literal["accepted", "deferred", "delivered", "bounced", "held", "released", "complained"]
-# What the registry says of more than ipaddress knows, or otherwise: NAT64 (RFC 6052, 8215), 6to4, Teredo, and addresses with an
-# IPv4 one in them.
+# What the registry says of more than ipaddress knows, or otherwise: NAT64 (RFC 6052, 8215), 6to4, Teredo, site-local ones (RFC
+# 3879: where they are still used, they are those of a private network), and addresses with an IPv4 one in them.
 _EMBEDDING = [ipaddress.IPv6Network(text) for text in ("64:ff9b::/96", "2002::/16", "::/96", "::ffff:0:0:0/96")]
-_NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "2001::/32", "100.64.0.0/10", "192.88.99.0/24")]
+_NOT_PUBLIC = [
+    ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "2001::/32", "100.64.0.0/10", "192.88.99.0/24", "fec0::/10")
+]
 
 
 def is_private(address: str) -> bool:

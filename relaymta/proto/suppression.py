@@ -4,9 +4,10 @@ from typing import Final
 
 from relaymta.proto.address import compared, plain
 
-__all__ = ["REASONS", "listed", "shown_reason"]
+__all__ = ["REASONS", "listed", "listed_application", "shown_reason"]
 
 REASONS: Final = ("hard-bounce", "complaint", "unsubscribe", "manual")  # their positions are stored
+APPLICATION_MOST: Final = 300  # octets of a name: keys of LMDB have 511
 _SHOWN: Final = {"hard-bounce": "hard bounce", "unsubscribe": "unsubscribed", "manual": "by hand"}
 
 
@@ -21,3 +22,12 @@ def listed(address: str) -> str:
     if found is None or "\0" in found:
         raise ValueError(f"{address[:300]!r} is not an address")
     return compared(found)
+
+
+def listed_application(name: str) -> str:
+    """The name of an application of whose mail alone an entry is. ValueError: none can have such an entry."""
+    if "\0" in name or len(name.encode("utf-8", "replace")) > APPLICATION_MOST:
+        raise ValueError(
+            f"the name of an application in the list has no NUL, and at most {APPLICATION_MOST} octets: {name[:60]!r}"
+        )
+    return name

@@ -183,6 +183,8 @@ class Journal:
         )
         if kind == "held":
             more = {"reason": envelope.held_for}
+        elif kind == "bounced":
+            more = {"recipients": len(envelope.recipients)}
         self._note(kind, ident, envelope, parties, wall_ms(), 0, more)
 
     def complained(self, ident: int, envelope: Envelope, addresses: Sequence[str], more: dict[str, Any]) -> None:

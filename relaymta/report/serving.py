@@ -78,10 +78,15 @@ class Reporter:
         self._told: dict[str, Told] = {}
         self._shards: dict[int, Shard] = {}
         self._threads = ThreadPoolExecutor(THREADS, "report")
+        self._configuring = asyncio.Lock()  # reloads may follow each other at once: the last one counts
 
     async def configure(self, config: Config, fresh: tuple[str, ...] = ()) -> None:
         """Serve these webhooks from now on. One whose table has not changed goes on. `fresh`: names of those that begin with the
         oldest event that there is, where they have no place yet."""
+        async with self._configuring:
+            await self._configure(config, fresh)
+
+    async def _configure(self, config: Config, fresh: tuple[str, ...]) -> None:
         wanted = {row.name: row for row in config.webhook}
         for name, told in list(self._told.items()):
             consumer = told.consumer
@@ -93,8 +98,12 @@ class Reporter:
         others = [one for one in self._others if one.name not in self._told]
         for consumer in [*others, *(Webhook(row) for name, row in wanted.items() if name not in self._told)]:
             name = consumer.name
-            self._told[name] = Told(consumer, self._folder / name, partial(self._warn, name), name in fresh)
+            folder = self._folder / name
+            known = await asyncio.to_thread(_has_place, folder)
+            self._told[name] = Told(consumer, folder, partial(self._warn, name), known or name in fresh)
         await self._follow()
+        for told in self._told.values():
+            told.fresh = True  # all that happens in shards that come later is new to it
         for told in self._told.values():
             if not told.replays:
                 for replay in await asyncio.to_thread(load_all, told.folder):
@@ -203,6 +212,11 @@ class Reporter:
         del told.replays[replay.name]
         with contextlib.suppress(OSError):
             await self._run(replay.remove, told.folder)
+
+
+def _has_place(folder: Path) -> bool:
+    """Whether a consumer with this folder has followed any shard: one in which it has no place is newer than it."""
+    return next(folder.glob("shard-*"), None) is not None
 
 
 def _row(told: Told, webhook: Webhook) -> dict[str, Any]:

@@ -53,7 +53,9 @@ class Shard:
         found = starts[0] if starts else end
         for start in starts:
             first = self.reader.read(start, end, 1).records
-            if first and (records := records_of(first[0])) and records[0].time < moment:
+            if first and (records := records_of(first[0])):
+                if records[0].time >= moment:
+                    break  # a later one may begin before it only since the clock was set back
                 found = start
         return found
 

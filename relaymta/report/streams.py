@@ -9,6 +9,7 @@ depend on it: there is one for each consumer and shard.
 import asyncio
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from relaymta.disk.journal import End, Found
-from relaymta.errors import RelayError, StoreError
-from relaymta.queue.journal import events_of
+from relaymta.errors import RelayError
+from relaymta.queue.journal import Record, events_of
 from relaymta.report import places
 from relaymta.report.shards import Shard, records_of
 
@@ -89,10 +90,10 @@ class Pace:
 
     def failed(self, error: Exception, began: float) -> None:
         """It has not taken a batch, which was given to it at `began`."""
-        why = str(error) or type(error).__name__
+        why = _why(error)
         if not self.failures:
             self._told(f"it does not take events: {why}; they are sent again")
-        if began >= self._failed:  # else another stream has failed at the same time
+        if not self.failures or began >= self._failed:  # else another stream has failed at the same time
             self.failures += 1
             self._failed = self._now()
         pause = min(FIRST * 2.0 ** min(self.failures - 1, 20), MOST) * random.uniform(0.75, 1.25)
@@ -114,6 +115,10 @@ class Pace:
             self._told("it takes events again")
         self.failures, self.why, self.until, self.gone = 0, "", 0.0, False
         self._changed.set()
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 class Batch(NamedTuple):
@@ -151,6 +156,7 @@ class Stream:
         self._kept = End()
         self._trouble = ""
         self._more = False
+        self._unread = 0  # events that `_next` could not show
 
     @property
     def behind(self) -> int:
@@ -163,13 +169,13 @@ class Stream:
         while self._until is None or self.place.number < self._until.number:
             try:
                 batch = await self._run(self._next)
-            except (OSError, StoreError) as error:
-                self._say(f"{error}: its events wait")
+            except Exception as error:  # StoreError, OSError; LMDB's, or a defect, which must not end the stream and say nothing
+                self._say(f"{_why(error)}: its events wait")
                 await asyncio.sleep(FIRST)
                 continue
             self._trouble = ""
             if batch.dropped:
-                self._dropped(batch.dropped, "were there no more, or could not be written")
+                self._dropped(batch.dropped, "were there no more, or could not be written or read")
             if batch.events:
                 await self._hand_over(batch)
             self.place = batch.place
@@ -188,8 +194,8 @@ class Stream:
             try:
                 self.place = self._kept = await self._run(self._first)
                 return
-            except (OSError, StoreError) as error:
-                self._say(f"{error}: its events wait")
+            except Exception as error:  # as in `run`
+                self._say(f"{_why(error)}: its events wait")
                 await asyncio.sleep(FIRST)
 
     def _first(self) -> End:
@@ -203,6 +209,11 @@ class Stream:
 
     def _next(self) -> Batch:
         """On a thread: the next events, as many as there are for one batch."""
+        self._unread = 0
+        found = self._gathered()
+        return found._replace(dropped=found.dropped + self._unread)
+
+    def _gathered(self) -> Batch:
         piece = self.shard.read(self.place, READ)
         found = Batch([], [], piece.place, 0)
         octets, dropped, place = 0, 0, piece.start
@@ -226,17 +237,35 @@ class Stream:
 
     def _of(self, found: Found, place: End) -> Iterator[tuple[int, dict[str, Any], int, int]]:
         """The events in a frame from a place on that the consumer wants: (how many are before it, event, ms UTC, octets of its
-        JSON: where they are few, a guess that is rather too high)."""
+        JSON: where they are few, a guess that is rather too high). What cannot be shown as events, such as what a newer version
+        has written, is counted."""
         few = len(found.record) // found.events < FEW
         wants, only, taken = self.consumer.wants, self._only, -1
-        for record in records_of(found):
+        records = records_of(found)
+        if not records:
+            self._unread += found.number + found.events - max(place.number, found.number)
+        for record in records:
             if found.number + taken + len(record.parties) < place.number:
                 taken += len(record.parties)
                 continue
-            for event in events_of(found.number + taken + 1, record):
+            for event in self._shown(found.number + taken + 1, record, place.number):
                 taken += 1
-                if found.number + taken >= place.number and only(event) and wants(event):
+                if event is not None and found.number + taken >= place.number and only(event) and wants(event):
                     yield taken, event, record.time, FEW * 2 if few else len(msgspec.json.encode(event))
+
+    def _shown(self, number: int, record: Record, least: int) -> Iterator[dict[str, Any] | None]:
+        """The events of a record whose first has this number; None: cannot be shown. Those before `least` are not counted."""
+        behind, found = number + len(record.parties), events_of(number, record)
+        while number < behind:
+            try:
+                event = next(found)
+            except Exception:  # a defect, which must not come again and again
+                traceback.print_exc()
+                self._unread += behind - max(number, least)
+                yield from [None] * (behind - number)
+                return
+            yield event
+            number += 1
 
     async def _hand_over(self, batch: Batch) -> None:
         """Until it is taken, or all of it is too old."""

@@ -32,11 +32,12 @@ class Suppressing(Consumer):
 
     def wants(self, event: dict[str, Any]) -> bool:
         """Not of interest: what an operator or the time has decided, mail from nobody, such as DSNs, whose recipients anybody may
-        have made up, and addresses of ours, that may be made tomorrow."""
+        have made up, and addresses of ours, that may be made tomorrow. Nor a complaint of no message: an operator has made an
+        entry of it himself, with a note and an end of his own, and may have removed it since."""
         if not self._follows:
             return False
         if event["event"] == "complained":
-            return True
+            return bool(event["message"])
         if event["event"] != "bounced" or event["reason"] != "permanent" or event["cause"] == "operator":
             return False
         ours = compared(domain_of(event["recipient"])) in self._ours
@@ -52,7 +53,7 @@ class Suppressing(Consumer):
 
 def _noted(event: dict[str, Any]) -> dict[str, Any]:
     """An event as the list takes it."""
-    reply = event.get("reply", {})
+    reply = event.get("reply", {"text": event.get("text", "")})
     return {
         "event": event["event"], "application": event["application"], "recipient": event["recipient"],
         "reply": reply_text(reply.get("code", 0), reply.get("enhanced", ""), reply.get("text", "")),

@@ -15,6 +15,7 @@ from relaymta.disk.journal import file_numbers
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError
 from relaymta.metrics import WebhookTotals
+from relaymta.report.suppressing import Suppressing
 
 __all__ = ["Reports"]
 
@@ -71,7 +72,7 @@ class Reports:
                 await self._changed.wait()
                 continue
             if self._unkept:
-                self._unkept, self._fresh = False, [row.name for row in self._config.webhook]
+                self._unkept, self._fresh = False, [Suppressing.name, *(row.name for row in self._config.webhook)]
             began = time.monotonic()
             status = await self._run()
             if self._unwanted:

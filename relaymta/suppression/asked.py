@@ -6,7 +6,7 @@ from typing import Any
 
 from relaymta.control.requests import Suppression
 from relaymta.errors import RelayError
-from relaymta.proto.suppression import listed
+from relaymta.proto.suppression import listed, listed_application
 from relaymta.suppression.entries import Changed, Counts, Entry, Page, row_of
 
 __all__ = ["address_of", "counted", "done", "entries_of", "rows_of"]
@@ -20,15 +20,24 @@ def address_of(text: str) -> str:
         raise RelayError(str(error)) from None
 
 
+def _application_of(text: str) -> str:
+    try:
+        return listed_application(text)
+    except ValueError as error:
+        raise RelayError(str(error)) from None
+
+
 def entries_of(rows: Sequence[Suppression], by: str, lasting: Mapping[str, int]) -> list[Entry]:
     """The entries that a request of `by` wants to add. `lasting`: for how many seconds, by reason, where it does not say that; 0,
-    or none: for ever. RelayError: an address is none."""
+    or none: for ever. RelayError: an address is none, or the name of an application too long."""
     now = int(time.time())
     found = []
     for row in rows:
         since, seconds = row.since or now, lasting.get(row.reason, 0)
         until = row.until if row.until is not None else since + seconds if seconds else 0
-        found.append(Entry(row.application, address_of(row.address), row.reason, row.text, since, until, row.by or by))
+        found.append(
+            Entry(_application_of(row.application), address_of(row.address), row.reason, row.text, since, until, row.by or by)
+        )
     return found
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from relaymta.errors import StoreFull
 from relaymta.proto.bounce_class import HARD, classify, parsed
-from relaymta.proto.suppression import listed
+from relaymta.proto.suppression import listed, listed_application
 from relaymta.suppression.entries import Changed, Entry, Suppressions
 
 __all__ = ["Suppressor", "Terms"]
@@ -42,15 +41,13 @@ class Suppressor:
         "class", which counts in place of `bounce_class.classify`; "expired": the message was too old; "phase" of the attempt and
         how many "recipients" the message has: a reply to MAIL, or to the data for several, need not be about this one. What is
         malformed adds nothing. Events may come again. An entry of an operator, or a complaint, is not replaced by a bounce.
-        StoreError; a list that is full is no error: `left_out`."""
+        StoreError, also where the disk is full: nothing is added, and they are to come again. That there are as many entries as
+        there may be is no error: `left_out`."""
         found = {(entry.application, entry.address): entry for entry in map(self._entry, events) if entry is not None}
         if not found:
             return Changed()
         entries = self._entries()
-        try:
-            changed = entries.put(list(found.values()), _yields)
-        except StoreFull:
-            changed = Changed(left_out=len(found))
+        changed = entries.put(list(found.values()), _yields)
         if changed.left_out and not self._full:
             self._warn(f"the suppression list is full ({entries.most} entries): further recipients are not added to it")
         self._full = bool(changed.left_out)
@@ -67,9 +64,9 @@ class Suppressor:
             return None
         try:
             address, since = listed(str(event.get("recipient") or "")), int(event.get("time") or 0) // 1000
+            application = listed_application(str(event.get("application") or ""))
         except (ValueError, TypeError):
             return None
-        application = str(event.get("application") or "").replace("\0", "")
         text = without_address(reply, address)
         return Entry(application, address, reason, text, since, since + seconds if seconds else 0, BY)
 

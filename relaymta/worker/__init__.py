@@ -463,9 +463,12 @@ class Worker:
     async def _complained(self, descriptors: list[int], rows: list[tuple[str, str, str]]) -> None:
         """Recipients have complained, of whatever message: address, application and what is noted of it."""
         queue = next(iter(self.shards.values())).queue
-        for address, application, text in rows:
+
+        def noted(address: str, application: str, text: str) -> Awaitable[None]:
             envelope = Envelope("", [address], 0, 0, wall_ms(), 0, application=application)
-            await queue.complained(queue.ident(), envelope, [address], {"message": "", "text": text})
+            return queue.complained(queue.ident(), envelope, [address], {"message": "", "text": text})
+
+        await asyncio.gather(*(noted(*row) for row in rows))  # in one group commit
 
     async def _peer(self, descriptors: list[int], shards: list[int]) -> None:
         """A channel to another worker, which owns these shards of mailboxes."""

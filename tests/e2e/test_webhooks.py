@@ -38,12 +38,14 @@ def test_a_complaint_is_told_and_who_complains_gets_no_more(tmp_path):
     with FakeMx({}) as peer, consumer(secret) as shop:
         hook = settings(table("shop", shop.url, tmp_path / "secret"))
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", hook, "suppression.enabled=true") as relay:
-            relay.cli("suppression", "complaint", "c@d.example", "--application", "shop")
+            relay.cli("suppression", "complaint", "c@d.example", "--application", "shop", "--expires", "30d")
             wait_for(lambda: shop.events, 30, "the event")
             (event,) = shop.events
             assert (event["event"], event["recipient"], event["application"]) == ("complained", "c@d.example", "shop")
             assert event["message"] == event["sender"] == ""
-            assert "c@d.example" in relay.cli("suppression", "list").stdout
+            time.sleep(1)  # whoever follows the events leaves what the operator has said
+            entry = json.loads(relay.cli("suppression", "show", "c@d.example", "--json").stdout)
+            assert entry["by"].startswith("operator") and entry["until"]
 
 
 def test_a_hard_bounce_reaches_the_list_though_all_die_in_between(tmp_path):
@@ -135,7 +137,11 @@ def test_workers_that_are_killed_lose_no_event_and_make_none_up(tmp_path):
             def complete() -> bool:
                 done = relay.cli("webhook", "list", "--json", check=False)  # its process may just be started again
                 rows = [json.loads(line) for line in done.stdout.splitlines()]
-                return bool(rows) and rows[0]["lag_events"] == 0 and not rows[0]["dropped"]
+                told = [(event["event"], event["recipient"]) for event in list(shop.events)]
+                ends = {recipient for word, recipient in told if word == "delivered"}
+                # How far it is behind is what was known a moment ago; and a worker that starts has a queue that nobody shows.
+                mail = {*acked, *(recipient for word, recipient in told if word == "accepted")}
+                return bool(rows) and rows[0]["lag_events"] == 0 and not rows[0]["dropped"] and ends >= mail
 
             wait_for(complete, 60, "all events")
             assert not relay.events("warning") or not any("dropped" in row["text"] for row in relay.events("warning"))
@@ -265,7 +271,8 @@ def test_a_relay_that_starts_again_goes_on_where_it_was(tmp_path):
             relay.stop()
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", keys) as relay:  # nobody listens there
             relay.send()
-            wait_for(lambda: "failing" in relay.cli("webhook", "list").stdout, 30, "a failure")
+            failing = lambda: "failing" in relay.cli("webhook", "list", check=False).stdout  # its process may be starting  # noqa: E731
+            wait_for(failing, 30, "a failure")
             relay.kill()
         with consumer(secret, port) as shop, Relay(tmp_path, f"127.0.0.1:{peer.port}", keys) as relay:
             wait_for(lambda: len(shop.events) == 2, 30, "what was not taken")

@@ -319,7 +319,7 @@ async def test_operators_and_expiry_are_told_of(tmp_path):
     assert [one["event"] for one in of["bounce"]] == ["accepted", "held", "released", "bounced"]
     assert of["bounce"][-1]["reason"] == "operator" and of["bounce"][-1]["reply"]["text"] == "not wanted"
     assert [one["event"] for one in of["delete"]] == ["accepted", "held", "released", "bounced"]
-    assert of["delete"][-1]["reason"] == "deleted"
+    assert of["delete"][-1]["reason"] == "deleted" and of["delete"][-1]["recipients"] == 1
     assert [one["event"] for one in of["expire"]] == ["accepted", "held", "released", "held", "released", "bounced"]
     assert of["expire"][-1]["reason"] == "expired"
     assert [one["event"] for one in of["held"]][:3] == ["accepted", "held", "released"] and of["held"][1]["reason"] == "quota"

@@ -271,3 +271,43 @@ async def test_the_pace_of_failures(monkeypatch):
     pace.succeeded()
     pace.failed(NotTaken("HTTP 429", 120.0), now)
     assert pace.until == now + 120.0, "as it has asked for"
+
+
+async def test_what_cannot_be_shown_is_dropped_and_counted_and_stops_nothing(tmp_path):
+    shard = Shard(tmp_path)
+    shard.write("accepted")
+    shard.writer.add(b"of a newer version", 2)
+    shard.write("accepted", "deferred", "accepted", to=3)  # a deferral without the time of the next attempt
+    async with streaming(tmp_path, shard=shard) as bench:
+        await until(lambda: len(bench.taker.numbers) == 7)
+        assert bench.taker.numbers == [0, 3, 4, 5, 9, 10, 11] and bench.tally.dropped == 5
+        assert bench.stream.behind == 0
+
+
+async def test_a_stream_outlives_whatever_cannot_be_read_and_says_why_once(tmp_path, monkeypatch):
+    shard = Shard(tmp_path)
+    read, failing = shard.read, [True]
+
+    def reading(place, most):
+        if failing:
+            raise ValueError("no more readers")
+        return read(place, most)
+
+    monkeypatch.setattr(shard, "read", reading)
+    shard.write("accepted")
+    async with streaming(tmp_path, shard=shard) as bench:
+        await until(lambda: bench.warnings)
+        await asyncio.sleep(0.05)
+        assert bench.warnings == ["no more readers: its events wait"]
+        failing.clear()
+        await until(lambda: bench.taker.numbers == [0])
+
+
+def test_who_is_gone_has_failed_also_where_another_stream_was_answered_meanwhile():
+    clock, told = [10.0], list[str]()
+    pace = Pace(told.append, lambda: clock[0])
+    pace.failed(NotTaken("500"), 10.0)
+    clock[0] = 12.0
+    pace.succeeded()
+    pace.failed(NotTaken("410", gone=True), 9.0)
+    assert pace.gone and pace.failures == 1, "so that a test which succeeds revives it"

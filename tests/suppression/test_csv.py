@@ -6,7 +6,9 @@ import tracemalloc
 import pytest
 
 from relaymta.cli.suppression_csv import COLUMNS, read_rows, written
-from relaymta.control.requests import REQUESTS
+from relaymta.control.requests import REQUESTS, Suppression
+from relaymta.errors import RelayError
+from relaymta.suppression import entries_of
 
 DEFAULT = {"application": "", "reason": "manual", "until": 0}
 
@@ -105,3 +107,10 @@ def test_memory_does_not_depend_on_the_length_of_a_file():
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 2 << 20
+
+
+def test_a_line_whose_application_can_have_no_entry_is_wrong():
+    found, wrong = read(f"address,application\na@b.example,{'x' * 301}\nc@b.example,{'x' * 300}\n")
+    assert [one["address"] for one in found] == ["c@b.example"] and wrong[0].startswith("f.csv:2: ")
+    with pytest.raises(RelayError, match="at most 300 octets"):
+        entries_of([Suppression("a@b.example", "x" * 301)], "ann", {})

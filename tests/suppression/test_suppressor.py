@@ -2,6 +2,7 @@
 
 import pytest
 
+from relaymta.errors import StoreFull
 from relaymta.suppression import Changed, Entry, Suppressions, Suppressor, Terms
 from relaymta.suppression.suppressor import without_address
 
@@ -40,6 +41,7 @@ def test_a_bad_address_is_added(entries, suppressor, reply):
     {"reply": "554 5.6.0 content"}, {"reply": "550 5.1.2 no such domain"}, {"reply": "550 5.1.8 bad sender"}, {"reply": ""},
     {"reply": "550 5.4.4 no route"}, {"expired": True}, {"event": "deferred"}, {"event": "delivered"}, {"event": None},
     {"recipient": "no address"}, {"recipient": None}, {"time": "x"}, {"class": "policy"}, {"reply": None},
+    {"application": "x" * 600}, {"application": "a\0b"},
 ], ids=str)  # fmt: skip
 def test_what_says_nothing_of_the_address_adds_nobody(entries, suppressor, more):
     assert suppressor.take([event(**more)]) == Changed()
@@ -109,3 +111,12 @@ def test_replies_lose_the_recipient_s_address():
     assert without_address("550 5.1.1 no a@b.example here", "a@b.example") == "550 5.1.1 no <> here"
     assert without_address("550 5.1.1 no", "a@b.example") == "550 5.1.1 no"
     assert without_address("550 \u0130 a@b.example", "a@b.example") == "550 \u0130 a@b.example", "which is longer in lower case"
+
+
+def test_a_disk_that_is_full_is_an_error_so_that_the_events_come_again(tmp_path):
+    with_no_room = Suppressions(tmp_path, map_size=256 * 1024)
+    suppressor = Suppressor(lambda: with_no_room, TERMS, pytest.fail)
+    with pytest.raises(StoreFull):
+        for start in range(0, 100_000, 500):
+            suppressor.take([event(recipient=f"u{n}@b.example") for n in range(start, start + 500)])
+    with_no_room.close()
