@@ -1,5 +1,5 @@
-"""The process that tells webhooks what becomes of mail (report/), which is not this one: it is there while there are webhooks,
-and is started again when it ends. What it does, or does not, costs mail nothing."""
+"""The process that tells webhooks and the suppression list what becomes of mail (report/), which is not this one: it is there
+while one of them is configured, and is started again when it ends. What it does, or does not, costs mail nothing."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ class Reports:
         self._fresh: list[str] = []
 
     def start(self) -> None:
-        """Have the process run while there are webhooks. Until `close`."""
+        """Have the process run while there is whom to tell. Until `close`."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._keep())
 
