@@ -127,6 +127,7 @@ def test_php(relay: Injecting, peer: FakeMx, tmp_path: Path) -> None:
     check(relay, peer, tmp_path, [need("php"), "-n", program(relay, tmp_path, "php", "send.php")])
 
 
+@pytest.mark.prove
 def test_go(relay: Injecting, peer: FakeMx, tmp_path: Path) -> None:
     """Debian's compiler has 450 MB, which .ci/run does not install: where there is one, the example is run."""
     go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin:/usr/lib/go/bin")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.injecting import Injecting, Said, basic, message
@@ -141,7 +142,7 @@ def test_a_program_that_knows_the_document_alone_finds_nothing_wrong(relay: Inje
         "--tls-verify", "false",
         # what the document allows may be refused all the same: an address is any string there
         "--exclude-checks", "positive_data_acceptance", "--phases", "coverage,fuzzing", "--max-examples", "20",
-        "--max-time", "20",
+        "--max-time", "60" if PROVE else "8",
         "--seed", "17", "--no-color", "--generation-database", "none",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE * 2, cwd=relay.folder)
