@@ -579,6 +579,7 @@ NOTES = [
     (f'{GOOD}{RULE}dmarc = ["fail"]\n[verify]\nresults = false\n',
      "7: mail_rule.0.dmarc: it never holds: verify.results is false"),
     (f'{GOOD}{RULE}dmarc = ["fail"]\n[verify]\nresults = true\n', None),
+    (f'{GOOD}[local]\nsocket = "off"\n[admin]\nsocket = "off"\n', None),
 ]  # fmt: skip
 
 

@@ -292,7 +292,8 @@ def _relative(config: "Config") -> Iterator[tuple[str, str]]:
     for key, value in given_values(config):
         name = key.rpartition(".")[2]
         is_path = isinstance(value, str) and value not in ("", "-") and (name in _PATHS or name.endswith("file"))
-        if is_path and not PurePath(value).is_absolute():
+        is_none = name == "socket" and value == "off"
+        if is_path and not is_none and not PurePath(value).is_absolute():
             yield key, f"{value!r} is relative to the directory that the relay is started in: write the whole path"
 
 
