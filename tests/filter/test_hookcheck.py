@@ -40,7 +40,7 @@ def test_the_environment_is_that_of_hooks(tmp_path, monkeypatch):
         hookcheck.imported(_written(tmp_path, "import os\nraise ValueError(os.environ.get('SECRET'))\n"))
 
 
-@pytest.mark.parametrize("code", ["import os; os._exit(0)", "import os; os.closerange(3, 99)"])
+@pytest.mark.parametrize("code", ["import os; os._exit(0)", "import os; os.closerange(3, 65536)"])
 def test_an_import_that_says_nothing(tmp_path, code):
     with pytest.raises(ValueError, match="its import ends the process"):
         hookcheck.imported(_written(tmp_path, code + "\n" + HOOK))
