@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from relaymta.proto.printable import encodable
+
 __all__ = ["Problem", "ProblemDetails", "of_arguments"]
 
 _AT = re.compile(r"`\$\.?([^`]*)`\Z")
@@ -42,14 +44,10 @@ class Problem(Exception):
     def details(self) -> ProblemDetails:
         """What the answer says. JSON has no lone surrogates, as a client's octets that are no UTF-8 are."""
         found = ProblemDetails(
-            title=HTTPStatus(self.status).phrase, status=self.status, detail=_encodable(self.detail), **self.more
+            title=HTTPStatus(self.status).phrase, status=self.status, detail=encodable(self.detail), **self.more
         )
-        found.argument = _encodable(found.argument)
+        found.argument = encodable(found.argument)
         return found
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def of_arguments(error: Exception) -> Problem:

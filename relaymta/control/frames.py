@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from relaymta.errors import RelayError
+from relaymta.proto.printable import encodable
 
 __all__ = [
     "LIMIT", "OCTETS_TOGETHER", "ROWS_TOGETHER", "UNSET", "Broken", "Frame", "Frames", "Late", "Refused", "in_pieces", "pack",
@@ -72,7 +73,7 @@ def sentence(error: Exception) -> str:
     """What the asker is answered when its request has failed. Errors that are not ours are bugs, and named as such."""
     ours = isinstance(error, (RelayError, ConnectionError))
     text = (str(error) or type(error).__name__) if ours else f"internal error: {type(error).__name__}: {error}"
-    return text[:LONGEST].encode("utf-8", "backslashreplace").decode()
+    return encodable(text[:LONGEST])
 
 
 def refusal(ident: int | None, error: Exception) -> Frame:

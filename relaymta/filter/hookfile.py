@@ -16,6 +16,7 @@ import msgspec
 
 from relaymta import hooks
 from relaymta.filter.hookframes import AFTERWARDS, ANSWER_MOST, CLIENT, ENVELOPE, HOOKS, Garbage, Reply, pack, unpack_reply
+from relaymta.proto.printable import encodable
 from relaymta.watch import stamp
 
 __all__ = ["BrokenFile", "HookFile", "declared"]
@@ -151,7 +152,7 @@ class HookFile:
             told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
         except Exception as why:  # such as of a SyntaxError whose text is none
             told = f"{type(error).__name__}, which cannot be shown: {type(why).__name__}"
-        return Reply(number, "raised", _sendable(told[-TRACE_MOST:]), place=_sendable(self._place(error)))
+        return Reply(number, "raised", encodable(told[-TRACE_MOST:]), place=encodable(self._place(error)))
 
     def place(self, frame: Any) -> str:
         """Where code of the file is, which has called this frame: `file:line in function`."""
@@ -160,10 +161,10 @@ class HookFile:
             name = frame.f_code.co_filename
             here = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
             if self._is_there(name):
-                return _sendable(here)
+                return encodable(here)
             first = first or here
             frame = frame.f_back
-        return _sendable(first)
+        return encodable(first)
 
     def _place(self, error: BaseException) -> str:
         """`file:line` of the innermost frame that is the operator's."""
@@ -191,10 +192,6 @@ def _told(error: BaseException) -> str:
     except Exception:
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _sendable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _records(hook: str, arguments: Any, body: hooks.Body | None) -> list[Any]:
@@ -226,7 +223,7 @@ def _reply(number: int, hook: str, result: Any) -> Reply:
         return Reply(number, "none")
     if hook == "choose_route":
         if isinstance(result, str):
-            return Reply(number, "route", _sendable(result)[:REASON_MOST])
+            return Reply(number, "route", encodable(result)[:REASON_MOST])
         return _invalid(number, f"{hook} returns {type(result).__name__}, and not the name of a route or None")
     if not isinstance(result, hooks.Verdict):
         return _invalid(number, f"{hook} returns {type(result).__name__}, and not a Verdict or None")
@@ -245,4 +242,4 @@ def _reply(number: int, hook: str, result: Any) -> Reply:
 
 
 def _invalid(number: int, why: str) -> Reply:
-    return Reply(number, "invalid", _sendable(why)[:REASON_MOST])
+    return Reply(number, "invalid", encodable(why)[:REASON_MOST])

@@ -29,6 +29,7 @@ from typing import Any, Final
 from relaymta.filter.hookfile import BrokenFile, HookFile
 from relaymta.filter.hookframes import Call, Frames, Reply, pack, unpack_call
 from relaymta.hooks import Body
+from relaymta.proto.printable import encodable
 
 __all__ = ["SHARED", "SPENT"]
 
@@ -261,7 +262,7 @@ def main() -> None:
         file = HookFile(path)
     except BrokenFile as error:
         sock.setblocking(True)
-        sock.sendall(pack(Reply(0, "broken", str(error)[:ERROR_MOST].encode("utf-8", "backslashreplace").decode())))
+        sock.sendall(pack(Reply(0, "broken", encodable(str(error)[:ERROR_MOST]))))
         os._exit(BROKEN)
     gc.freeze()
     loop = asyncio.new_event_loop()

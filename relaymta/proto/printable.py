@@ -6,7 +6,7 @@ join (bidi overrides, zero-width characters), line and paragraph separators, whi
 
 import re
 
-__all__ = ["printable", "printable_json"]
+__all__ = ["encodable", "printable", "printable_json"]
 
 _PLAIN = re.compile(r"[\x20-\x7e]*\Z")
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     if _PLAIN.match(text):
         return text
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def encodable(text: str) -> str:
+    """The string with Python's escapes for lone surrogates, such as octets that are no UTF-8: JSON and msgpack have none."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _escaped(char: str) -> str:
