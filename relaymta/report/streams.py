@@ -7,7 +7,9 @@ depend on it: there is one for each consumer and shard.
 """
 
 import asyncio
+import contextlib
 import random
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -154,6 +156,8 @@ class Stream:
         self._until, self._only, self._fresh = until, only, fresh
         self._saved = 0.0  # when its place was written, and which
         self._kept = End()
+        self._writing = threading.Lock()
+        self._turn = self._written = 0  # writes of its place: those that were begun, and the last one that was made
         self._trouble = ""
         self._more = False
         self._unread = 0  # events that `_next` could not show
@@ -164,8 +168,16 @@ class Stream:
         return max(0, (self._until or self.shard.known).number - self.place.number)
 
     async def run(self) -> None:
-        """Hand over, until this is cancelled, or a replay is at its end."""
+        """Hand over, until this is cancelled, or a replay is at its end. Its place is kept then."""
         await self._begin()
+        try:
+            await self._follow()
+        finally:
+            # Else the next configuration would be asked once more whether it wants what this one did not want.
+            with contextlib.suppress(OSError):
+                self._write(self._turn + 1, self.place)
+
+    async def _follow(self) -> None:
         while self._until is None or self.place.number < self._until.number:
             try:
                 batch = await self._run(self._next)
@@ -302,8 +314,15 @@ class Stream:
         now = time.monotonic()
         if taken or now - self._saved > SAVE_SECONDS:
             self._saved = now
+            self._turn += 1
             try:
-                await self._run(places.save, self._file, self.place)
-                self._kept = self.place
+                await self._run(self._write, self._turn, self.place)
             except OSError as error:
                 self._say(f"its place cannot be written: {error.strerror or error}: events are sent again after a restart")
+
+    def _write(self, turn: int, place: End) -> None:
+        """On any thread: one that was cancelled may still be at it, or come later. OSError."""
+        with self._writing:
+            if turn > self._written and place != self._kept:
+                places.save(self._file, place)
+                self._kept, self._written = place, turn

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -138,6 +139,44 @@ async def test_what_was_taken_does_not_come_again_after_a_restart_and_what_was_n
         await until(lambda: len(bench.taker.offered) > 2)
     async with streaming(tmp_path, shard=shard) as bench:
         await until(lambda: bench.taker.numbers == [3])
+
+
+async def test_what_was_not_wanted_is_not_asked_for_again_after_a_restart_and_what_waits_is(tmp_path):
+    async with streaming(tmp_path) as bench:
+        bench.taker.wanted = ()
+        for _ in range(2):  # the place behind the first is written, that behind the second not yet
+            bench.shard.write("accepted")
+            await until(lambda: bench.stream.place == bench.shard.end())
+    async with streaming(tmp_path, shard=bench.shard) as second:
+        second.shard.write("held")
+        await until(lambda: second.taker.taken)
+        assert [event["event"] for event in second.taker.taken[0]] == ["held"]
+        second.taker.errors = [NotTaken("not yet", 3600)]
+        second.shard.write("accepted", "held")
+        await until(lambda: len(second.taker.offered) == 2)
+    async with streaming(tmp_path, shard=bench.shard) as third:
+        await until(lambda: third.taker.taken)
+        assert [event["event"] for event in third.taker.taken[0]] == ["accepted", "held"]
+
+
+async def test_a_write_of_a_place_that_comes_late_does_not_take_it_back(tmp_path, monkeypatch):
+    began, go = threading.Event(), threading.Event()
+    save = places.save
+
+    def slow(file, place):
+        if place.number == 1 and not began.is_set():
+            began.set()
+            go.wait(10)
+        save(file, place)
+
+    async with streaming(tmp_path) as bench:
+        await until(lambda: (tmp_path / "places/shard-0").exists())
+        monkeypatch.setattr(places, "save", slow)
+        bench.shard.write("accepted")
+        await asyncio.to_thread(began.wait, 10)
+        threading.Timer(0.1, go.set).start()
+        last = bench.shard.end()
+    assert places.load(tmp_path / "places/shard-0") == last
 
 
 async def test_a_batch_comes_until_it_is_taken_whatever_a_consumer_raises(tmp_path):
