@@ -266,11 +266,11 @@ class Postfix:
             if name == "postqueue"
             else [_found(name, "postfix"), *arguments]
         )
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     def queued(self) -> set[bytes] | None:
         """As of Peer."""
-        with contextlib.suppress(ValueError, KeyError, subprocess.TimeoutExpired):
+        with contextlib.suppress(ValueError, KeyError, subprocess.SubprocessError):
             return {json.loads(line)["queue_id"].encode() for line in self._asked("postqueue", "-j").splitlines()}
         return None
 

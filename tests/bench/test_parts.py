@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from xxhash import xxh3_64
 
-from relaymta.bench import ledger
+from relaymta.bench import ledger, trial
 from relaymta.bench.generator import Generator, Login, Pace, Target
 from relaymta.bench.html import page
 from relaymta.bench.ledger import Arrival, Arrivals, LedgerError, Sent, State, account, arrivals_of
@@ -135,6 +135,43 @@ def test_ledgers_are_kept_in_files(tmp_path):
 
 
 # Profiles
+
+
+class Listings:
+    """A sink to which nothing comes, and what listings of the relay's queue show, one after the other."""
+
+    def __init__(self, folder, *listings: set[bytes]) -> None:
+        self.arrivals, self.left, self.asked = folder / "arrived", list(listings), 0
+        Arrivals(self.arrivals)
+
+    def count(self) -> int:
+        return 0
+
+    def report(self) -> dict:
+        return {}
+
+    def queued(self) -> set[bytes]:
+        self.asked += 1
+        return self.left.pop(0) if self.left else set()
+
+
+def a_trial(folder, sink: Listings) -> trial._Trial:
+    setup = trial.Setup(peer="", target=Target("127.0.0.1", 1), queued=sink.queued, grace=30.0)
+    made = trial._Trial(setup, lambda progress: None, trial.Interrupted(), folder, sink, None)
+    made._sent.add(0.0, 0)
+    made._sent.states[0], made._sent.names[0] = State.ACCEPTED, b"A1"
+    return made
+
+
+def test_one_listing_of_a_queue_in_which_messages_are_moved_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "LOOK_SECONDS", 0.01)
+    sink = Listings(tmp_path, set(), {b"A1"}, set(), set())
+    a_trial(tmp_path, sink)._wait()
+    assert sink.asked == 4
+    for listings in ((set(), {b"A1"}), ({b"A1"}, set())):
+        shown = Listings(tmp_path, *listings)
+        found, _ = (made := a_trial(tmp_path, shown))._compared(made._left(), end=True)
+        assert (found.lost, found.queued) == (0, 1)
 
 
 def test_the_profiles_that_come_with_it_are_valid_and_listed():
