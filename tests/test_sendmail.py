@@ -184,8 +184,19 @@ class Ann(User):
 def message(
     text: bytes, *to: str, header: bool = False, sender: str | None = None, name: str = ""
 ) -> tuple[bytes, list[bytes], bytes]:
+    """(sender, recipients, message data without its key)."""
     made = enveloped(text, Ann(), sender, list(to), header, name)
-    return made.sender, made.recipients, made.data
+    data, keys = re.subn(rb"(?m)^X-Relay-Idempotency: sendmail-[0-9a-f]{32}\r\n", b"", made.data)
+    assert keys == 1
+    return made.sender, made.recipients, data
+
+
+def test_each_message_has_a_key_of_its_own_and_one_that_it_has_is_kept():
+    plain, keyed = b"From: x\r\n\r\nb\r\n", b"From: x\r\nx-relay-idempotency: mine\r\n\r\nb\r\n"
+    first, second = (enveloped(plain, Ann(), None, ["a"], False, "").data for _ in range(2))
+    assert first != second and first.endswith(plain)
+    assert enveloped(keyed, Ann(), None, ["a"], False, "").data == keyed
+    assert b"\r\n\r\nno header\r\n" in enveloped(b"no header\r\n", Ann(), None, ["a"], False, "").data
 
 
 def test_the_envelope():

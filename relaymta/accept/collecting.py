@@ -2,7 +2,8 @@
 would have sent it by the socket of sendmail(1).
 
 One worker does it, and of two programs, in an upgrade, the one that has the folder's lock. A file is removed once its message is
-in the queue: when the machine or the relay dies in between, it is sent twice, and never lost.
+in the queue: when the machine or the relay dies in between, it is looked at again, and the queue says who has it already (see
+once.py).
 """
 
 import asyncio
@@ -242,15 +243,15 @@ class Collector:
 
     async def _tell(self, message: Message, reason: str) -> None:
         """Tell the user who has dropped a message that it was not sent: the program that did it said that it would be."""
-        user = name_of(message.user)
+        user = await name_of(message.user)
         text = NOTICE.format(
             user=user, reason=_some(reason.split("\n")),
             commands=_some([one.decode("utf-8", "replace") for one in message.rcpts]),
         )  # fmt: skip
         data, rcpts = Converted().take(text.encode("utf-8", "replace"), True), [f"RCPT TO:<{user}>".encode()]
         notice = message._replace(
-            user=os.geteuid(), mail=b"MAIL FROM:<>", rcpts=rcpts, head=data, octets=0, converts=False, since=time.time()
-        )
+            user=os.geteuid(), mail=b"MAIL FROM:<>", rcpts=rcpts, head=data, octets=0, converts=False, since=time.time(), key="",
+        )  # fmt: skip
         work = _Work(notice.identity, rcpts, list(rcpts))
         try:
             await self._queue(notice, work)
@@ -282,7 +283,7 @@ class Collector:
         while work.left:
             left = len(work.left)
             try:
-                reader, writer = await self._connected(message.user)
+                reader, writer = await self._connected(message.user, message.key)
                 try:
                     await _Dialogue(reader, writer, self._thread).all(message, work)
                 finally:
@@ -291,14 +292,14 @@ class Collector:
                 if len(work.left) == left:  # else some progress was made: after many errors a connection is closed
                     raise
 
-    async def _connected(self, user: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection of this user with ourselves."""
+    async def _connected(self, user: int, file: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of this user with ourselves, for the messages of a file."""
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
             sock.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
-            make = lambda: UserConnection(self._admission, self._listener, user)  # noqa: E731
+            make = lambda: UserConnection(self._admission, self._listener, user, file)  # noqa: E731
             await self._admission.loop.connect_accepted_socket(make, theirs)
         except BaseException:
             writer.close()

@@ -36,10 +36,11 @@ class Asks(Protocol):
 class Connection(ClientConnection[ServerSession]):
     """The connection of an SMTP or LMTP client."""
 
-    __slots__ = ("asking",)
+    __slots__ = ("asking", "file")
 
     def __init__(self, admission: Admission, listener: Listener) -> None:
         super().__init__(admission, listener)
+        self.file = ""  # as of Flow
         self.asking: asyncio.Task[None] | None = None  # filters, about the session's question
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:

@@ -50,7 +50,7 @@ class Identity(NamedTuple):
 class Message(NamedTuple):
     """An open file with a message. `user`: whose file it is; `mail`, `rcpts`: the commands, without line ends; `head`: what comes
     before the rest of the file, which has `octets` from `at` on; `converts`: its lines may end otherwise than with CRLF; `since`:
-    when it was put there, by the system's clock (seconds)."""
+    when it was put there, by the system's clock (seconds); `key`: as of Flow.file, "": it may be sent again."""
 
     descriptor: int
     user: int
@@ -62,6 +62,7 @@ class Message(NamedTuple):
     converts: bool
     identity: Identity
     since: float
+    key: str = ""
 
 
 class Converted:
@@ -179,7 +180,9 @@ class Folder:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                 raise Broken("it has another name, too (a hard link)")
-            return self._opened(descriptor)
+            # No user can set the time of the last change of the inode: a file that is the same in all else was put there anew.
+            kind, named = "drop" if self.drops else "pickup", os.fsencode(name).hex()
+            return self._opened(descriptor)._replace(key=f"{kind} {named} {found.st_ino} {found.st_ctime_ns} {found.st_size}")
         except BaseException:
             os.close(descriptor)
             raise

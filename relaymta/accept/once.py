@@ -17,7 +17,7 @@ from relaymta.proto.header import fields
 from relaymta.queue import Kept, Request, Shards, digest_of
 from relaymta.shm import Limits
 
-__all__ = ["FIELD", "Busy", "Once", "Turn", "Wanted", "content_of", "key_of", "owner_of", "without_boundary"]
+__all__ = ["CONTENT", "FIELD", "Busy", "Once", "Turn", "Wanted", "content_of", "key_of", "owner_of", "without_boundary"]
 
 FIELD = b"x-relay-idempotency"
 LOOK_SECONDS, LOOK_MOST = 0.01, 0.2  # between two looks whether the one before is done

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.large import Large
-from relaymta.accept.once import FIELD, Busy, Wanted, content_of, owner_of, without_boundary
+from relaymta.accept.once import CONTENT, FIELD, Busy, Wanted, content_of, owner_of, without_boundary
 from relaymta.accept.origin import Origin, spoken
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
@@ -46,12 +46,16 @@ T = TypeVar("T")
 
 REWRITTEN_MEMORY = 262144  # octets of a new body that are kept in memory
 KEYS = (FIELD,)
+SAME = bytes(CONTENT)  # of messages from a file, which the key tells
 ONCE_SECONDS = 60.0  # for another message with the same idempotency key
 FIELDS = 4096  # octets of `queue.big_limit` that are left for the fields added here
 
 
 class Flow(Protocol):
-    """What a transaction asks of its connection."""
+    """What a transaction asks of its connection. `file`: what tells the file that its messages are from, of the drop or the
+    pickup folder, from every other, of all times: no recipient gets it twice; "": they are from no file."""
+
+    file: str
 
     def writing(self) -> None:
         """A thread writes: read nothing until `written`."""
@@ -608,24 +612,25 @@ class IncomingTransaction(Transaction):
         self._hand_over(data)
 
     def _hand_over(self, data: list[bytes] | Body) -> None:
-        if self.keyed and self.key and self.wanted is None:
-            self._admission.spawn(self._hand_over_once(data))
+        key = self.key if self.keyed and self.key else self._flow.file
+        if key and self.wanted is None:
+            self._admission.spawn(self._hand_over_once(data, key))
             return
         helo, octets = self._session.helo, self.octets
         self._admission.intake.admit(
             self._ident, self, self.recipients, self.origin, helo, data, octets, self._stored, self.wanted
         )
 
-    async def _hand_over_once(self, data: list[bytes] | Body) -> None:
-        """Of a message with an idempotency key: for those recipients for whom it was not accepted before."""
+    async def _hand_over_once(self, data: list[bytes] | Body, key: str) -> None:
+        """Of a message with an idempotency key, or from a file: for those recipients for whom it was not accepted before."""
         admission = self._admission
         once, keep = admission.intake.once, admission.config.intake.idempotency_keep
         assert once is not None
-        if self.large is not None:
+        if self.large is not None and self._content is not None:
             self._content.update(str(self.size).encode())
-        content = self._content.digest()
+        content = self._content.digest() if self._content is not None else SAME
         try:
-            turn = await once.begin(owner_of(self.origin), self.key, ONCE_SECONDS)
+            turn = await once.begin(owner_of(self.origin), key, ONCE_SECONDS)
         except Busy:
             self._reject(reply.KEY_BUSY)
             return

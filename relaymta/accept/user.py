@@ -1,11 +1,15 @@
 """A user of this machine, who hands mail in by sendmail(1): who that is, and the connection. Nobody logs in: the system says who
 has opened the socket, and whose a file is.
+
+What a user is called may have to be asked of a directory on the network, which may not answer for a minute: that is for threads
+of its own, and a connection is greeted when it has answered.
 """
 
 import asyncio
 import os
 import pwd
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.connection import Connection
@@ -16,32 +20,52 @@ from relaymta.config import Config, Listener
 from relaymta.privileges import peer_of
 from relaymta.proto.smtp_server import ServerSession
 
-__all__ = ["UserConnection", "identified", "name_of"]
+__all__ = ["UserConnection", "identified", "known_name", "name_of"]
 
 EVERYBODY = "*"
 KEPT_SECONDS, KEPT_MOST = 60.0, 1000
 _known: dict[int, tuple[str, float]] = {}  # names of users, and until when they count (monotonic seconds)
+_asked: dict[int, "asyncio.Future[str]"] = {}  # users about whom the system is asked now
+_threads = ThreadPoolExecutor(2, "names")
 
 
-def name_of(uid: int) -> str:
+def known_name(uid: int) -> str | None:
+    """What a user is called, where the system has said so in the last KEPT_SECONDS."""
+    known = _known.get(uid)
+    return known[0] if known is not None and time.monotonic() < known[1] else None
+
+
+async def name_of(uid: int) -> str:
     """The name of a user; without one the number. What the system has said counts for KEPT_SECONDS."""
-    known, now = _known.get(uid), time.monotonic()
-    if known is not None and now < known[1]:
-        return known[0]
+    known = known_name(uid)
+    if known is not None:
+        return known
+    asked = _asked.get(uid)
+    if asked is None:
+        asked = _asked[uid] = asyncio.get_running_loop().run_in_executor(_threads, _name, uid)
+        asked.add_done_callback(lambda found: _note(uid, found))
+    return await asyncio.shield(asked)  # others may wait for it, too
+
+
+def _name(uid: int) -> str:
     try:
-        name = pwd.getpwuid(uid).pw_name
-    except KeyError:  # it may be that its directory does not answer now
-        name = str(uid)
-    if len(_known) >= KEPT_MOST:
-        _known.clear()
-    _known[uid] = name, now + KEPT_SECONDS
-    return name
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OSError):  # it may be that its directory does not answer now
+        return str(uid)
 
 
-def identified(config: Config, uid: int, domain: str) -> Identity:
-    """A user as one who has logged in. root, the relay's own user and those in relay.local_users send as anybody, the others as
-    themselves. `domain`: completes addresses without one."""
-    name, anybody = name_of(uid), config.relay.local_users
+def _note(uid: int, found: "asyncio.Future[str]") -> None:
+    del _asked[uid]
+    if not found.cancelled() and found.exception() is None:
+        if len(_known) >= KEPT_MOST:
+            _known.clear()
+        _known[uid] = found.result(), time.monotonic() + KEPT_SECONDS
+
+
+def identified(config: Config, uid: int, name: str, domain: str) -> Identity:
+    """A user of this name as one who has logged in. root, the relay's own user and those in relay.local_users send as anybody,
+    the others as themselves. `domain`: completes addresses without one."""
+    anybody = config.relay.local_users
     if uid in (0, os.geteuid()) or name in anybody or EVERYBODY in anybody:
         return Identity(name)
     return Identity(name, senders=_addresses(name, (domain, config.hostname)), said_by="relay.local_users")
@@ -55,23 +79,44 @@ def _addresses(name: str, domains: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class UserConnection(Connection):
-    """The connection of a user. `uid`: whose it is; None: the system says it."""
+    """The connection of a user. `uid`: whose it is; None: the system says it. `file`: as of Flow."""
 
-    __slots__ = ("_later", "_uid")
+    __slots__ = ("_later", "_name", "_uid")
 
-    def __init__(self, admission: Admission, listener: Listener, uid: int | None = None) -> None:
+    def __init__(self, admission: Admission, listener: Listener, uid: int | None = None, file: str = "") -> None:
         super().__init__(admission, listener)
+        self.file = file
         self._uid = uid
+        self._name = ""
         self._later = uid is not None  # the message was left here: nobody waits for the reply who could be told
 
-    def connected(self, transport: asyncio.BaseTransport) -> Client | None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self._uid is None:
             self._uid = peer_of(transport.get_extra_info("socket")).uid
-        return self.admission.intake.local_client(name_of(self._uid))
+        name = known_name(self._uid)
+        if name is not None:
+            self._begin(transport, name)
+            return
+        self.transport = transport  # type: ignore[assignment]
+        self.pause()
+        self.admission.spawn(self._named(transport, self._uid))
+
+    async def _named(self, transport: asyncio.BaseTransport, uid: int) -> None:
+        name = await name_of(uid)
+        if not self.gone:
+            self._begin(transport, name)
+            self.resume()
+
+    def _begin(self, transport: asyncio.BaseTransport, name: str) -> None:
+        self._name = name
+        super().connection_made(transport)
+
+    def connected(self, transport: asyncio.BaseTransport) -> Client | None:
+        return self.admission.intake.local_client(self._name)
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         assert self._uid is not None
-        identity = identified(self.admission.config, self._uid, rights.client.domain)
+        identity = identified(self.admission.config, self._uid, self._name, rights.client.domain)
         # The program knew the user's name. Where the directory of users does not, now, nothing is refused for good.
         rights.log_in(identity._replace(unsure=self._later and identity.name == str(self._uid)))
         return super().begin_session(rights, secure)

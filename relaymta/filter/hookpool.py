@@ -9,7 +9,8 @@ answered    its reply, or what the hook has raised.
 late        no answer within its time: whoever waits hears that, and the process has a moment to confirm that it has stopped the
             call; else it is killed. One that blocks is killed at once.
 held        it blocks the process: all others are given to the one that waits, after HELD looks; it has its time.
-ended       the process has ended under it: if it was running then, it has failed; if not, it is called once more.
+ended       the process has ended under it: if it was running then, it has failed; if not, it is called once more, or a few times,
+            where each time another one was to blame.
 
 State, changed on the loop alone: `Version.called`, `spares`, `others` and `waiting` by its methods; `Pool.version` by `came_up`,
 `_candidate` by this, `_looked` and `did_not_come_up`.
@@ -30,6 +31,7 @@ __all__ = ["WAIT", "Pool", "Version"]
 TICK: Final = 0.025  # seconds between two looks at calls, while there are any
 HELD: Final = 2  # looks at which a call is at the same step: then it holds the event loop of its process
 STOPPING: Final = 0.1  # seconds for a process to stop a call
+TRIES: Final = 4  # processes that may end under a call, others being to blame; of an end that nobody knows the reason of, one
 WAIT: Final = 5.0  # seconds for which a call waits for a process
 IMPORT: Final = 30.0  # seconds that an import may take
 SPARES: Final = 2  # that wait, at most: one that was held, and has come back, is one of them
@@ -237,10 +239,10 @@ class Version:
         for ask in pending:
             if ask.future.done():
                 continue
-            if ask.number == culprit or ask.tries:
+            if ask.number == culprit or ask.tries >= TRIES:
                 self._fail(ask, Failed("refused", "ended", f"{ask.hook}: the process of hooks {why}"))
             else:
-                ask.tries += 1
+                ask.tries += 1 if culprit or process.spent else TRIES
                 self.ask(ask)
         if not self._over and not self._replaced:
             self.start()

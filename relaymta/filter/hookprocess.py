@@ -15,12 +15,13 @@ from typing import Final, Protocol
 
 from relaymta.control import program
 from relaymta.filter.hookframes import ANSWER_MOST, Call, Frames, Garbage, Reply, pack, pack_call, unpack_reply
-from relaymta.filter.hookhost import SHARED
+from relaymta.filter.hookhost import SHARED, SPENT
 
 __all__ = ["Ask", "Owner", "Process", "environment"]
 
 CLOSING: Final = 0.05  # seconds from the end of its socket to that of the process
 BACKLOG: Final = 32 << 20  # octets that it has not taken, above which it is sent no more calls
+_EXITING: Final = 4  # PF_EXITING of a process: its files are closed before anybody is told
 _KEPT: Final = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME")  # of our environment
 
 
@@ -31,7 +32,7 @@ def environment() -> dict[str, str]:
 
 class Ask:
     """A call, and who waits for what comes of it. `descriptor`: goes with it, -1: none; `deadline`: until when (loop time) it has
-    to be answered; `tries`: processes that have ended under it."""
+    to be answered; `tries`: processes that have ended under it, as hookpool.TRIES counts."""
 
     __slots__ = ("arguments", "deadline", "descriptor", "future", "hook", "number", "tries")
 
@@ -69,14 +70,14 @@ class Owner(Protocol):
 class Process:
     """See above. `pending`: calls that it has, by their numbers, in the order of their deadlines; `cancelling`: those that nobody
     waits for any more, and until when it is to confirm that; `ready`: it has imported the file; `held`: a call of it holds its
-    event loop; `gone`: it has ended, or has been ended."""
+    event loop; `spent`: its memory was used up, which it has said and ended; `gone`: it has ended, or has been ended."""
 
     def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
         self._owner = owner
         self._loop = loop
         self.pending: dict[int, Ask] = {}
         self.cancelling: dict[int, float] = {}
-        self.ready = self.held = self.gone = self._closing = False
+        self.ready = self.held = self.spent = self.gone = self._closing = False
         self.started_at = loop.time()
         self.pid = 0
         self._socket: socket.socket | None = None
@@ -98,6 +99,7 @@ class Process:
             if self.gone:
                 self._kill()
             status = await self._process.wait()
+            self.spent = status == SPENT
             why = f"has ended with status {status}" if status >= 0 else f"was ended by {_signal(-status)}"
         except OSError as error:
             why = f"cannot be started: {error.strerror or error}"
@@ -259,7 +261,10 @@ class Process:
             self._loop.call_later(CLOSING, self._closed)
 
     def _closed(self) -> None:
-        """It has not ended since: a hook has closed it."""
+        """It has not ended since: a hook has closed it; or it is at it, on a machine that is busy."""
+        if self._process is not None and not self.gone and _is_ending(self.pid):
+            self._loop.call_later(CLOSING, self._closed)
+            return
         self._astray = True
         self.end("has closed its socket")
 
@@ -294,6 +299,16 @@ class Process:
 def _close(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a child is a zombie, or about to be one: then its end is told soon. proc(5), /proc/pid/stat."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *others = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return state in b"ZX" or bool(int(others[5]) & _EXITING)
 
 
 def _signal(number: int) -> str:

@@ -11,6 +11,7 @@ PIECE = 65536
 # As Debian's cron, and cronie, begin the output of every user's jobs.
 CRONS = (b"From: root (Cron Daemon)\r\n", b'From: "(Cron Daemon)" <root>\r\n')
 _DOTS = (b"\n.\n", b"\n.\r\n")
+KEY = b"X-Relay-Idempotency"
 
 
 class User:
@@ -71,8 +72,9 @@ def _end(data: bytearray, begin: int, complete: bool) -> int:
 
 def enveloped(data: bytes, user: User, sender: str | None, given: list[str], from_header: bool, full_name: str) -> Envelope:
     """The message with its envelope. `sender`: None: the user; `given`: recipients of the command line, to which `from_header`
-    adds those of the header. A message without From gets one. Bcc is removed by the relay, as from all that is submitted. Stop:
-    an address is none, or there is no recipient."""
+    adds those of the header. A message without From gets one, and one without an idempotency key that, so that it is sent once where
+    the relay has it, and could not say so. Bcc is removed by the relay, as from all that is submitted, and so is the key. Stop: an
+    address is none, or there is no recipient."""
     data = _without_separator(data)
     header = data[: header_octets(data)]
     found = [one for argument in given for one in _argued(argument)]
@@ -84,11 +86,15 @@ def enveloped(data: bytes, user: User, sender: str | None, given: list[str], fro
         raise Stop(USAGE, "there is no recipient: give addresses, or -t to take those of the header")
     own = os.fsencode(user.name)
     envelope_sender = address(own) if sender is None else _sender(sender) if sender else b""
+    more = b""
     if user.name != "root" and data.startswith(CRONS):  # it would be refused: the user is not root
         data = data.replace(b"root", own, 1)
     elif not fields(header, (b"from",)):
-        field = b"From: " + author(full_name or user.full_name, own) + b"\r\n"
-        data = field + (data if header or data.startswith(b"\r\n") else b"\r\n" + data)
+        more = b"From: " + author(full_name or user.full_name, own) + b"\r\n"
+    if not fields(header, (KEY.lower(),)):
+        more += KEY + b": sendmail-" + os.urandom(16).hex().encode() + b"\r\n"
+    if more:
+        data = more + (data if header or data.startswith(b"\r\n") else b"\r\n" + data)
     return Envelope(envelope_sender, list(dict.fromkeys(found)), data)
 
 

@@ -67,7 +67,7 @@ class Emptied(Collector):
     relay: Relay
     _serving: set[asyncio.Task[None]]
 
-    async def _connected(self, user: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connected(self, user: int, file: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         ours, theirs = socket.socketpair()
         serving = asyncio.create_task(self.relay.serve(*await asyncio.open_connection(sock=theirs)))
         self._serving.add(serving)  # a task that nobody knows may be gone at any time
@@ -147,7 +147,8 @@ async def test_many_refused_recipients_keep_none_of_the_others_from_it(tmp_path,
     relay.says = lambda command: b"550 5.1.1 Unknown" if b"<bad" in command else OK
     async with bench(tmp_path, relay) as one:
         one.put("1.drop", [f"{'bad' if number % 2 else 'good'}{number}@x" for number in range(60)])
-        await one.until(lambda: len(relay.sent) > 0 and not one.names() and relay.sent[-1][0] == [name_of(os.geteuid()).encode()])
+        own = (await name_of(os.geteuid())).encode()
+        await one.until(lambda: len(relay.sent) > 0 and not one.names() and relay.sent[-1][0] == [own])
         *sent, (_, notice) = relay.sent
         assert errors < 20 or relay.closed == 0, "each ends before"
         assert sorted(rcpt for rcpts, _ in sent for rcpt in rcpts) == sorted(b"good%d@x" % number for number in range(0, 60, 2))
@@ -181,7 +182,7 @@ async def test_what_is_refused_for_now_for_too_long_is_put_aside_and_told(tmp_pa
         monkeypatch.setattr(time, "time", lambda: now + 6 * 86400)
         await one.until(lambda: relay.sent)
         assert "queue.max_age" in one.bad()["1.drop.reason"] and "4.3.1 Full" in one.bad()["1.drop.reason"]
-        assert relay.sent[0][0] == [name_of(os.geteuid()).encode()] and b"4.3.1 Full" in relay.sent[0][1]
+        assert relay.sent[0][0] == [(await name_of(os.geteuid())).encode()] and b"4.3.1 Full" in relay.sent[0][1]
         assert one.names() == []
 
 

@@ -1,6 +1,8 @@
 """Users of this machine: who they are, and as whom they send."""
 
+import asyncio
 import pwd
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -23,15 +25,14 @@ def forgotten(monkeypatch):
         ("CORP\\Ann", ["ann@x.example", "ann@mail.x.example"], ["corp@x.example", "ann@corp"]),
     ],
 )
-def test_as_whom_a_user_sends(name, own, others, monkeypatch):
-    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name=name))
+def test_as_whom_a_user_sends(name, own, others):
     config = Config(hostname="mail.x.example", listener=[{"address": "127.0.0.1:25"}])
-    identity = user.identified(config, 4242, "x.example")
+    identity = user.identified(config, 4242, name, "x.example")
     assert identity.name == name
     assert [one for one in own + others if identity.may_send_as(one)] == own
 
 
-def test_the_system_is_asked_once_a_minute_for_a_name(monkeypatch):
+async def test_the_system_is_asked_once_a_minute_for_a_name(monkeypatch):
     asked, now = [], [100.0]
 
     def look_up(uid):
@@ -42,31 +43,74 @@ def test_the_system_is_asked_once_a_minute_for_a_name(monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", look_up)
     monkeypatch.setattr(user.time, "monotonic", lambda: now[0])
-    assert [user.name_of(uid) for uid in (1, 2, 1, 2)] == ["u1", "2", "u1", "2"]
-    assert asked == [1, 2]
+    assert user.known_name(1) is None
+    together = await asyncio.gather(*map(user.name_of, (1, 2, 1, 2)))
+    assert together == ["u1", "2", "u1", "2"] and sorted(asked) == [1, 2]
+    assert [await user.name_of(1), user.known_name(1), user.known_name(2)] == ["u1", "u1", "2"] and len(asked) == 2
     now[0] += user.KEPT_SECONDS
-    assert user.name_of(1) == "u1" and asked == [1, 2, 1]
-    for uid in range(5000):
-        user.name_of(uid)
-    assert len(user._known) <= user.KEPT_MOST
+    assert user.known_name(1) is None and await user.name_of(1) == "u1" and len(asked) == 3
+    for uid in range(1100):
+        await user.name_of(uid)
+    assert len(user._known) <= user.KEPT_MOST and not user._asked
+
+
+async def test_who_does_not_wait_for_a_name_any_more_keeps_nobody_else_from_it(monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: go.wait(10) and SimpleNamespace(pw_name="ann"))
+    first, second = asyncio.create_task(user.name_of(7)), asyncio.create_task(user.name_of(7))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0.01)
+    go.set()
+    assert await second == "ann" and first.cancelled()
 
 
 @pytest.mark.parametrize(("uid", "known", "unsure"), [(4242, False, True), (4242, True, False), (None, False, False)])
 def test_a_user_without_a_name_is_refused_only_for_now_where_nobody_waits(uid, known, unsure, monkeypatch):
     """Of a message in the drop folder, while the directory of users does not answer."""
-
-    def look_up(number):
-        if known:
-            return SimpleNamespace(pw_name="ann")
-        raise KeyError
-
-    monkeypatch.setattr(pwd, "getpwuid", look_up)
     monkeypatch.setattr(user.Connection, "__init__", lambda *_: None)
     monkeypatch.setattr(user.Connection, "begin_session", lambda *_: None)
     logged_in = []
     connection = user.UserConnection(None, None, uid)
     connection.admission = SimpleNamespace(config=Config(hostname="mail.x.example", listener=[{"address": "127.0.0.1:25"}]))
-    connection._uid = 4242
+    connection._uid, connection._name = 4242, "ann" if known else "4242"
     connection.begin_session(SimpleNamespace(client=SimpleNamespace(domain="x.example"), log_in=logged_in.append), False)
     assert logged_in[0].unsure == unsure
     assert for_now(b"550 5.7.1 no\r\n") == b"451 4.7.1 no\r\n"
+
+
+class Transport:
+    """Of a client that is connected, or has gone."""
+
+    def __init__(self) -> None:
+        self.closing = self.paused = False
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_a_client_is_greeted_when_its_name_is_known_and_nobody_else_waits_for_that(stays, monkeypatch):
+    go, greeted = threading.Event(), []
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: go.wait(10) and SimpleNamespace(pw_name="ann"))
+    monkeypatch.setattr(user.Connection, "connection_made", lambda one, line: greeted.append((one._name, line.paused)))
+    tasks: list[asyncio.Task] = []
+    admission = SimpleNamespace(spawn=lambda work: tasks.append(asyncio.create_task(work)))
+    transport = Transport()
+    connection = user.UserConnection(admission, None, 4242)
+    connection.connection_made(transport)
+    await asyncio.sleep(0.01)  # the loop goes on
+    assert transport.paused and not greeted
+    transport.closing = not stays
+    go.set()
+    await asyncio.gather(*tasks)
+    assert (greeted, transport.paused) == (([("ann", True)], False) if stays else ([], True))
+    connection = user.UserConnection(admission, None, 4242)
+    connection.connection_made(Transport())
+    assert greeted[-1] == ("ann", False) and len(tasks) == 1, "it is known now"

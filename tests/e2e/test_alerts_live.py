@@ -25,13 +25,13 @@ import trustme
 
 from tests.conftest import PROVE
 from tests.e2e.test_mailbox_gauges import READER
-from tests.e2e.test_safety import traced
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.mailboxes import create
 from tests.support.programs import need
 from tests.support.prometheus import asked, firing, hastened, prometheus
 from tests.support.resolver import nameserver_with
+from tests.support.traced import is_traced
 
 RULES = (Path(__file__).resolve().parents[2] / "grafana" / "alerts.yml").read_text()
 FASTER = 120
@@ -540,7 +540,7 @@ class Failing(Troubled):
         only = [option for path in paths for option in ("-P", str(path))]
         strace = subprocess.Popen([*command, "-e", f"inject={calls}:error=EIO", *only])
         try:
-            wait_for(lambda: traced(pid), what="strace to be attached to every thread")
+            wait_for(lambda: is_traced(pid), what="strace to be attached to every thread")
             yield
         finally:
             strace.terminate()

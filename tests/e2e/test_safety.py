@@ -25,7 +25,7 @@ from tests.support.fake_mx import SILENT, FakeMx
 from tests.support.programs import need
 from tests.support.prove import in_prove
 from tests.support.source import Source
-from tests.support.traced import BEGINS, CALLS, Syncs, moments
+from tests.support.traced import BEGINS, CALLS, Syncs, is_traced, moments
 
 KILLS = 30 if PROVE else 4
 PAUSE = 0.0 if PROVE else 0.02  # seconds of each client between two messages: many are under way all the time, even so
@@ -271,7 +271,7 @@ def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
             [strace, "-f", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=3+7", "-p", str(pid)],
             stderr=subprocess.DEVNULL,
         )
-        wait_for(partial(traced, pid), what="strace to be attached to every thread")
+        wait_for(partial(is_traced, pid), what="strace to be attached to every thread")
         source = Source(lambda: relay.port, 5, pause=PAUSE)
 
         async def main() -> None:
@@ -290,10 +290,6 @@ def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
         asyncio.run(source.run(lambda: len(source.acknowledged) > before + 20))  # it recovers by itself
         drained(relay)
         check_ledger(source, ledger)
-
-
-def traced(pid: int) -> bool:
-    return all("TracerPid:\t0\n" not in path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")

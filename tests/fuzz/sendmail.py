@@ -44,11 +44,12 @@ def sendmail(data: bytes) -> None:
     header = found.data[: header_octets(found.data)]
     assert fields(header, (b"from",))
     message_of = message._without_separator(taken)
-    if found.data.endswith(message_of):  # what was put in front of it is one field, and at most the line that ends a header
+    if found.data.endswith(message_of):  # what was put in front of it are our fields, and at most the line that ends a header
         ours = found.data[: len(found.data) - len(message_of)].removesuffix(b"\r\n\r\n").removesuffix(b"\r\n")
-        assert all(line[:1] == b" " for line in ours.split(b"\r\n")[1:])
+        assert all(line.startswith((b" ", b"From: ", message.KEY)) for line in ours.split(b"\r\n")) or not ours
     else:
         assert message_of.startswith(message.CRONS)
+    assert fields(header, (message.KEY.lower(),))
     assert not CONTROLS.difference((13, 10)).intersection(author(name, b"ann"))
 
 

@@ -18,6 +18,7 @@ from tests.support.daemon import wait_for
 from tests.support.preload import built
 from tests.support.programs import need
 from tests.support.prove import in_prove
+from tests.support.traced import is_traced
 
 CALLS = {"open", "write", "pwrite", "writev", "fdatasync"}  # of those that may fail; the others are seldom made
 
@@ -66,7 +67,7 @@ def test_calls_that_strace_lets_fail(memory_path, call, every):
     tracer = subprocess.Popen(
         [strace, "-f", "-o", os.devnull, "-e", f"trace={call}", "-e", fault, "-p", str(process.pid)], stderr=subprocess.DEVNULL
     )
-    wait_for(partial(traced, process.pid), what="strace to be attached to every thread")
+    wait_for(partial(is_traced, process.pid), what="strace to be attached to every thread")
     process.stdin.write("go\n")
     assert process.stdout.readline() == "worked\n"
     tracer.send_signal(signal.SIGTERM)
@@ -74,7 +75,3 @@ def test_calls_that_strace_lets_fail(memory_path, call, every):
     said, _ = process.communicate("go on\n", timeout=120)
     assert process.returncode == 0
     assert json.loads(said)["refused"] > 0 or call == "unlink", "nobody hears of a file that could not be removed"
-
-
-def traced(pid: int) -> bool:
-    return all("TracerPid:\t0\n" not in path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status"))

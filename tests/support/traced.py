@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["BEGINS", "CALLS", "ENDS", "Syncs", "moments"]
+__all__ = ["BEGINS", "CALLS", "ENDS", "Syncs", "is_traced", "moments"]
 
 BEGINS, ENDS = "begins", "ends"
 CALLS = "openat,pwritev,pwritev2,pwrite64,fdatasync,fsync,write,writev,sendto,sendmsg"
@@ -64,3 +65,8 @@ class Syncs:
             self.state = "synced"
         elif self._named.match(call) and self.state == "synced":
             self.state = "named"
+
+
+def is_traced(pid: int) -> bool:
+    """Whether strace is attached to every thread of a process."""
+    return all("TracerPid:\t0\n" not in path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status"))
