@@ -24,8 +24,10 @@ __all__ = ["UserConnection", "identified", "known_name", "name_of"]
 
 EVERYBODY = "*"
 KEPT_SECONDS, KEPT_MOST = 60.0, 1000
+WAITING_MOST = 200  # connections for whose user's name the system is asked: sendmail(1) drops what others want to hand in
 _known: dict[int, tuple[str, float]] = {}  # names of users, and until when they count (monotonic seconds)
 _asked: dict[int, "asyncio.Future[str]"] = {}  # users about whom the system is asked now
+_waiting: set["UserConnection"] = set()  # clients that are greeted when their name is known
 _threads = ThreadPoolExecutor(2, "names")
 
 
@@ -98,11 +100,19 @@ class UserConnection(Connection):
             self._begin(transport, name)
             return
         self.transport = transport  # type: ignore[assignment]
+        if len(_waiting) >= WAITING_MOST:
+            self.count_refused()
+            self.close()
+            return
         self.pause()
+        _waiting.add(self)
         self.admission.spawn(self._named(transport, self._uid))
 
     async def _named(self, transport: asyncio.BaseTransport, uid: int) -> None:
-        name = await name_of(uid)
+        try:
+            name = await name_of(uid)
+        finally:
+            _waiting.discard(self)
         if not self.gone:
             self._begin(transport, name)
             self.resume()

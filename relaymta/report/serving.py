@@ -32,6 +32,7 @@ __all__ = ["FOLDER", "Reporter", "serve"]
 
 WORKER = -3  # the number of this process in the log
 FOLDER = "report"  # in the spool
+START_SECONDS = 3.0  # for which a question waits while it starts
 LOOK_SECONDS = 1.0  # for new shards; and figures are told so often
 THREADS = 4
 SUPPRESS_SECONDS = 30.0  # for the suppression list to take events
@@ -243,6 +244,7 @@ class _Process:
         self.ending = asyncio.Event()
         self.channel = Channel(sock, self._asked, self.ending.set)
         self._reporter: Reporter | None = None
+        self._started = asyncio.Event()
         self._suppressing: Suppressing | None = None
         self._log: Log | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -263,11 +265,16 @@ class _Process:
         self._reporter = Reporter(spool, self._log, (self._suppressing,))
         await self._reporter.configure(found, tuple(fresh))
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._reporter.look()), loop.create_task(self._tell())]
+        self._tasks = [loop.create_task(self._reporter.look()), loop.create_task(self._tell(self._reporter))]
+        self._started.set()
 
-    def _reports(self) -> Reporter:
-        if self._reporter is None:
-            raise RelayError("the process of the webhooks is starting")
+    async def _reports(self) -> Reporter:
+        """RelayError: it waits, as in an upgrade, until another process does not report any more."""
+        try:
+            await asyncio.wait_for(self._started.wait(), START_SECONDS)
+        except TimeoutError:
+            raise RelayError("the process of the webhooks is starting") from None
+        assert self._reporter is not None
         return self._reporter
 
     async def _suppress(self, events: list[dict[str, Any]]) -> None:
@@ -276,33 +283,34 @@ class _Process:
 
     async def _configure(self, config: str) -> None:
         found = Config.model_validate_json(config)
-        if self._suppressing is not None:
-            self._suppressing.configure(found)
-        await self._reports().configure(found)
+        await self._started.wait()  # however long that takes, such as in an upgrade: else it would go on with what was before
+        assert self._suppressing is not None
+        self._suppressing.configure(found)
+        await (await self._reports()).configure(found)
 
     async def _reopen_log(self) -> None:
         if self._log is not None:
             self._log.reopen()
 
     async def _rows(self) -> list[dict[str, Any]]:
-        return self._reports().rows()
+        return (await self._reports()).rows()
 
     async def _test(self, name: str) -> dict[str, Any]:
         try:
-            return await self._reports().test(name)
+            return await (await self._reports()).test(name)
         except NotTaken as error:
             return {"status": 0, "taken": False, "text": str(error), "seconds": 0.0}
 
     async def _replay(self, **args: Any) -> dict[str, Any]:
-        return await self._reports().replay(**args)
+        return await (await self._reports()).replay(**args)
 
-    async def _tell(self) -> None:
+    async def _tell(self, reporter: Reporter) -> None:
         """Tell the supervisor the figures, for /metrics."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             rows = [
                 (row["name"], row["delivered"], row["dropped"], row["lag_events"], row["lag_seconds"], row["state"] != "ok")
-                for row in self._reports().rows()
+                for row in reporter.rows()
             ]
             self.channel.notify("figures", rows=rows)
 

@@ -72,9 +72,9 @@ def _end(data: bytearray, begin: int, complete: bool) -> int:
 
 def enveloped(data: bytes, user: User, sender: str | None, given: list[str], from_header: bool, full_name: str) -> Envelope:
     """The message with its envelope. `sender`: None: the user; `given`: recipients of the command line, to which `from_header`
-    adds those of the header. A message without From gets one, and one without an idempotency key that, so that it is sent once where
-    the relay has it, and could not say so. Bcc is removed by the relay, as from all that is submitted, and so is the key. Stop: an
-    address is none, or there is no recipient."""
+    adds those of the header. A message without From gets one, and one without an idempotency key that, so that it is sent once
+    where the relay has it, and could not say so. Bcc is removed by the relay, as from all that is submitted, and so is the key.
+    Stop: an address is none, or there is no recipient."""
     data = _without_separator(data)
     header = data[: header_octets(data)]
     found = [one for argument in given for one in _argued(argument)]

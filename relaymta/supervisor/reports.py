@@ -22,7 +22,7 @@ __all__ = ["Reports"]
 BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds before a process that has failed is started again
 STEADY_SECONDS = 60.0  # of a process that is no failure
 END_SECONDS = 5.0  # for it to end
-START_SECONDS = 30.0
+ASK_SECONDS = 3.0  # for which who asks it something waits until it is there
 
 
 class Reports:
@@ -35,6 +35,7 @@ class Reports:
         self._suppress = suppress
         self._warn = warn
         self._channel: Channel | None = None
+        self._there = asyncio.Event()  # there is a channel
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._changed = asyncio.Event()  # the configuration has, or it is closing
@@ -102,20 +103,28 @@ class Reports:
             return error.strerror or str(error)
         finally:
             theirs.close()
-        channel = self._channel = Channel(ours, self._asked, lambda: None)
-        ended = asyncio.get_running_loop().create_task(process.wait())
+        channel, task = Channel(ours, self._asked, lambda: None), asyncio.get_running_loop().create_task
+        ended = task(process.wait())
+        # It begins when that of another program has ended, which in an upgrade may take long.
+        started = task(channel.ask("start", None, None, config=self._config.to_json(), fresh=self._fresh))
+        self._channel = channel
+        self._there.set()
         why = ""
         try:
-            await channel.ask("start", None, START_SECONDS, config=self._config.to_json(), fresh=self._fresh)
             while not (ended.done() or self._unwanted):
-                changed = asyncio.get_running_loop().create_task(self._changed.wait())
-                await asyncio.wait({ended, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed = task(self._changed.wait())
+                await asyncio.wait({ended, changed, *[started] * (not started.done())}, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
                 self._changed.clear()
+                if started.done():
+                    started.result()
         except (RelayError, ConnectionError, Refused) as error:
             why = str(error)
         finally:
             self._channel = None
+            self._there.clear()
+            started.cancel()
+            await asyncio.gather(started, return_exceptions=True)
             channel.close()  # it ends then
             await _ended(process)
             await ended
@@ -140,6 +149,8 @@ class Reports:
         """Ask the process. RelayError: it is not there, or refuses."""
         if not self._config.webhook:
             raise RelayError("no [[webhook]] is configured")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._there.wait(), ASK_SECONDS)
         if self._channel is None:
             raise RelayError("the process of the webhooks is being started; try again")
         try:

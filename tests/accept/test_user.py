@@ -94,6 +94,26 @@ class Transport:
     def resume_reading(self) -> None:
         self.paused = False
 
+    def close(self) -> None:
+        self.closing = True
+
+
+async def test_only_so_many_wait_for_names(monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: go.wait(10) and SimpleNamespace(pw_name="ann"))
+    monkeypatch.setattr(user, "WAITING_MOST", 3)
+    monkeypatch.setattr(user.Connection, "connection_made", lambda *_: None)
+    tasks: list[asyncio.Task] = []
+    refused = SimpleNamespace(counters=SimpleNamespace(add=lambda *_: None))
+    admission = SimpleNamespace(spawn=lambda work: tasks.append(asyncio.create_task(work)), intake=refused)
+    transports = [Transport() for _ in range(5)]
+    for transport in transports:
+        user.UserConnection(admission, None, 4242).connection_made(transport)
+    assert [transport.closing for transport in transports] == [False] * 3 + [True] * 2
+    go.set()
+    await asyncio.gather(*tasks)
+    assert not user._waiting
+
 
 @pytest.mark.parametrize("stays", [True, False])
 async def test_a_client_is_greeted_when_its_name_is_known_and_nobody_else_waits_for_that(stays, monkeypatch):
