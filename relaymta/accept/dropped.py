@@ -24,6 +24,7 @@ REASON = b".reason"
 NAME_MOST = 255  # octets of a name (NAME_MAX of Linux)
 COMMANDS_MOST = 4 << 20  # octets of the commands of a dropped message
 HEADER_MOST = 256 << 10  # octets of the header of a message that is picked up
+NUMBERED = 20  # files of one name in BAD; what is put there later has the time in its name
 AT_ONCE = 1000  # names that are returned at once
 PIECE = 65536
 BAD_SETTLED_SECONDS = 2.0
@@ -244,8 +245,11 @@ class Folder:
 def _free(bad: int, name: bytes, reason: str) -> tuple[bytes, bytes]:
     """A name like this one that is free in `bad`, and that of a new file beside it with the reason. OSError."""
     for number in itertools.count(1):
-        more = b".%d" % number if number > 1 else b""
-        free = name[: NAME_MOST - len(more)] + more
+        if number == 1:
+            free = name
+        else:  # so that both names fit, and no two of the names beside are the same; many of a name need no long search
+            more = b".%d" % (number if number < NUMBERED else time.time_ns())
+            free = name[: NAME_MOST - len(REASON) - len(more)] + more
         beside = free[: NAME_MOST - len(REASON)] + REASON
         with contextlib.suppress(FileNotFoundError):
             os.stat(free, dir_fd=bad, follow_symlinks=False)

@@ -146,6 +146,23 @@ def test_a_long_name_is_put_aside_too(tmp_path):
     assert names(one) == []
 
 
+@pytest.mark.parametrize("name", ["a.drop", "ä" * 125 + ".drop"])
+def test_many_of_a_name_are_put_aside_each_with_its_reason_after_a_short_search(tmp_path, name, monkeypatch):
+    one, looked = folder(tmp_path), list[object]()
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda *words, **more: looked.append(words) or stat(*words, **more))
+    for number in range(60):
+        (tmp_path / name).write_text(f"{number}")
+        looked.clear()
+        one.put_aside(name, f"why {number}")
+        assert len(looked) < 2 * dropped.NUMBERED
+    for path in (tmp_path / "bad").iterdir():
+        if not path.name.endswith(".reason"):
+            reason = path.with_name(os.fsdecode(os.fsencode(path.name)[:248]) + ".reason")
+            assert reason.read_text() == f"why {path.read_text()}\n"
+    assert len(list((tmp_path / "bad").iterdir())) == 120
+
+
 def test_only_a_folder_of_ours_becomes_that_of_what_is_put_aside(tmp_path, monkeypatch):
     path, elsewhere = tmp_path / "drop", tmp_path / "elsewhere"
     path.mkdir()
