@@ -7,7 +7,7 @@ cdef Py_ssize_t BATCH, SHOWN
 cdef int HOLDING, COMMANDS, MESSAGE, CHUNK
 cdef int START, DOT, DOT_CR, MIDDLE, AFTER_CR
 cdef int BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE
-cdef int CR, LF
+cdef int CR, LF, SPACE
 cdef unsigned int DATA_VERB, BDAT_VERB, AUTH_VERB
 
 

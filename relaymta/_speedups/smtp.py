@@ -7,8 +7,9 @@ that octet is there), or ends as a request of HTTP.
 In data mode `(DATA, data)`, without dot-stuffing, and `(END,)` at <CRLF>.<CRLF>; in chunk mode `(DATA, data)` as sent, and
 `(END,)` after the announced number of octets.
 
-Only <CRLF> ends a line. A bare CR or LF never ends anything: it is noted in `flags`, and with `normalize` passed on as
-<CRLF>. The parser *holds* (parses nothing, keeps what arrives) after a verb behind which the next bytes may not be
+Only <CRLF> ends a line. A bare CR or LF never ends anything: it is noted in `flags`; with `normalize` a bare LF is passed on as
+<CRLF>, and a bare CR as a space: programs write it within a line, where a line end would make a header field of what follows. The
+parser *holds* (parses nothing, keeps what arrives) after a verb behind which the next bytes may not be
 commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)` and FOREIGN, and at first; the
 session then calls `commands()`, `line()`, `data()` or `chunk(n)` and feeds b"" to go on. So events depend on the bytes and on
 those calls, never on how the bytes were cut into segments. One call gives BATCH events at most, and feed(b"") the next ones.
@@ -50,6 +51,7 @@ LONG_LINE = 16
 
 CR = 13
 LF = 10
+SPACE = 32
 
 DATA_VERB = 0x44415441
 BDAT_VERB = 0x42444154
@@ -58,7 +60,8 @@ AUTH_VERB = 0x41555448
 
 class Parser:
     """One connection's input side. `line_limit`: octets of a command line with its CRLF; `data_line_limit`: octets of
-    a line of message data without CRLF beyond which LONG_LINE is noted; `normalize`: bare CR and LF become CRLF, NUL a space."""
+    a line of message data without CRLF beyond which LONG_LINE is noted; `normalize`: bare LF becomes CRLF, bare CR and NUL a
+    space."""
 
     def __init__(self, line_limit, data_line_limit, normalize):  # type: ignore[no-untyped-def]
         self.line_limit = line_limit
@@ -229,6 +232,22 @@ class Parser:
                 self.column += stop - pos
                 # A CR is valid only right before that LF.
                 c = find(p, CR, pos, stop)
+                if c >= 0 and self.normalize and (c + 1 < stop or stop == n):
+                    # A bare CR, or one that is held back: the next octet says what it is.
+                    if out is None:
+                        out = bytearray(2 * (n - run) + 4)
+                        w = out
+                    k = copy(w, k, p, run, c)
+                    run = c + 1
+                    if c + 1 < stop:
+                        self.flags |= BARE_CR
+                        w[k] = SPACE
+                        k += 1
+                    else:
+                        self.place = AFTER_CR
+                    self.column -= stop - (c + 1)
+                    pos = c + 1
+                    continue
                 if c >= 0 and c + 1 < stop:
                     self.column -= stop - (c + 1)
                     pos = c + 1
@@ -256,21 +275,18 @@ class Parser:
                     self._line(0)
                 pos = i + 1
             elif place == AFTER_CR:
+                if self.normalize and run == pos:  # it is held back
+                    if out is None:
+                        out = bytearray(2 * (n - run) + 4)
+                        w = out
+                    w[k] = CR if p[pos] == LF else SPACE
+                    k += 1
                 if p[pos] == LF:
                     pos += 1
                     self._line(1)
                     self.place = START
                 else:
                     self.flags |= BARE_CR
-                    if self.normalize:
-                        if out is None:
-                            out = bytearray(2 * (n - run) + 4)
-                            w = out
-                        k = copy(w, k, p, run, pos)
-                        w[k] = LF
-                        k += 1
-                        run = pos
-                        self._line(1)
                     self.place = MIDDLE
             elif place == START:
                 if p[pos] == ord("."):
@@ -304,13 +320,15 @@ class Parser:
                     pos += 1
                     break
                 # The CR was held back: it is message data after all.
+                self.column += 1
+                self.place = AFTER_CR
+                if self.normalize:
+                    continue
                 if out is None:
                     out = bytearray(2 * (n - run) + 4)
                     w = out
                 w[k] = CR
                 k += 1
-                self.column += 1
-                self.place = AFTER_CR
         self._flush(data, first, run, pos if tail < 0 else tail, out, k, events)
         if tail >= 0:
             self.mode = HOLDING

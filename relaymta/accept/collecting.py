@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,12 +23,14 @@ from relaymta.config import Listener
 __all__ = ["Collector"]
 
 LOOK_SECONDS = 2.0
-TOGETHER = 4  # messages at the same time
+TOGETHER, OF_ONE = 16, 4  # files of a folder at the same time, and of them those of one user: nobody keeps the others waiting
 AGAIN_SECONDS = 60.0  # before a message is tried again that was refused for now
 PIECE = 65536
 OVERALL_SECONDS = 900.0  # for one message
 END_SECONDS = 10.0  # for messages under way, at the end
 REFUSALS_MOST = 10  # of recipients, before a new connection is made: it would be closed (intake.errors)
+LATER_MOST = 100  # recipients who are refused for now, before the rest waits with them
+CLOCK_SET = 1_700_000_000  # seconds UTC; a file of a time before was left while the clock of the machine was not set
 SHOWN_LINES, SHOWN = 100, 2000  # lines of a notice, and characters of a log record, about recipients
 NOTICE = """\
 From: MAILER-DAEMON
@@ -64,12 +66,14 @@ class _Later(Exception):
 
 @dataclass(slots=True)
 class _Work:
-    """What has become of a message. `left`: the commands for the recipients that neither have it nor were refused; `refused`: one
-    line for each that was refused for good; `text`: why all of it was."""
+    """What has become of a message. `left`: the commands for the recipients that neither have it nor were refused; `later`: while
+    it is sent, for those of them that were refused for now; `refused`: one line for each that was refused for good; `text`: why
+    all of it was."""
 
     identity: Identity
     rcpts: list[bytes]
     left: list[bytes]
+    later: list[bytes] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     text: str = ""
 
@@ -98,7 +102,10 @@ class _State:
     """What is known of the files of a folder, by their names. `since`: when they were seen first, `oldest`: the first of these
     times (loop time; None: no file is there); `bad`: how many are put aside; `later`: when those are tried again that could not
     be dealt with (loop time); `works`: of messages that some recipients have, or all, but that are still there; `warned`: what
-    was logged."""
+    was logged; `due`: files to be taken, and whose they are, `more`: there are others; `running`: those that are being taken;
+    `tasks`: who does it.
+
+    `note` and `due` are for the thread that looks, one at a time; all else changes on the loop."""
 
     since: dict[str, float] = field(default_factory=dict)
     oldest: float | None = None
@@ -106,6 +113,20 @@ class _State:
     later: dict[str, float] = field(default_factory=dict)
     works: dict[str, _Work] = field(default_factory=dict)
     warned: dict[str, str] = field(default_factory=dict)
+    due: list[tuple[str, int]] = field(default_factory=list)
+    more: bool = False
+    running: dict[str, int] = field(default_factory=dict)
+    tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+
+    def next(self, now: float) -> tuple[str, int] | None:
+        """A file that is to be taken, and may be now; it is not due any more."""
+        if len(self.running) < TOGETHER:
+            owners = list(self.running.values())
+            full = {owner for owner in owners if owners.count(owner) >= OF_ONE}
+            for at, (name, owner) in enumerate(self.due):
+                if owner not in full and name not in self.running and self.later.get(name, 0.0) <= now:
+                    return self.due.pop(at)
+        return None
 
     def clear_counts(self) -> None:
         """The folder is not there, or another program's to empty. Who has a message already is still known."""
@@ -119,8 +140,8 @@ class _State:
         known: dict[str, object]
         for known in (self.since, self.later, self.works, self.warned):  # type: ignore[assignment]
             for name in list(known):  # one by one: a difference of sets would keep the event loop waiting
-                if name not in there:
-                    del known[name]
+                if name not in there and name not in self.running:
+                    known.pop(name, None)
         self.oldest = min(self.since.values(), default=None)
 
 
@@ -137,14 +158,18 @@ class Collector:
         self._folders: dict[str, tuple[Folder, _State]] = {}  # by their key
         self._told: dict[str, str] = {}  # what is wrong with a folder, and was logged
         self._ending = asyncio.Event()
+        self._wake = asyncio.Event()  # it is to look again, or to end
         self._task = admission.loop.create_task(self._run())
 
     async def end(self) -> None:
         """Begin no message any more, finish those under way, and leave the folders to others."""
         self._ending.set()
-        await asyncio.wait({self._task}, timeout=END_SECONDS)
-        self._task.cancel()
-        await asyncio.wait({self._task}, timeout=END_SECONDS)
+        self._wake.set()
+        tasks = {self._task, *(task for _, state in self._folders.values() for task in state.tasks)}
+        await asyncio.wait(tasks, timeout=END_SECONDS)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=END_SECONDS)
         for folder, _ in self._folders.values():
             folder.end()
         self._folders.clear()
@@ -162,13 +187,15 @@ class Collector:
         while not self._ending.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
-                    await self._ending.wait()
+                    await self._wake.wait()
+            self._wake.clear()
             for key, folder, state in self._there():
                 try:
                     if self._ending.is_set():
                         break
                     if await self._thread(folder.begin):
-                        await self._empty(folder, state)
+                        state.due = await self._thread(_due, folder, state, self._admission.now())
+                        self._begin(folder, state)
                         self._told.pop(key, None)
                     else:
                         state.clear_counts()
@@ -186,34 +213,45 @@ class Collector:
         ):  # fmt: skip
             known = self._folders.get(key)
             if known is not None and str(known[0].path) != path:
+                if known[1].running:  # they are finished first
+                    continue
                 self._folders.pop(key)[0].end()
                 self._told.pop(key, None)
             if path and path != "off" and key not in self._folders:
                 self._folders[key] = Folder(path, ends, opened, key == "local.drop"), _State()
-        return [(key, *found) for key, found in self._folders.items()]
+        paths = {"local.drop": local.drop, "local.pickup": local.pickup}
+        return [(key, *found) for key, found in self._folders.items() if str(found[0].path) == paths[key]]
 
-    async def _empty(self, folder: Folder, state: _State) -> None:
-        """Take what is there now."""
-        due = iter(await self._thread(_due, folder, state, self._admission.now()))
-        await asyncio.gather(*(self._take_each(folder, state, due) for _ in range(TOGETHER)))
+    def _begin(self, folder: Folder, state: _State) -> None:
+        """Take what is due, as many files as may be taken at the same time."""
+        while not (self._ending.is_set() or self._admission.intake.draining):
+            found = state.next(self._admission.now())
+            if found is None:
+                break
+            name, owner = found
+            state.running[name] = owner
+            task = self._admission.loop.create_task(self._take_one(folder, state, name))
+            state.tasks.add(task)
+            task.add_done_callback(state.tasks.discard)
 
-    async def _take_each(self, folder: Folder, state: _State, names: Iterator[str]) -> None:
-        for name in names:
-            if self._ending.is_set() or self._admission.intake.draining:
-                return
-            try:
-                await self._take(folder, state, name)
-                continue
-            except FileNotFoundError:  # somebody has removed it
-                continue
-            except _Later:
-                pass
-            except Exception as error:  # one file keeps no other from being sent
-                text = f"{folder.place(name)} stays where it is for now: {_said(error)}"
-                if state.warned.get(name) != text:
-                    state.warned[name] = text
-                    self._warn(text)
+    async def _take_one(self, folder: Folder, state: _State, name: str) -> None:
+        try:
+            await self._take(folder, state, name)
+        except FileNotFoundError:  # somebody has removed it
+            pass
+        except _Later:
             state.later[name] = self._admission.now() + AGAIN_SECONDS
+        except Exception as error:  # one file keeps no other from being sent
+            state.later[name] = self._admission.now() + AGAIN_SECONDS
+            text = f"{folder.place(name)} stays where it is for now: {_said(error)}"
+            if state.warned.get(name) != text:
+                state.warned[name] = text
+                self._warn(text)
+        finally:
+            del state.running[name]
+        self._begin(folder, state)
+        if state.more and not state.running:
+            self._wake.set()
 
     async def _take(self, folder: Folder, state: _State, name: str) -> None:
         """One file: to the queue, or aside. An exception: it stays where it is."""
@@ -221,6 +259,8 @@ class Collector:
             message = await self._thread(folder.open, name)
         except Broken as error:
             await self._put_aside(folder, name, str(error), None)
+            if error.user is not None:
+                await self._tell(error.user, [], str(error))
             return
         try:
             work = state.works.get(name)
@@ -239,19 +279,17 @@ class Collector:
             await self._thread(folder.remove, name, work.identity)
         state.works.pop(name, None)
         if reason and folder.drops:
-            await self._tell(message, reason)
+            await self._tell(message.user, message.rcpts, reason)
 
-    async def _tell(self, message: Message, reason: str) -> None:
+    async def _tell(self, owner: int, commands: list[bytes], reason: str) -> None:
         """Tell the user who has dropped a message that it was not sent: the program that did it said that it would be."""
-        user = await name_of(message.user)
+        user = (await name_of(owner)).rpartition("\\")[2]  # `CORP\ann`, as Winbind has it
         text = NOTICE.format(
             user=user, reason=_some(reason.split("\n")),
-            commands=_some([one.decode("utf-8", "replace") for one in message.rcpts]),
+            commands=_some([one.decode("utf-8", "replace") for one in commands]) or "(they could not be read)",
         )  # fmt: skip
         data, rcpts = Converted().take(text.encode("utf-8", "replace"), True), [f"RCPT TO:<{user}>".encode()]
-        notice = message._replace(
-            user=os.geteuid(), mail=b"MAIL FROM:<>", rcpts=rcpts, head=data, octets=0, converts=False, since=time.time(), key="",
-        )  # fmt: skip
+        notice = Message(-1, os.geteuid(), b"MAIL FROM:<>", rcpts, data, 0, 0, False, Identity(0, 0, 0), time.time())
         work = _Work(notice.identity, rcpts, list(rcpts))
         try:
             await self._queue(notice, work)
@@ -274,23 +312,37 @@ class Collector:
         except _Refused as error:
             work.refuse_rest(str(error))
         except (_Later, EOFError, TimeoutError) as error:
-            if time.time() - message.since < self._admission.config.queue.max_age:
+            if message.since < CLOCK_SET or time.time() - message.since < self._admission.config.queue.max_age:
                 raise
             work.refuse_rest(f"it is too old (queue.max_age); the last that was said: {_said(error)}")
 
     async def _send(self, message: Message, work: _Work) -> None:
         """As `_queue`, of any age, by as many connections as it takes. `_Refused`: those who are left are refused."""
-        while work.left:
+        try:
+            last = await self._send_to_each(message, work)
+        finally:
+            later, work.later = work.later, []
+            work.left += later  # behind the others: next time it is their turn
+        if later:
+            raise _Later(last)
+
+    async def _send_to_each(self, message: Message, work: _Work) -> str:
+        """As `_send`, but those who are refused for now are in `work.later`; why the last one was."""
+        last = ""
+        while work.left and len(work.later) < LATER_MOST:
             left = len(work.left)
             try:
                 reader, writer = await self._connected(message.user, message.key)
+                dialogue = _Dialogue(reader, writer, self._thread)
                 try:
-                    await _Dialogue(reader, writer, self._thread).all(message, work)
+                    await dialogue.all(message, work)
                 finally:
                     writer.close()
+                    last = dialogue.later or last
             except (_Later, EOFError, ConnectionError):
                 if len(work.left) == left:  # else some progress was made: after many errors a connection is closed
                     raise
+        return last
 
     async def _connected(self, user: int, file: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection of this user with ourselves, for the messages of a file."""
@@ -313,9 +365,9 @@ class Collector:
         self._admission.intake.log.event("warning", text=text)
 
 
-def _due(folder: Folder, state: _State, now: float) -> list[str]:
-    """The names of files that are to be taken now. It blocks: there may be very many. OSError."""
-    due, there = folder.names(state.later, now)
+def _due(folder: Folder, state: _State, now: float) -> list[tuple[str, int]]:
+    """The files that are to be taken now, and whose they are. It blocks: there may be very many. OSError."""
+    due, there, state.more = folder.names(dict(state.later), now)
     state.note(there, now)
     with contextlib.suppress(OSError):  # a count keeps no mail waiting
         state.bad = folder.bad_files()
@@ -341,6 +393,7 @@ class _Dialogue:
         self._writer = writer
         self._thread = thread
         self._refusals = 0
+        self.later = ""  # why a recipient was refused for now, last
 
     async def all(self, message: Message, work: _Work) -> None:
         """Send it to those who are left, or as many as one connection is good for."""
@@ -364,6 +417,11 @@ class _Dialogue:
                 continue
             if taken and code == 452 and text.startswith("4.5.3"):
                 break
+            if code >= 400 and code != 421:  # it keeps none of the others from it
+                work.later.append(work.left.pop(taken))
+                self._refusals += 1
+                self.later = text
+                continue
             _positive((code, text))
             taken += 1
         if taken:

@@ -10,6 +10,7 @@ import itertools
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,8 @@ NAME_MOST = 255  # octets of a name (NAME_MAX of Linux)
 COMMANDS_MOST = 4 << 20  # octets of the commands of a dropped message
 HEADER_MOST = 256 << 10  # octets of the header of a message that is picked up
 NUMBERED = 20  # files of one name in BAD; what is put there later has the time in its name
-AT_ONCE = 1000  # names that are returned at once
+AT_ONCE, OF_ONE = 1000, 500  # names that are returned at once, and of files of one user
+LOOKED_AT = 20_000  # files of which it is asked for that whose they are
 PIECE = 65536
 BAD_SETTLED_SECONDS = 2.0
 LEFT_OVER_SECONDS = 86_400.0  # after this a file that was not completed is removed
@@ -33,7 +35,9 @@ _HAS_X = (b"x-sender", b"x-receiver")
 
 
 class Broken(Exception):
-    """A file is no message that could be sent; str() says why."""
+    """A file is no message that could be sent; str() says why. `user`: whose it is, None: nobody's who could be told."""
+
+    user: int | None = None
 
 
 class Identity(NamedTuple):
@@ -67,18 +71,32 @@ class Message(NamedTuple):
 
 
 class Converted:
-    """Text with CRLF for each line end, and blanks for NUL, whatever it has, piece by piece."""
+    """Text with CRLF for each line end, and blanks for NUL, whatever it has, piece by piece. A CR before CRLF belongs to it."""
 
     def __init__(self) -> None:
-        self._cr = b""  # at the end of the piece before
+        self._cr = b""  # CRs at the end of the piece before, two at most
 
     def take(self, piece: bytes, last: bool) -> bytes:
         """What the next piece becomes. `last`: no other follows."""
         piece, self._cr = self._cr + piece, b""
-        if piece.endswith(b"\r") and not last:
-            piece, self._cr = piece[:-1], b"\r"
-        piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-        return piece.replace(b"\0", b" ")
+        if not last and piece.endswith(b"\r"):
+            at = len(piece) - (2 if piece.endswith(b"\r\r") else 1)
+            piece, self._cr = piece[:at], piece[at:]
+        return _lines_of(piece).replace(b"\r", b"\n").replace(b"\n", b"\r\n").replace(b"\0", b" ")
+
+
+def _lines_of(text: bytes) -> bytes:
+    """Text in which CRLF, also behind another CR, is LF."""
+    return text.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n")
+
+
+def _with_header(start: bytes) -> bytes:
+    """The beginning of a message, as of `Converted`; but that in its header a CR alone is a blank, and makes no field of what
+    follows, and that an empty line follows a header that a text ends which is none."""
+    header, empty, text = _lines_of(start).partition(b"\n\n")
+    found = Converted().take(header.replace(b"\r", b" ") + empty + text, True)
+    end = header_octets(found)
+    return found if found.startswith(b"\r\n", end) or end in (0, len(found)) else found[:end] + b"\r\n" + found[end:]
 
 
 class Folder:
@@ -149,10 +167,10 @@ class Folder:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def names(self, later: Mapping[str, float], now: float) -> tuple[list[str], set[str]]:
-        """The files that are complete and due, AT_ONCE at most: those that are not in `later` first, by name, then those that
-        are due (by it and `now`) for the longest time; and the names of all that are complete. What was never completed is
-        removed from a drop folder. OSError."""
+    def names(self, later: Mapping[str, float], now: float) -> tuple[list[tuple[str, int]], set[str], bool]:
+        """The files that are complete and due, and whose they are, AT_ONCE at most, and OF_ONE of a user: those that are not in
+        `later` first, by name, then those that are due (by it and `now`) for the longest time; the names of all that are
+        complete; and whether more of them are due. What was never completed is removed from a drop folder. OSError."""
         found = set()
         with os.scandir(self._descriptor) as entries:
             for entry in entries:
@@ -160,8 +178,23 @@ class Folder:
                     self._remove_left_over(entry.name)
                 elif entry.name.endswith(self._ends):
                     found.add(entry.name)
-        due = ((at, name) for name in found if (at := later.get(name, 0.0)) <= now)
-        return [name for _, name in heapq.nsmallest(AT_ONCE, due)], found
+        due = [(at, name) for name in found if (at := later.get(name, 0.0)) <= now]
+        chosen: list[tuple[str, int]] = []
+        of: Counter[int] = Counter()
+        for _, name in heapq.nsmallest(LOOKED_AT, due):
+            owner = self._owner(name)
+            of[owner] += 1
+            if of[owner] <= OF_ONE:
+                chosen.append((name, owner))
+            if len(chosen) == AT_ONCE:
+                break
+        return chosen, found, len(due) > len(chosen)
+
+    def _owner(self, name: str) -> int:
+        try:
+            return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False).st_uid
+        except OSError:  # it is gone
+            return -1
 
     def _remove_left_over(self, name: str) -> None:
         """By the time that no user can set. Files of a pickup folder are those of others."""
@@ -183,7 +216,12 @@ class Folder:
                 raise Broken("it has another name, too (a hard link)")
             # No user can set the time of the last change of the inode: a file that is the same in all else was put there anew.
             kind, named = "drop" if self.drops else "pickup", os.fsencode(name).hex()
-            return self._opened(descriptor)._replace(key=f"{kind} {named} {found.st_ino} {found.st_ctime_ns} {found.st_size}")
+            try:
+                message = self._opened(descriptor)
+            except Broken as error:
+                error.user = found.st_uid if self.drops else None
+                raise
+            return message._replace(key=f"{kind} {named} {found.st_ino} {found.st_ctime_ns} {found.st_size}")
         except BaseException:
             os.close(descriptor)
             raise
@@ -316,7 +354,7 @@ def opened_pickup(descriptor: int) -> Message:
         raise Broken("it is empty")
     if start.endswith(b"\r"):  # of CRLF, perhaps
         start += os.read(descriptor, 1)
-    text = Converted().take(start, True)
+    text = _with_header(start)
     end = header_octets(text)
     if not end:
         raise Broken("it does not begin with a header")

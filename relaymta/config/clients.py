@@ -143,7 +143,9 @@ class PeerNetwork(Table):
     application: Reload[str] = Field("", description="application of their mail; overrides the listener's")
     priority: Reload[Literal["express", "normal", "bulk"] | None] = Field(None, description="class of their mail")
     relay: Reload[bool | None] = Field(None, description="whether they may relay")
-    normalize: Reload[bool | None] = Field(None, description="whether bare CR and LF are replaced by CRLF, and NUL by a space")
+    normalize: Reload[bool | None] = Field(
+        None, description="whether bare LF is replaced by CRLF, and bare CR and NUL by a space"
+    )
     long_lines: Reload[bool | None] = Field(None, description="whether lines may be longer than 998 octets")
     message_size: Reload[Size | None] = Field(None, gt=0, description="maximum size of a message (octets)")
     recipients: Reload[int | None] = Field(None, ge=1, le=65535, description="maximum recipients of a message")
@@ -194,7 +196,7 @@ class Intake(Table):
     """How mail is accepted. `[intake]`"""
 
     normalize_networks: Reload[list[Network]] = Field(
-        [], description="clients whose bare CR and LF are replaced by CRLF, and NUL by a space; rejected from others"
+        [], description="clients whose bare LF is replaced by CRLF, and bare CR and NUL by a space; rejected from others"
     )
     long_line_networks: Reload[list[Network]] = Field(LOOPBACK, description="clients whose lines may be longer than 998 octets")
     complete_domain: Reload[Domain] = Field(

@@ -31,6 +31,7 @@ class Relay:
         self.says: Callable[[bytes], bytes] = lambda command: OK
         self.sent: list[tuple[list[bytes], bytes]] = []
         self.connections = self.closed = 0
+        self.go = asyncio.Event()  # what is for slow@x waits for it
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -39,6 +40,8 @@ class Relay:
         writer.write(b"220 x\r\n")
         while (line := (await reader.readline()).rstrip()) not in (b"", b"QUIT"):
             answer = self.says(line)
+            if b"<slow@x>" in line:
+                await self.go.wait()
             if line.startswith(b"BDAT"):
                 data += await reader.readexactly(int(line.split()[1]))
             if line.startswith(b"MAIL"):
@@ -169,6 +172,49 @@ async def test_who_has_it_does_not_get_it_again_when_the_rest_waits(tmp_path):
         now[0] = OK
         await one.until(lambda: not one.names())
         assert relay.recipients == [b"a@x", b"b@x", b"c@x"] and one.warnings == []
+
+
+async def test_who_is_refused_for_now_keeps_nobody_else_from_it(tmp_path):
+    relay = Relay()
+    relay.says = lambda command: b"451 4.3.0 cannot be checked now" if b"<b" in command else OK
+    async with bench(tmp_path, relay) as one:
+        rcpts = [f"b{number}@x" for number in range(25)]
+        one.put("1.drop", [*rcpts, "a@x", "c@x"])
+        await one.until(lambda: len(relay.recipients) == 2)
+        assert relay.recipients == [b"a@x", b"c@x"] and one.names() == ["1.drop"]
+        relay.says = lambda command: OK
+        await one.until(lambda: not one.names())
+        assert relay.recipients == sorted([b"a@x", b"c@x", *(rcpt.encode() for rcpt in rcpts)])
+    assert not one.warnings
+
+
+async def test_a_connection_that_is_lost_after_some_were_refused_for_now_loses_nobody(tmp_path):
+    relay = Relay()
+    relay.says = lambda command: b"451 4.3.0 no" if b"<b@x>" in command else b"QUIT" if b"LAST" in command else OK
+    async with bench(tmp_path, relay) as one:
+        one.put("1.drop", ["b@x", "a@x"])
+        await one.until(lambda: relay.connections > 2)
+        relay.says = lambda command: OK
+        await one.until(lambda: not one.names())
+        assert relay.recipients == [b"a@x", b"b@x"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of other users need root")
+async def test_files_of_one_user_that_take_long_keep_nobody_waiting(tmp_path):
+    relay, pickup = Relay(), tmp_path / "pickup"
+    pickup.mkdir()
+    async with bench(tmp_path, relay, pickup=str(pickup)) as one:
+        for number in range(3 * collecting.OF_ONE):
+            one.put(f"{number}.drop", ["slow@x"])
+        await one.until(lambda: relay.connections == collecting.OF_ONE)
+        one.put("z.drop", ["ann@x"])
+        os.chown(tmp_path / "z.drop", 1001, -1)
+        (pickup / "1.eml").write_text("From: a@x\nTo: bob@x\n\nx\n")
+        await one.until(lambda: relay.recipients == [b"ann@x", b"bob@x"])
+        assert len(one.names()) == 3 * collecting.OF_ONE and relay.connections == collecting.OF_ONE + 2
+        relay.go.set()
+        await one.until(lambda: not one.names())
+        assert relay.recipients.count(b"slow@x") == 3 * collecting.OF_ONE
 
 
 async def test_what_is_refused_for_now_for_too_long_is_put_aside_and_told(tmp_path, monkeypatch):
@@ -303,7 +349,8 @@ async def test_what_waits_and_what_was_put_aside_is_counted(tmp_path):
                 file.unlink()
         relay.says = lambda command: OK
         await one.until(lambda: not any(gauges(one).values()))
-        assert relay.recipients == [b"later@x", b"later@x"]
+        own = (await name_of(os.geteuid())).encode()
+        assert relay.recipients == sorted([b"later@x", b"later@x", own]), "who has dropped what is no message is told"
         os.utime(tmp_path / "bad", (1, 1))  # what has not changed for a while is not looked through again
         await one.until(lambda: state.bad == 0)
         (tmp_path / "bad/5").touch()

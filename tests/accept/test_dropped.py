@@ -21,7 +21,7 @@ def folder(path: Path, ends: str = ".drop") -> Folder:
 
 
 def names(one: Folder) -> list[str]:
-    return one.names({}, 0.0)[0]
+    return [name for name, _ in one.names({}, 0.0)[0]]
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=4))
@@ -91,9 +91,42 @@ def test_some_of_many_files_those_first_that_were_never_tried(tmp_path, monkeypa
     monkeypatch.setattr(dropped, "AT_ONCE", 3)
     for number in range(6):
         (tmp_path / f"{number}.drop").write_text("x")
-    due, there = folder(tmp_path).names({"0.drop": 9.0, "1.drop": 2.0, "2.drop": 1.0, "4.drop": 10.5}, 10.0)
-    assert due == ["3.drop", "5.drop", "2.drop"]
+    due, there, more = folder(tmp_path).names({"0.drop": 9.0, "1.drop": 2.0, "2.drop": 1.0, "4.drop": 10.5}, 10.0)
+    assert [name for name, _ in due] == ["3.drop", "5.drop", "2.drop"] and more
     assert there == {f"{number}.drop" for number in range(6)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of other users need root")
+def test_many_files_of_one_user_do_not_hide_those_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(dropped, "AT_ONCE", 4)
+    monkeypatch.setattr(dropped, "OF_ONE", 2)
+    for number in range(20):
+        (tmp_path / f"{number:02}.drop").write_text("x")
+        os.chown(tmp_path / f"{number:02}.drop", 1000 if number in (17, 19) else 1001, -1)
+    due, _, more = folder(tmp_path).names({}, 0.0)
+    assert due == [("00.drop", 1001), ("01.drop", 1001), ("17.drop", 1000), ("19.drop", 1000)] and more
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"To: a@x\nSubject: hi\rBcc: victim@x\nFrom: b@x\n\na\rb\r\r\nc\n", b"Subject: hi Bcc: victim@x\r\n"),
+        (b"To: a@x\r\r\nFrom: b@x\r\r\nSubject: x\r\r\n\r\r\na\rb\r\r\nc\n", b"Subject: x\r\n"),
+    ],
+)
+def test_a_bare_cr_in_a_header_begins_no_field(tmp_path, text, found):
+    (tmp_path / "1.eml").write_bytes(text)
+    message = folder(tmp_path, ".eml").open("1.eml")
+    os.close(message.descriptor)
+    assert message.rcpts == [b"RCPT TO:<a@x>"] and found in message.head
+    assert message.head.endswith(b"\r\n\r\na\r\nb\r\nc\r\n")
+
+
+def test_text_behind_header_lines_is_no_header(tmp_path):
+    (tmp_path / "1.eml").write_text("To: a@x\nFrom: b@x\nThese hosts failed:\n  web1\nBcc: were empty\n")
+    message = folder(tmp_path, ".eml").open("1.eml")
+    os.close(message.descriptor)
+    assert message.head == b"To: a@x\r\nFrom: b@x\r\n\r\nThese hosts failed:\r\n  web1\r\nBcc: were empty\r\n"
 
 
 def test_a_file_that_takes_the_name_of_another_is_neither_removed_nor_put_aside(tmp_path):

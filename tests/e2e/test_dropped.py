@@ -221,7 +221,9 @@ def test_what_is_broken_is_put_aside_with_its_reason(place):
         reasons = wait_for(lambda: place.reasons().keys() >= wrong.keys() | more and place.reasons())
         assert reasons.keys() == wrong.keys() | more
         wait_for(lambda: not place.names)
-        assert len(relay.cli("queue", "list", "--json").stdout.splitlines()) == len(good)
+        wait_for(
+            lambda: len(relay.events("queued")) == len(good) + len(wrong), what="what is good, and a notice of each other one"
+        )
         assert all(event["text"] for event in relay.events("warning"))
 
 

@@ -44,15 +44,18 @@ def bare(message: bytes) -> tuple[bool, bool]:
 
 
 def normalize(message: bytes) -> bytes:
-    """Bare CR and LF become CRLF, NUL a space."""
+    """Bare LF becomes CRLF, bare CR and NUL a space."""
     out = bytearray()
     i = 0
     while i < len(message):
         if message[i : i + 2] == b"\r\n":
             out += b"\r\n"
             i += 2
-        elif message[i] in b"\r\n":
+        elif message[i] == 10:
             out += b"\r\n"
+            i += 1
+        elif message[i] == 13:
+            out += b" "
             i += 1
         else:
             out.append(message[i] or 32)
