@@ -5,10 +5,10 @@ import asyncio
 import importlib.util
 import inspect
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -26,6 +26,8 @@ TRACE_MOST: Final = 8000  # characters of a traceback, of which the end is kept
 FRAMES_MOST: Final = 30
 REASON_MOST: Final = 2000
 NO_STAMP: Final = (0, 0, 0)
+SOURCE_MOST: Final = 4 << 20  # octets
+_DYNAMIC: Final = frozenset({"__import__", "compile", "eval", "exec", "globals", "locals", "setattr", "vars"})
 
 
 class BrokenFile(Exception):
@@ -33,15 +35,20 @@ class BrokenFile(Exception):
 
 
 def declared(path: str) -> frozenset[str]:
-    """The names of hooks that a file seems to define, without running it. All that judge, where it cannot be read: then there is
-    something to be said about each message."""
+    """The names of hooks that a file seems to define, without running it. All that judge, where it cannot be read, or where it
+    may define others: then there is something to be said about each message."""
+    all_that_judge = frozenset(HOOKS) - frozenset(AFTERWARDS)
     try:
-        tree = ast.parse(Path(path).read_bytes(), path)
+        tree = ast.parse(_source(path), path)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return frozenset(HOOKS) - frozenset(AFTERWARDS)
+        return all_that_judge
     found: set[str] = set()
     for node in ast.walk(tree):
         match node:
+            case ast.ImportFrom(module=module, names=[ast.alias(name="*")]) if module != hooks.__name__:
+                return all_that_judge
+            case ast.Name(id=name, ctx=ast.Load()) if name in _DYNAMIC:
+                return all_that_judge
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 found.add(name)
             case ast.Name(id=name, ctx=ast.Store()):
@@ -49,6 +56,15 @@ def declared(path: str) -> frozenset[str]:
             case ast.alias(name=name, asname=other):
                 found.add(other or name)
     return frozenset(found & set(HOOKS))
+
+
+def _source(path: str) -> bytes:
+    """What a file has. OSError; ValueError: it is no plain file, which might never end, or is too large for code."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > SOURCE_MOST:
+            raise ValueError
+        return file.read()
 
 
 class HookFile:
@@ -60,6 +76,8 @@ class HookFile:
         self.spent = False
         self._path = os.path.abspath(path)
         own = stamp(self._path)  # before it is read: what is written meanwhile is another version
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise BrokenFile(f"{self._path}: it is not a plain file")
         self._folder = os.path.join(os.path.dirname(self._path), "")
         # Folders below it from which others are imported: a virtual environment may lie beside the file.
         installed = [os.path.join(os.path.abspath(one), "") for one in (*sys.path, sys.prefix)]
@@ -132,7 +150,7 @@ class HookFile:
     async def call(self, number: int, hook: str, arguments: Any, body: hooks.Body | None) -> Reply:
         """Call a hook. Whatever it does, there is a reply, except where this is cancelled."""
         try:
-            result = await self.hooks[hook](*_records(hook, arguments, body))
+            result = await self.hooks[hook](*_records(hook, arguments, body if hook in self.bodies else None))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -152,7 +170,9 @@ class HookFile:
             told = "".join(traceback.format_exception(type(error), error, trace, FRAMES_MOST))
         except Exception as why:  # such as of a SyntaxError whose text is none
             told = f"{type(error).__name__}, which cannot be shown: {type(why).__name__}"
-        return Reply(number, "raised", encodable(told[-TRACE_MOST:]), place=encodable(self._place(error)))
+        cause = error.__cause__  # a RuntimeError, of a StopIteration, has no frames of its own
+        place = self._place(error) or (self._place(cause) if cause is not None else "") or self._path
+        return Reply(number, "raised", encodable(told[-TRACE_MOST:]), place=encodable(place))
 
     def place(self, frame: Any) -> str:
         """Where code of the file is, which has called this frame: `file:line in function`."""

@@ -33,8 +33,10 @@ from relaymta.proto.printable import encodable
 
 __all__ = ["SHARED", "SPENT"]
 
-SHARED: Final = 24  # octets of the shared memory: the number of the call that is running, how many steps calls have taken, and
-# the number of the one that was running last
+# Octets of the shared memory, numbers of eight each: the call that is running, 0: none; how many steps calls have taken; the call
+# that was running last; how many calls have begun, of those that were given to this process; and, written by the worker: up to
+# which of these, in their order, none is to begin any more.
+SHARED: Final = 40
 SPENT: Final = 71  # exit status: it has come to the end of its memory
 ERROR_MOST: Final = 2000  # characters of why it cannot
 BROKEN: Final = 78  # exit status: the file cannot be imported
@@ -94,6 +96,8 @@ class _Host:
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._reserve = bytearray(RESERVE)
+        self._taken = 0  # calls
+        self._turns = 0  # of the loop, that the second thread has asked for
         loop.set_task_factory(self._task)
 
     def begin(self) -> None:
@@ -137,19 +141,24 @@ class _Host:
             descriptor, (at, octets) = self._descriptors.pop(0), call.arguments.pop()
             body = Body(descriptor, at, octets), descriptor
         self._work.set()
+        self._taken += 1
         _number.set(call.number)
-        self._tasks[call.number] = self._loop.create_task(self._answer(call, body))
+        self._tasks[call.number] = self._loop.create_task(self._answer(call, body, self._taken))
         _number.set(0)
 
-    async def _answer(self, call: Call, body: tuple[Body, int] | None) -> None:
+    async def _answer(self, call: Call, body: tuple[Body, int] | None, order: int) -> None:
+        self._running[3] = order
         try:
+            if order <= self._running[4]:
+                raise asyncio.CancelledError
             reply = await self._file.call(call.number, call.hook, call.arguments, None if body is None else body[0])
         except asyncio.CancelledError:
             reply = Reply(call.number, "cancelled")
         finally:
             self._tasks.pop(call.number, None)
             if body is not None:
-                os.close(body[1])
+                with contextlib.suppress(OSError):  # the hook has closed it
+                    os.close(body[1])
         if _Forked.here:
             os._exit(0)
         spent = self._file.spent
@@ -174,13 +183,24 @@ class _Host:
         except MemoryError:
             os._exit(SPENT)
 
+    def _turned(self) -> None:
+        self._turns += 1
+
     def _watch(self, thread: int) -> None:
-        """On a thread of its own: tell of calls that hold the event loop, once for each step."""
+        """On a thread of its own: tell of calls that hold the event loop, once for each step. What holds it without being a step
+        of a call, such as a callback, is taken for a doing of the call that was running last."""
         running, before, same, idle = self._running, -1, 0, 0
+        asked = turns = 0
         while True:
             self._work.wait()
             time.sleep(LOOK)
             number, step = running[0], running[1]
+            if turns == self._turns and asked:
+                number = number or running[2]
+            else:
+                turns = self._turns
+                self._loop.call_soon_threadsafe(self._turned)
+                asked += 1
             idle = 0 if number or self._tasks else idle + 1
             if idle > IDLE:
                 self._work.clear()
@@ -236,6 +256,8 @@ def main() -> None:
     """Serve until the worker ends. It handles signals that a terminal or a service manager sends to all of its processes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # what a hook prints is no answer of the command line that tests it
     if sys.argv[1] == "check":
         check(sys.argv[2], int(sys.argv[3]))
     _end_with_worker()

@@ -6,9 +6,10 @@ and waits, so that nobody waits for an import when the first one has to go. Sess
 What becomes of a call:
 
 answered    its reply, or what the hook has raised.
-late        no answer within its time: whoever waits hears that, and the process has a moment to confirm that it has stopped the
-            call; else it is killed. One that blocks is killed at once.
-held        it blocks the process: all others are given to the one that waits, after HELD looks; it has its time.
+late        no answer within its time, which begins when a process is given it first: whoever waits hears that, and the process
+            has a moment to confirm that it has stopped the call; else it is killed. One that blocks is killed at once.
+held        it blocks the process: after HELD looks all others that have not begun are given to the one that waits, as what comes
+            from then on is; after LONG looks those that have, too, which begin there anew, once. It has its time.
 ended       the process has ended under it: if it was running then, it has failed; if not, it is called once more, or a few times,
             where each time another one was to blame.
 
@@ -30,6 +31,7 @@ __all__ = ["WAIT", "Pool", "Version"]
 
 TICK: Final = 0.025  # seconds between two looks at calls, while there are any
 HELD: Final = 2  # looks at which a call is at the same step: then it holds the event loop of its process
+LONG: Final = 16  # looks after which it is not waited for any more
 STOPPING: Final = 0.1  # seconds for a process to stop a call
 TRIES: Final = 4  # processes that may end under a call, others being to blame; of an end that nobody knows the reason of, one
 WAIT: Final = 5.0  # seconds for which a call waits for a process
@@ -102,7 +104,8 @@ class Version:
         elif self.problem and not self.others:
             self._fail(ask, Failed("connect", "unavailable", self.problem, False))
         else:
-            ask.deadline = self._loop.time() + WAIT
+            until = self._loop.time() + WAIT
+            ask.deadline = min(ask.limit, until) if ask.limit else until
             self.waiting.append(ask)
             self.start()
 
@@ -122,9 +125,9 @@ class Version:
 
     def look(self, now: float) -> bool:
         """Look for calls that are late, or hold a process. Whether there is anything to look for."""
-        while self.waiting and self.waiting[0].deadline <= now:
-            text = self.problem or "no process of hooks is ready"
-            self._fail(self.waiting.popleft(), Failed("connect", "unavailable", text, False))
+        for ask in [ask for ask in self.waiting if ask.deadline <= now]:
+            self.waiting.remove(ask)
+            self._fail(ask, self._late(ask) if ask.limit else self._none_ready())
         for process in [*self._tasks]:
             self._look_at(process, now)
         return bool(self.waiting or any(one.pending or one.cancelling or not one.ready for one in self._tasks))
@@ -137,19 +140,23 @@ class Version:
         same = process.look()
         if same >= HELD and not process.held:
             self.is_held(process, process.now[0], "")
-        late = []
-        for ask in process.pending.values():
-            if ask.deadline > now:
-                break
-            late.append(ask)
-        for ask in late:
-            process.cancel(ask.number, now + STOPPING)
-            self._fail(ask, Failed("timeout", "timeout", f"{ask.hook}: no answer in {self._pool.seconds:g} s"))
+        if same >= LONG and process.held:
+            self._move(process, [ask for ask in process.pending.values() if ask.number != process.now[0] and not ask.moved])
+        late = [ask for ask in process.pending.values() if ask.deadline <= now]
+        for ask in late:  # one that waits for its turn there is not what keeps the process
+            process.cancel(ask.number, now + STOPPING + (0.0 if process.has_begun(ask) else self._pool.seconds))
+            self._fail(ask, self._late(ask))
         running = process.now[0]
         if same and any(running == ask.number for ask in late):
             process.end("was ended: a hook blocks it")
         elif any(until <= now for until in process.cancelling.values()):
             process.end("was ended: a hook does not stop")
+
+    def _late(self, ask: Ask) -> Failed:
+        return Failed("timeout", "timeout", f"{ask.hook}: no answer in {self._pool.seconds:g} s")
+
+    def _none_ready(self) -> Failed:
+        return Failed("connect", "unavailable", self.problem or "no process of hooks is ready", False)
 
     # Owner
 
@@ -172,8 +179,13 @@ class Version:
         self._pool.came_up(self)
 
     def answered(self, process: Process, ask: Ask, reply: Reply) -> None:
-        """As of Owner."""
-        if not ask.future.done():
+        """As of Owner. One that was cancelled by somebody else in the process is called once more."""
+        if ask.future.done():
+            return
+        if reply.word == "cancelled" and ask.tries < TRIES:
+            ask.tries += TRIES
+            self.ask(ask)
+        else:
             ask.future.set_result(reply)
 
     def came_back(self, process: Process) -> None:
@@ -198,8 +210,7 @@ class Version:
             process.end("")
 
     def is_held(self, process: Process, number: int, place: str) -> None:
-        """As of Owner, or seen from here (`place`: ""): the other calls go elsewhere, all of them where it has
-        returned."""
+        """As of Owner, or seen from here (`place`: ""): the other calls that have not begun go elsewhere."""
         if place:
             self._pool.held(place)
         if process.held or not process.pending or number in process.cancelling:
@@ -208,12 +219,18 @@ class Version:
         if process in self.spares:
             self.spares.remove(process)
         self.others.add(process)
-        moved = [ask for known, ask in process.pending.items() if known != number]
-        for ask in moved:  # it may have been begun there
-            process.cancel(ask.number, self._loop.time() + self._pool.seconds)
+        process.withdraw()
         if process is self.called:
             self._succeed()
-        for ask in moved:
+        others = [ask for ask in process.pending.values() if ask.number != number]
+        steps = process.now[0]  # 0: something holds it that is not a step of a call, and that nobody sees the end of
+        self._move(process, [ask for ask in others if not (process.has_begun(ask) and (steps or ask.moved))])
+
+    def _move(self, process: Process, asks: list[Ask]) -> None:
+        """Call these elsewhere: in a process that is not held."""
+        for ask in asks:
+            ask.moved = process.has_begun(ask)
+            process.cancel(ask.number, ask.limit + self._pool.seconds)
             self.ask(ask)
 
     def ended(self, process: Process, why: str) -> None:

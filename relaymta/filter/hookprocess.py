@@ -32,9 +32,11 @@ def environment() -> dict[str, str]:
 
 class Ask:
     """A call, and who waits for what comes of it. `descriptor`: goes with it, -1: none; `deadline`: until when (loop time) it has
-    to be answered; `tries`: processes that have ended under it, as hookpool.TRIES counts."""
+    to be answered, or, while no process has it, to be given to one; `limit`: until when it has to be answered, which begins when
+    a process is given it first; `order`: which of the calls it is that its process was given; `tries`: processes that have ended
+    under it, as hookpool.TRIES counts; `moved`: it was begun, and then given to another."""
 
-    __slots__ = ("arguments", "deadline", "descriptor", "future", "hook", "number", "tries")
+    __slots__ = ("arguments", "deadline", "descriptor", "future", "hook", "limit", "moved", "number", "order", "tries")
 
     def __init__(
         self, number: int, hook: str, arguments: list[object], descriptor: int, future: "asyncio.Future[Reply]"
@@ -44,8 +46,9 @@ class Ask:
         self.arguments = arguments
         self.descriptor = descriptor
         self.future = future
-        self.deadline = 0.0
-        self.tries = 0
+        self.deadline = self.limit = 0.0
+        self.order = self.tries = 0
+        self.moved = False
 
 
 class Owner(Protocol):
@@ -68,9 +71,9 @@ class Owner(Protocol):
 
 
 class Process:
-    """See above. `pending`: calls that it has, by their numbers, in the order of their deadlines; `cancelling`: those that nobody
-    waits for any more, and until when it is to confirm that; `ready`: it has imported the file; `held`: a call of it holds its
-    event loop; `spent`: its memory was used up, which it has said and ended; `gone`: it has ended, or has been ended."""
+    """See above. `pending`: calls that it has, by their numbers; `cancelling`: those that nobody waits for any more, and until
+    when it is to confirm that; `ready`: it has imported the file; `held`: a call of it holds its event loop; `spent`: its memory
+    was used up, which it has said and ended; `gone`: it has ended, or has been ended."""
 
     def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
         self._owner = owner
@@ -88,6 +91,7 @@ class Process:
         self._backlog = 0
         self._process: asyncio.subprocess.Process | None = None
         self._seen, self._same = (0, 0), 0  # by `look`
+        self._given = 0  # calls
         self._astray = False  # the socket was closed or written to by somebody else than us
 
     async def run(self, path: str, memory: int) -> None:
@@ -100,6 +104,8 @@ class Process:
                 self._kill()
             status = await self._process.wait()
             self.spent = status == SPENT
+            # One that ends by itself does so by what ran last: a task, a thread, or a callback that it has left behind.
+            self._astray = self._astray or (status >= 0 and not self.spent)
             why = f"has ended with status {status}" if status >= 0 else f"was ended by {_signal(-status)}"
         except OSError as error:
             why = f"cannot be started: {error.strerror or error}"
@@ -144,7 +150,7 @@ class Process:
     @property
     def suspect(self) -> int:
         """The number of the call whose fault its end is, as far as that can be known, 0: it cannot. One that has closed the
-        socket, or written to it, may have returned since."""
+        socket, or written to it, or has ended the process by what it has left behind, may have returned since."""
         if self._running is None:
             return 0
         return self._running[0] or (self._running[2] if self._astray else 0)
@@ -158,16 +164,28 @@ class Process:
 
     # Calls
 
-    def put(self, ask: Ask, deadline: float) -> bool:
-        """Give it a call. False: it has too many; OSError: no descriptor is left."""
+    def put(self, ask: Ask, limit: float) -> bool:
+        """Give it a call, which has until then, where no other process was given it before. False: it has too many; OSError: no
+        descriptor is left."""
         if self._backlog > BACKLOG:
             return False
         data = pack_call(Call(ask.number, ask.hook, int(ask.descriptor >= 0), ask.arguments))  # fails here, if ever
         descriptors = [] if ask.descriptor < 0 else [os.dup(ask.descriptor)]
-        ask.deadline = deadline
+        ask.deadline = ask.limit = ask.limit or limit
+        self._given += 1
+        ask.order = self._given
         self.pending[ask.number] = ask
         self._send(data, descriptors)
         return True
+
+    def has_begun(self, ask: Ask) -> bool:
+        """Whether a call of it has begun, or is just about to."""
+        return self._running is None or ask.order <= self._running[3]
+
+    def withdraw(self) -> None:
+        """None of the calls that it has, and that have not begun, is to begin."""
+        if self._running is not None:
+            self._running[4] = self._given
 
     def cancel(self, number: int, until: float) -> None:
         """Nobody waits for a call any more; it has until then (loop time) to stop it."""

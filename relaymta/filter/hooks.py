@@ -406,6 +406,10 @@ class _Session:
         version = self._version
         return hook in (version.hooks if version.known else self._hooks.hooks)
 
+    def _wants_body(self, *hooks: str) -> bool:
+        """Whether one of them does, or it is not known yet: then the process knows."""
+        return not self._version.known or not self._version.bodies.isdisjoint(hooks)
+
     async def judge(self, mail: Mail) -> Answer:
         """As in judgement.Filter. What was not asked about the envelope before, since nobody was followed, is asked now."""
         answers = []
@@ -427,7 +431,7 @@ class _Session:
         arguments: list[Any] = [_client(mail), _envelope(mail), [mail.ident, mail.dmarc, mail.text.head, mail.text.size]]
         descriptor, part = -1, (0, 0)
         try:
-            if self._version.bodies.intersection(hooks):
+            if self._wants_body(*hooks):
                 descriptor, part = await lent(mail)
             return await self._called(hooks, mail, arguments, descriptor, part)
         finally:
@@ -439,7 +443,7 @@ class _Session:
     ) -> list[Answer]:  # fmt: skip
         found: list[Answer] = []
         for hook in hooks:
-            wants = descriptor >= 0 and hook in self._version.bodies
+            wants = descriptor >= 0 and self._wants_body(hook)
             given = [*arguments, part] if wants else arguments
             said = await self._hooks.call(self._version, hook, given, descriptor if wants else -1)
             if said.word == "route":

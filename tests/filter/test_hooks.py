@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from relaymta.filter import hookpool as module
 from relaymta.filter import hookprocess
-from relaymta.filter.hookfile import declared
+from relaymta.filter.hookfile import BrokenFile, HookFile, declared
 from relaymta.filter.hookframes import HOOKS as ALL
 from relaymta.filter.hookframes import Frames, Garbage, pack, unpack_reply
 from relaymta.filter.hookframes import Reply as Frame
@@ -38,7 +39,7 @@ MAIL = Mail(
 
 # Recipients' local parts say what is to happen.
 BAD = """
-import asyncio, ctypes, os, sys, time
+import asyncio, ctypes, os, sys, threading, time
 from relaymta.hooks import *
 
 kept = []
@@ -118,6 +119,34 @@ async def child_stays():
 async def child_task():
     async def inner(): os._exit(6)
     await asyncio.gather(inner())
+
+async def child_leaves():
+    async def inner(): sys.exit(7)
+    await asyncio.gather(inner())
+
+async def stops_the_loop():
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(600)
+
+async def thread_exits():
+    threading.Thread(target=os._exit, args=(8,)).start()
+    await asyncio.sleep(600)
+
+async def cancels_all():
+    for task in asyncio.all_tasks():
+        if task is not asyncio.current_task(): task.cancel()
+
+async def calls_what_blocks():
+    asyncio.get_running_loop().call_soon(time.sleep, 600)
+    await asyncio.sleep(600)
+
+async def short(): time.sleep(0.12)
+
+async def waits_a_little(): await asyncio.sleep(0.6)
+
+async def stops_iteration(): next(iter(()))
+
+async def prints(): print("said by a hook")
 """
 
 
@@ -296,7 +325,8 @@ async def test_octets_of_a_client_that_are_no_text_are_shown_and_cost_nobody_the
 
 
 ENDED = {"exits": "status 3", "crashes": "SIGSEGV", "closes": "closed its socket|status", "writes": "no sense",
-         "answers_for_others": "no sense", "parent_exits": "status 5", "child_task": "status 6"}  # fmt: skip
+         "answers_for_others": "no sense", "parent_exits": "status 5", "child_task": "status 6",
+         "child_leaves": "status 1", "stops_the_loop": "status 1", "thread_exits": "status 8"}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", ENDED)
@@ -365,6 +395,68 @@ async def test_one_that_only_holds_its_process_for_a_while_is_answered_and_its_p
         await until(lambda: first in [spare.pid for spare in one.pool.version.spares])
         assert not [row for row in told if row[0] == "warn"]
         session.close()
+
+
+async def test_a_call_that_is_moved_has_no_more_time_than_others_and_is_not_moved_without_need(tmp_path):
+    """One client after the other blocks for a moment; those that wait meanwhile, in the same process, go on there."""
+    async with hooks(tmp_path, BAD, seconds=1.0) as one:
+        session = one.session("")
+        waits = [asyncio.create_task(said(one, "waits_a_little", session)) for _ in range(5)]
+        for _ in range(4):
+            await said(one, "short")
+            await asyncio.sleep(0.02)
+        assert await asyncio.gather(*waits) == [Answer("continue")] * 5
+        session.close()
+
+
+async def test_of_many_that_block_for_a_moment_each_is_called_once_as_far_as_there_is_time(tmp_path):
+    code = BAD.replace(
+        "async def short(): time.sleep(0.12)",
+        """
+async def short():
+    with open(__file__ + ".called", "a") as file: file.write("x")
+    time.sleep(0.12)
+""",
+    )
+    async with hooks(tmp_path, code, seconds=1.0) as one:
+        began = time.monotonic()
+        found = await asyncio.gather(*(said(one, "short") for _ in range(40)))
+        taken = time.monotonic() - began
+        good = found.count(Answer("continue"))
+        assert good >= 3 and set(map(str, found)) == {str(Answer("continue")), "timeout"}
+        assert taken < 30, "the time of each ends, however often it is moved"
+        assert len((tmp_path / "policy.py.called").read_text()) <= good + 10
+
+
+async def test_what_a_hook_cancels_of_others_is_called_once_more(tmp_path):
+    async with hooks(tmp_path, BAD) as one:
+        session = one.session("")
+        waits = [asyncio.create_task(said(one, "waits_a_little", session)) for _ in range(3)]
+        await until(lambda: len(one.pool.version.called.pending) == 3)
+        assert await said(one, "cancels_all") == Answer("continue")
+        assert await asyncio.gather(*waits) == [Answer("continue")] * 3
+        session.close()
+
+
+async def test_a_callback_that_blocks_keeps_nobody_else_waiting(tmp_path):
+    told: list[Any] = []
+    async with hooks(tmp_path, BAD, told, seconds=2.0) as one:
+        session = one.session("")
+        waits = [asyncio.create_task(said(one, "waits_a_little", session)) for _ in range(3)]
+        await until(lambda: len(one.pool.version.called.pending) == 3)
+        before = pid(one)
+        bad = asyncio.create_task(said(one, "calls_what_blocks"))
+        assert await asyncio.gather(*waits) == [Answer("continue")] * 3
+        assert await bad == "timeout"
+        await until(lambda: not there(before))
+        session.close()
+
+
+async def test_an_exception_without_a_frame_of_its_own_has_the_place_of_its_cause(tmp_path):
+    told: list[Any] = []
+    async with hooks(tmp_path, BAD, told) as one:
+        assert (await said(one, "stops_iteration")).word == "raised"
+        assert [place.rpartition(":")[0] for what, place in told if what == "raised"] == [str(tmp_path / "policy.py")]
 
 
 @pytest.mark.parametrize("what, killed", [("waits", False), ("ignores", True)])
@@ -740,6 +832,52 @@ async def test_a_file_that_cannot_be_imported_fails_at_once_and_says_where(tmp_p
     finally:
         one.stop()
         await until(lambda: not one.open)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from mypolicy import *",
+        "exec('async def on_rcpt(*_): pass')",
+        "globals()['on_' + 'rcpt'] = 1",
+        "import sys\nsetattr(1, 2, 3)",
+    ],
+)
+def test_a_file_that_may_define_more_than_it_shows_may_judge_everything(tmp_path, code):
+    file = tmp_path / "policy.py"
+    file.write_text(f"from relaymta.hooks import *\n{code}\n")
+    assert {"on_connect", "on_rcpt", "on_message"} <= declared(str(file))
+    file.write_text("from relaymta.hooks import *\nasync def on_mail(client, envelope): ...\n")
+    assert declared(str(file)) == {"on_mail"}
+
+
+async def test_a_fifo_in_place_of_the_file_is_named_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "policy.py")
+    assert "on_rcpt" in declared(str(tmp_path / "policy.py"))
+    with pytest.raises(BrokenFile, match="not a plain file"):
+        HookFile(str(tmp_path / "policy.py"))
+
+
+async def test_bodies_are_there_before_it_is_known_who_wants_them(tmp_path):
+    code = """
+        import time
+        time.sleep(0.5)
+        from relaymta.hooks import *
+        @wants_body
+        async def on_message(mail): return reject(str(mail.body.read()))
+        async def choose_route(mail): return None if mail.body is None else "slow"
+    """
+    file = tmp_path / "policy.py"
+    file.write_text(textwrap.dedent(code))
+    means = HookMeans(lambda: ("slow",), lambda text: None)
+    one = Hooks(str(file), 60.0, 0, False, means, "h")
+    one.begin()
+    session = one.session("192.0.2.1")
+    answer = await session.judge(MAIL)
+    assert answer.reason == repr(b"body\r\n") and not answer.route
+    session.close()
+    one.stop()
+    await until(lambda: not one.open)
 
 
 def test_what_a_file_seems_to_define(tmp_path):
