@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-__all__ = ["Unreadable", "read_octets", "read_secret", "read_text"]
+__all__ = ["Unreadable", "read_octets", "read_secret", "read_text", "text_of"]
 
 # Marks at the beginning of a file: UTF-32 before UTF-16, whose mark is the beginning of it.
 _MARKS = (
@@ -29,7 +29,10 @@ class Unreadable(OSError):
 def read_octets(path: str | os.PathLike[str]) -> bytes:
     """The content of a file without a byte order mark. OSError; its `strerror` says why for an operator, also when the file is
     UTF-16 or UTF-32."""
-    data = Path(path).read_bytes()
+    return _unmarked(Path(path).read_bytes(), path)
+
+
+def _unmarked(data: bytes, path: str | os.PathLike[str]) -> bytes:
     for mark, name in _MARKS:
         if data.startswith(mark):
             raise Unreadable(path, f"this is {name}: {_HELP}")
@@ -39,7 +42,12 @@ def read_octets(path: str | os.PathLike[str]) -> bytes:
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file without a byte order mark; each line ends with a single LF. OSError, as of `read_octets`, also for
     octets that are not UTF-8 and for NUL."""
-    data = read_octets(path)
+    return text_of(Path(path).read_bytes(), path)
+
+
+def text_of(data: bytes, path: str | os.PathLike[str]) -> str:
+    """The text of a file whose octets were read. OSError, as of `read_text`."""
+    data = _unmarked(data, path)
     at = data.find(b"\0")
     if at >= 0:
         if at < 4 and data[:64].count(b"\0") * 4 >= len(data[:64]):  # the other octets of letters, without a mark before them

@@ -11,34 +11,23 @@ warning, and what was read of it before stays in use. Where there is nothing, ma
 """
 
 import os
-import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+from relaymta.accept.alias_text import Include, Target, Wrong, divided, lines, targets
+from relaymta.accept.included import DEEPEST, MISSING, MOST, REPEATED, WAITS, Lists, Troubles, circle, plain_file, too_much
 from relaymta.errors import ConfigError
-from relaymta.files import Unreadable, read_text
-from relaymta.proto.address import comparable, domain_of, plain
+from relaymta.files import read_text
+from relaymta.proto.address import domain_of
 from relaymta.proto.transaction import NO_NAMES
 
-__all__ = ["UNKNOWN_ALIAS", "Aliases", "read"]
+__all__ = ["MOST", "UNKNOWN_ALIAS", "Aliases", "read"]
 
-DEEPEST = 20  # aliases of aliases, files that include files
-MOST = 5000  # addresses that an alias leads to, or those of a message's recipients together
+TOGETHER = 1_000_000  # addresses of all aliases without lists, and of those with lists; each counts as often as it is there
+WAY = 10 * DEEPEST  # names in a row; from DEEPEST on they are too many, whoever follows them
 PROBLEMS_MOST = 20
-INCLUDE = ":include:"
-INCLUDED_OCTETS = 1 << 20  # of a file
-WAITS = "mail for what leads there waits (451)"
+_UNKNOWN = [MISSING.word]  # instead of the addresses of an alias that leads to a list of which nothing is known
 UNKNOWN_ALIAS: Final = -1  # instead of a number of addresses: it is not known now
-
-
-class _Target(NamedTuple):
-    """`word`: an address, or a name; `final`: it is no alias."""
-
-    word: str
-    final: bool
-
-
-_MISSING = _Target("", True)  # those of an included file of which nothing is known
 
 
 class Aliases:
@@ -47,21 +36,23 @@ class Aliases:
 
     def __init__(
         self, domains: frozenset[str], targets: dict[str, list[str]], files: list[str], troubles: list[str],
-        lists: dict[str, list[_Target]],
+        lists: dict[str, list[Target]],
     ) -> None:  # fmt: skip
         """`domains`: those whose addresses are looked up here."""
         self._domains = domains
-        self._unknown = frozenset(name for name, found in targets.items() if _MISSING.word in found)
+        self._unknown = frozenset(name for name, found in targets.items() if found == _UNKNOWN)
         self._targets = {name: found for name, found in targets.items() if name not in self._unknown}
         self.files, self.troubles, self.lists = files, troubles, lists
 
     def leads(self, address: str, named: bool = False) -> int:
         """To how many addresses an address leads; 0: it is no alias; UNKNOWN_ALIAS: one of a list that is not known. `named`: it
         was given as a name, without its domain."""
-        found = self._of(address, named)
+        if not named and domain_of(address) not in self._domains:
+            return 0
+        name = _name(address)
+        found = self._targets.get(name)
         if found is None:
-            own = named or domain_of(address) in self._domains
-            return UNKNOWN_ALIAS if own and _name(address) in self._unknown else 0
+            return UNKNOWN_ALIAS if name in self._unknown else 0
         return max(len(found), 1)
 
     def expanded(self, recipients: list[str], names: Mapping[str, bool] = NO_NAMES) -> list[str]:
@@ -91,214 +82,169 @@ def _name(address: str) -> str:
 
 def read(path: str, domains: Iterable[str], before: Aliases | None = None) -> Aliases:
     """The aliases in a file. ConfigError names each line that is wrong in itself (PROBLEMS_MOST at most), and circles; those of
-    included files are `troubles`. `before`: what was read before, with the lists that stay in use where theirs are wrong now."""
+    included files are `troubles`. `before`: what was read before, with the lists that stay in use where theirs are wrong now.
+    Blocks, as of `Lists.read`."""
     own = frozenset(domain.lower() for domain in domains)
-    reader = _Reader(own, before.lists if before is not None else {})
-    targets = reader.flat(reader.table(path))
-    if reader.problems:
-        raise ConfigError(list(dict.fromkeys(reader.problems))[:PROBLEMS_MOST])
-    return Aliases(own, targets, reader.files, list(dict.fromkeys(reader.troubles))[:PROBLEMS_MOST], reader.lists)
+    troubles = Troubles()
+    problems = _Problems()
+    table = _table(path, own, problems)
+    lists = Lists(own, before.lists if before is not None else {}, troubles)
+    lists.read(table.included)
+    flat = _Flat(table, lists, problems, troubles).all()
+    problems.end()
+    return Aliases(own, flat, [path, *lists.files], troubles.all, lists.found)
 
 
-class _Reader:
-    """Reads the files, and collects what is wrong with them: `problems` in the first one, `troubles` by those that are included.
-    `lists`: what these have, by their paths: each is read once."""
+class _Problems:
+    """What is wrong in the operator's own file."""
 
-    def __init__(self, domains: frozenset[str], before: dict[str, list[_Target]]) -> None:
-        self._domains = domains
-        self._before = before
-        self.problems: list[str] = []
-        self.troubles: list[str] = []
-        self.files: list[str] = []
-        self.lists: dict[str, list[_Target]] = {}
-        self._including: set[str] = set()  # names whose targets are not those of the first file alone
+    def __init__(self) -> None:
+        self._all: dict[str, None] = {}
 
-    def table(self, path: str) -> dict[str, list[_Target]]:
-        """The targets of each name, as they are written."""
-        found: dict[str, list[_Target]] = {}
-        for place, line in self._lines(path, "local.aliases"):
-            name, colon, value = _divided(line)
-            if not colon or not name or "@" in name or any(one.isspace() for one in name):
-                self.problems.append(f"{place}: {line[:80]!r} is not of the form `name: target, target`")
-            elif name.lower() in found:
-                self.problems.append(f"{place}: {name!r} is there twice")
-            else:
-                found[name.lower()] = self._own(name.lower(), value, place, path)
+    def add(self, what: str) -> None:
+        """ConfigError with the last one that is named: there may be very many."""
+        self._all[what] = None
+        if len(self._all) >= PROBLEMS_MOST:
+            raise ConfigError([*self._all, "local.aliases: there may be more: only so many are named"])
+
+    def end(self) -> None:
+        if self._all:
+            raise ConfigError([*self._all])
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+
+class _Table(NamedTuple):
+    """What is written in the first file: the targets of each name, and the places of the files that it includes."""
+
+    entries: dict[str, list[Target | Include]]
+    included: dict[str, str]
+
+
+def _table(path: str, domains: frozenset[str], problems: _Problems) -> _Table:
+    found = _Table({}, {})
+    try:
+        text = _text(path)
+    except OSError as error:
+        problems.add(f"local.aliases: {path}: {error.strerror}")
         return found
-
-    def _own(self, name: str, value: str, place: str, path: str) -> list[_Target]:
-        """The targets in a line of the first file."""
-        if not any(word.lower().startswith(INCLUDE) for word in _words(value)):
-            return self._bounded(self._targets(value, place, [path]), place)
-        self._including.add(name)
-        found: dict[_Target, None] = {}
-        for one in self._targets(value, place, [path]):
-            found[one] = None
-            if len(found) > MOST:  # each of the files has less
-                self.troubles.append(f"{place}: leads to more than {MOST} addresses; {WAITS}")
-                return [_MISSING]
-        return list(found)
-
-    def _lines(self, path: str, what: str) -> Iterator[tuple[str, str]]:
-        """(place, line) of each logical line."""
-        self.files.append(path)
-        try:
-            lines = _text(path, INCLUDED_OCTETS if len(self.files) > 1 else 0).splitlines()
-        except OSError as error:
-            self.problems.append(f"{what}: {path}: {error.strerror}")
-            return
-        place, text = "", ""
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            if line[0] in " \t":
-                text += " " + line.strip()
-                continue
-            if text:
-                yield place, text
-            place, text = f"{path}:{number}", line.strip()
-        if text:
-            yield place, text
-
-    def _targets(self, value: str, place: str, way: list[str]) -> Iterator[_Target]:
-        """The targets in a list of them, those of included files among them. `way`: the files that lead there."""
-        for word in dict.fromkeys(_words(value)):
-            if word.lower().startswith(INCLUDE):
-                yield from self._included(word[len(INCLUDE) :].strip(), place, way)
-            elif word.startswith(("|", "/")):
-                what = "a program" if word[0] == "|" else "a file"
-                instead = "keep it in a mailbox, or send it on to a host that does this"
-                self.problems.append(f"{place}: {word[:80]!r}: no mail is given to {what}: {instead}")
-            elif "@" in word:
-                address = plain(word)
-                if address is None:
-                    self.problems.append(f"{place}: {word[:80]!r} is no address")
-                elif domain_of(word) in self._domains:
-                    yield _Target(comparable(word).rpartition("@")[0], False)
-                else:
-                    yield _Target(address, True)
-            elif not word.isprintable() or any(one in word for one in ' "<>,:;()'):
-                self.problems.append(f"{place}: {word[:80]!r} is neither an address nor a name")
-            else:
-                yield _Target(word.removeprefix("\\").lower(), word.startswith("\\"))
-
-    def _included(self, path: str, place: str, way: list[str]) -> Iterator[_Target]:
-        if not path.startswith("/"):
-            self.problems.append(f"{place}: {INCLUDE}{path}: expected the whole path of a file")
-        elif path in way:
-            self.problems.append(f"{place}: a circle: {' -> '.join([*way[way.index(path) :], path])}")
-        elif len(way) > DEEPEST:
-            self.problems.append(f"{place}: files include others more than {DEEPEST} deep")
+    for place, line in lines(path, text):
+        name, colon, value = divided(line)
+        if not colon or not name or "@" in name or len(name.split(None, 1)) > 1:
+            problems.add(f"{place}: {line[:80]!r} is not of the form `name: target, target`")
+        elif name.lower() in found.entries:
+            problems.add(f"{place}: {name[:80]!r} is there twice")
         else:
-            if path not in self.lists:
-                self.lists[path] = self._list(path, place, way)
-            yield from self.lists[path]
+            found.entries[name.lower()] = _own(value, domains, place, found, problems)
+    return found
 
-    def _list(self, path: str, place: str, way: list[str]) -> list[_Target]:
-        """The targets in an included file; where something is wrong with it, those that it had before."""
-        outside, self.problems = self.problems, []
-        try:
-            inner = (one for where, line in self._lines(path, place) for one in self._targets(line, where, [*way, path]))
-            found = self._bounded(inner, place)
-            if not self.problems:
-                return found
-            before = self._before.get(path, [_MISSING])
-            instead = WAITS if _MISSING in before else "what was read before stays in use"
-            self.troubles += [f"{one}; {instead}" for one in self.problems]
-            return before
-        finally:
-            self.problems = outside
 
-    def _bounded(self, targets: Iterator[_Target], place: str) -> list[_Target]:
-        """Targets, each once; a problem where there are more than MOST: lists of lists may grow without end."""
-        found: dict[_Target, None] = {}
-        for one in targets:
-            found[one] = None
-            if len(found) > MOST:
-                self.problems.append(f"{place}: leads to more than {MOST} addresses")
-                break
-        return list(found)
-
-    def flat(self, table: dict[str, list[_Target]]) -> dict[str, list[str]]:
-        """What each name leads to in the end."""
-        done: dict[str, list[str]] = {}
-        for name in table:
-            self._flatten(name, table, done, [])
-        return done
-
-    def _flatten(self, name: str, table: dict[str, list[_Target]], done: dict[str, list[str]], way: list[str]) -> list[str]:
-        if name in done:
-            return done[name]
-        if name in way:
-            circle = way[way.index(name) :]
-            return self._wrong(circle, f"a circle: {' -> '.join([*circle, name])}")
-        if len(way) > DEEPEST:
-            return self._wrong(way, f"{way[0]} leads to others more than {DEEPEST} deep")
-        found: dict[str, None] = {}
-        for word, final in table[name]:
-            if final or word == name or word not in table:  # `root: root, ann@x.example`: also root's own
-                found[word] = None
-            else:
-                found |= dict.fromkeys(self._flatten(word, table, done, [*way, name]))
-                self._including |= {name} if word in self._including else set()
+def _own(value: str, domains: frozenset[str], place: str, table: _Table, problems: _Problems) -> list[Target | Include]:
+    """The targets in a line of the first file."""
+    found: dict[Target | Include, None] = {}
+    for one in targets(value, domains):
+        if isinstance(one, Wrong):
+            problems.add(f"{place}: {one.why}")
+            continue
+        if isinstance(one, Include):
+            table.included.setdefault(one.path, place)
+        found[one] = None
         if len(found) > MOST:
-            found = dict.fromkeys(self._wrong([name], f"{name} leads to more than {MOST} addresses"))
-        elif not found and not table[name] and not self.problems:
-            found = dict.fromkeys(self._wrong([name], f"{name} leads to nobody"))
-        done[name] = list(found)
-        return done[name]
+            problems.add(f"{place}: leads to more than {MOST} addresses")
+            break
+    return list(found)
+
+
+class _Flat:
+    """What each name leads to in the end. `including`: those whose targets are not those of the first file alone."""
+
+    def __init__(self, table: _Table, lists: Lists, problems: _Problems, troubles: Troubles) -> None:
+        self._table, self._lists, self._problems, self._troubles = table.entries, lists, problems, troubles
+        self._done: dict[str, list[str]] = {}
+        self._heights: dict[str, int] = {}
+        self._including: set[str] = set()
+        self._counted = {False: 0, True: 0}  # addresses of those that include nothing, and of the others
+
+    def all(self) -> dict[str, list[str]]:
+        for name in self._table:
+            self._flatten(name, {})
+        return self._done
+
+    def _flatten(self, name: str, way: dict[str, None]) -> list[str]:
+        """The addresses of a name. `way`: the names that lead there."""
+        if name in self._done:
+            return self._done[name]
+        if name in way:
+            found = list(way)
+            return self._wrong(found[found.index(name) :], f"a circle: {circle(way, name)}")
+        if len(way) > WAY:
+            return self._wrong(way, f"{next(iter(way))} leads to others more than {DEEPEST} deep")
+        way[name] = None
+        words = self._words(name)
+        found, wrong = self._gathered(name, words, way)
+        del way[name]
+        if not wrong and not found and not words and not self._problems:
+            wrong = f"{name} leads to nobody"
+        self._done[name] = self._wrong([name], wrong) if wrong else found
+        return self._done[name]
+
+    def _words(self, name: str) -> list[Target]:
+        """The targets of a name, and of the files that it includes: REPEATED + 1 at most."""
+        words: list[Target] = []
+        for one in self._table[name]:
+            if isinstance(one, Target):
+                words.append(one)
+            else:
+                self._including.add(name)
+                words += self._lists.targets(one.path)
+            if len(words) > REPEATED:
+                break
+        return words
+
+    def _gathered(self, name: str, words: list[Target], way: dict[str, None]) -> tuple[list[str], str]:
+        """The addresses that these lead to, and why they are too many, "" if they are not."""
+        gathered: dict[str, None] = {}
+        counted, height = 0, 1
+        for word, final in words:
+            if final or word == name or word not in self._table:  # `root: root, ann@x.example`: also root's own
+                gathered[word] = None
+                counted += 1
+            else:
+                alias = self._flatten(word, way)
+                self._including |= {name} if word in self._including else set()
+                height = max(height, 1 + self._heights.get(word, 1))
+                if len(words) == 1 and height <= DEEPEST:
+                    self._heights[name] = height
+                    return alias, ""  # the same list: it takes no more room
+                counted += len(alias) + 1
+                if counted <= REPEATED:
+                    gathered |= dict.fromkeys(alias)
+            if what := too_much(len(gathered), counted):
+                return [], f"{name} leads to {what}"
+        self._heights[name] = height
+        if height > DEEPEST:
+            return [], f"{name} leads to others more than {DEEPEST} deep"
+        including = name in self._including
+        self._counted[including] += counted
+        if self._counted[including] > TOGETHER:
+            return [], f"{name} leads to too many addresses: with the aliases before it more than {TOGETHER}"
+        return _UNKNOWN if MISSING.word in gathered else list(gathered), ""
 
     def _wrong(self, names: Iterable[str], what: str) -> list[str]:
         """What there is instead of the addresses of an alias that is wrong: a list that one of `names` includes may be the
         reason."""
         if self._including.isdisjoint(names):
-            self.problems.append(f"local.aliases: {what}")
+            self._problems.add(f"local.aliases: {what}")
             return []
-        self.troubles.append(f"local.aliases: {what}; {WAITS}")
-        return [_MISSING.word]
+        self._troubles.add(f"local.aliases: {what}; {WAITS}")
+        return _UNKNOWN
 
 
-def _text(path: str, most: int) -> str:
-    """The text of a file of at most so many octets (0: any number). OSError: it is no such file, as of `read_text`. A pipe, which
-    whoever may write an included file could put in its place, keeps nobody waiting."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def _text(path: str) -> str:
+    """The text of the first file, of any length. OSError: it is no such file, as of `read_text`."""
+    descriptor = plain_file(path)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise Unreadable(path, "is not a plain file")
-        if most and found.st_size > most:
-            raise Unreadable(path, f"has more than {most} octets")
         return read_text(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
-
-
-def _divided(line: str) -> tuple[str, str, str]:
-    """(name, colon, value) of a line; the name may be in quotes."""
-    if line.startswith('"'):
-        name, quote, rest = line[1:].partition('"')
-        rest = rest.lstrip()
-        return (name, ":", rest[1:]) if quote and rest.startswith(":") else (line, "", "")
-    name, colon, value = line.partition(":")
-    return name.strip(), colon, value
-
-
-def _words(value: str) -> Iterator[str]:
-    """The parts between commas outside of quotes; those around a part are taken away."""
-    word, inside, at = "", False, 0
-    while at <= len(value):
-        one = value[at] if at < len(value) else ","
-        at += 1
-        if one == "\\" and inside and at < len(value):
-            word += value[at - 1 : at + 1]
-            at += 1
-        elif one == "," and (not inside or at > len(value)):
-            word = word.strip()
-            if word[:1] == word[-1:] == '"' and len(word) > 1:
-                word = word[1:-1]
-            if word:
-                yield word
-            word = ""
-        else:
-            inside ^= one == '"'
-            word += one

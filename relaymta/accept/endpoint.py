@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relaymta.accept import aliases, tls
 from relaymta.accept.aliases import Aliases
+from relaymta.accept.included import stamps
 from relaymta.accept.tls import Certificates
 from relaymta.auth import logins
 from relaymta.auth.identity import MailUser
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "check"]
 
+RESTS = 50  # times the CPU time of reading aliases pass before they are read again
 _PLAUSIBLE = re.compile(r"@[^\s@]+\Z")
 _offers = lru_cache(64)(Offers)  # every session has one, and few differ
 
@@ -271,7 +273,7 @@ def _aliases(config: Config, before: Watched[Aliases] | None) -> Watched[Aliases
         files[:] = list(dict.fromkeys(found.files))
         return found
 
-    made = Watched(files, load, lambda value: bool(value.troubles))
+    made = Watched(files, load, lambda value: bool(value.troubles), stamps, RESTS)
     return made if path else None
 
 

@@ -1,10 +1,12 @@
 """The aliases of this machine: their file, and what they lead to."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from relaymta.accept import included
 from relaymta.accept.aliases import UNKNOWN_ALIAS, read
 from relaymta.errors import ConfigError
 
@@ -115,6 +117,14 @@ def test_what_is_wrong_is_named(tmp_path, text, said):
         (":include:@@/back", "a circle: a -> b -> a"),
         (":include:@@/empty", "a leads to nobody"),
         (":include:@@/outer", "@@/outer:1: @@/none: No such file"),
+        (":include:@@/folder", "is not a plain file"),
+        (":include:/dev/zero", "is not a plain file"),
+        (":include:@@/self", "a circle: @@/self -> @@/self"),
+        (":include:@@/again", "a circle: @@/again -> @@/again"),
+        (":include:@@/wide", "@@/wide:21: includes more than 20 files"),
+        (":include:@@/long", "a name of more than 256 characters"),
+        (":include:@@/path", "a path of more than 4096 octets"),
+        (":include:@@/full", "has more than 1048576 octets, with the files that lead there"),
     ],
 )
 def test_what_is_wrong_in_a_list_concerns_that_list_alone(tmp_path, text, said):
@@ -122,6 +132,10 @@ def test_what_is_wrong_in_a_list_concerns_that_list_alone(tmp_path, text, said):
     files |= {"many": "".join(f"u{number}\n" for number in range(6000)), "large": "#" * (1 << 20) + "\n", "empty": "# nobody\n"}
     files |= {name: "".join(f"{name}-{one}\n" for one in range(3000)) for name in ("half", "half2")}
     files |= {"relative": ":include:x\n", "outer": f":include:{tmp_path}/none\nann@x.example\n"}
+    files |= {"wide": "".join(f":include:{tmp_path}/{one}\n" for one in range(1000)), "self": f":include:{tmp_path}/self\n"}
+    files |= {"again": f":include:{tmp_path}//.//again\n", "long": "a" * 257, "path": f":include:/{'a' * 4096}"}
+    files |= {"full": f":include:{tmp_path}/most\n", "most": "#" * ((1 << 20) - 2) + "\n"}
+    (tmp_path / "folder").mkdir()
     (tmp_path / "latin").write_bytes(b"\xe4\n")
     os.mkfifo(tmp_path / "pipe")
     aliases = made(tmp_path, f"a: {text}\nb: a\nc: ann@x.example\n", **files)
@@ -169,3 +183,188 @@ def test_many_aliases_of_each_other_take_no_long(tmp_path):
         f"a{number}: {', '.join(f'a{more}' for more in range(number + 1, number + 15))}, x{number}\n" for number in range(18)
     )
     assert len(leads(tmp_path, text, "a0")) == 18 + 14
+
+
+def test_a_file_is_known_however_its_path_is_spelled(tmp_path):
+    (tmp_path / "link").symlink_to("team")
+    spelled = ["team", "./team", "/team", "././/team", "link"]
+    text = f"a: {', '.join(f':include:@@/{one}' for one in spelled)}\nb: :include:@@/link\n"
+    aliases = made(tmp_path, text, team="ann@x.example\n")
+    assert aliases.expanded([f"a@{HOST}", f"b@{HOST}"]) == ["ann@x.example"]
+    assert (len(aliases.files), aliases.troubles) == (2, [])
+    (tmp_path / "team").unlink()
+    assert read(str(tmp_path / "aliases"), [HOST], aliases).expanded([f"b@{HOST}"]) == ["ann@x.example"]
+
+
+def counted(monkeypatch) -> list[str]:
+    """The paths that are opened from now on."""
+    opened: list[str] = []
+    real = included.plain_file
+
+    def noted(path: str) -> int:
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(included, "plain_file", noted)
+    return opened
+
+
+def test_a_file_that_names_itself_in_many_spellings_is_read_once(tmp_path, monkeypatch):
+    opened = counted(monkeypatch)
+    inner = "".join(f":include:{tmp_path}{'/' * (one % 90 + 1)}{'./' * (one // 90)}team\n" for one in range(2000))
+    aliases = made(tmp_path, "a: :include:@@/team\nb: bob@x.example\n", team=inner)
+    assert aliases.leads(f"a@{HOST}") == UNKNOWN_ALIAS
+    assert (aliases.leads(f"b@{HOST}"), len(aliases.files)) == (1, 2)
+    assert len(opened) <= 22 and len(aliases.troubles) <= 22
+
+
+def test_files_are_so_many_and_so_large_together(tmp_path, monkeypatch):
+    """First those that the operator's file includes: none that is not included there takes the place of one that is."""
+    opened = counted(monkeypatch)
+    monkeypatch.setattr(included, "FILES", 30)
+    files = {f"f{one}": f"u{one}@x.example\n:include:{tmp_path}/f{one + 1}\n" for one in range(60)}
+    text = "a: :include:@@/f0\nb: :include:@@/own0, :include:@@/own1\n"
+    aliases = made(tmp_path, text, own0=":include:@@/f40\n".replace("@@", str(tmp_path)), own1="ann@x.example\n", **files)
+    assert "more than 30 files are included" in "".join(aliases.troubles)
+    assert (len(aliases.files), len(opened)) == (1 + 30 + 2, 32)
+    assert [one for one in ("own0", "own1") if str(tmp_path / one) not in aliases.files] == []
+    monkeypatch.setattr(included, "OCTETS_TOGETHER", 2000)
+    monkeypatch.setattr(included, "OCTETS", 1500)
+    files = {one: f"{one}@x.example\n" + "#" * 1000 for one in ("f0", "own0")}
+    aliases = made(tmp_path, "a: :include:@@/f0\nb: :include:@@/own0\n", **files)
+    assert (aliases.leads(f"a@{HOST}"), aliases.leads(f"b@{HOST}")) == (1, UNKNOWN_ALIAS)
+    assert "included files have more than 2000 octets together" in aliases.troubles[0]
+
+
+def test_a_file_of_one_list_takes_no_place_of_another(tmp_path):
+    """What one file includes is bounded for it alone: the file of others that it includes, too, is read for these."""
+    files = {f"f{one}": f":include:{tmp_path}/f{one + 1}\n" for one in range(25)} | {"f25": "eve@x.example\n"}
+    aliases = made(
+        tmp_path, "a: :include:@@/f0\nb: :include:@@/f25\nc: :include:@@/good\n", good=f":include:{tmp_path}/f22\n", **files
+    )
+    assert aliases.leads(f"a@{HOST}") == UNKNOWN_ALIAS
+    assert f"{tmp_path}/f20: a file leads to more than 20 files" in aliases.troubles[0]
+    assert aliases.expanded([f"b@{HOST}"]) == aliases.expanded([f"c@{HOST}"]) == ["eve@x.example"]
+
+
+def test_what_a_file_includes_is_read_for_another_that_has_room_for_it(tmp_path):
+    """Though it was met first by way of one that has none, and by another spelling."""
+    files = {f"x{one}": f"x{one}@x.example\n" for one in range(18)} | {"within": "eve@x.example\n"}
+    files |= {"shared": f":include:{tmp_path}/within\n", "good": f":include:{tmp_path}/shared\n"}
+    files["bad"] = f":include:{tmp_path}//shared\n" + "".join(f":include:{tmp_path}/x{one}\n" for one in range(18))
+    aliases = made(tmp_path, "a: :include:@@/bad\nb: :include:@@/good\n", **files)
+    assert aliases.expanded([f"b@{HOST}"]) == ["eve@x.example"]
+
+
+def test_a_file_that_grows_while_it_is_read_is_too_large(tmp_path, monkeypatch):
+    real, team = os.fstat, tmp_path / "team"
+
+    def grown(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        if os.path.samestat(found, os.stat(team)):
+            team.write_text("ann@x.example\n" * 100_000)
+        return found
+
+    monkeypatch.setattr(os, "fstat", grown)
+    aliases = made(tmp_path, "a: :include:@@/team\n", team="ann@x.example\n")
+    assert "has more than 1048576 octets" in aliases.troubles[0]
+
+
+def test_a_disk_that_does_not_answer_keeps_nothing_else_waiting(tmp_path, monkeypatch):
+    answers, real = threading.Event(), included.plain_file
+    asked: list[str] = []
+
+    def slow(path: str) -> int:
+        asked.append(path)
+        if path.endswith("slow"):
+            answers.wait(60)
+        return real(path)
+
+    monkeypatch.setattr(included, "plain_file", slow)
+    monkeypatch.setattr(included, "SECONDS", 0.2)
+    text = "a: :include:@@/slow\nb: :include:@@/team\n"
+    try:
+        aliases = made(tmp_path, text, slow="ann@x.example\n", team="bob@x.example\n")
+        assert (aliases.leads(f"a@{HOST}"), aliases.leads(f"b@{HOST}")) == (UNKNOWN_ALIAS, 1)
+        assert aliases.troubles == [
+            f"{tmp_path}/aliases:1: {tmp_path}/slow: its disk does not answer; mail for what leads there waits (451)"
+        ]
+        again = read(str(tmp_path / "aliases"), [HOST], aliases)  # one thread waits for it, not one for each look
+        assert (again.troubles, sum(one.endswith("slow") for one in asked)) == (aliases.troubles, 1)
+    finally:
+        answers.set()
+    for thread in list(included._hanging.values()):
+        thread.join()
+    monkeypatch.undo()
+    assert read(str(tmp_path / "aliases"), [HOST], again).expanded([f"a@{HOST}"]) == ["ann@x.example"]
+
+
+def test_stamps_of_files_on_a_disk_that_does_not_answer_are_not_waited_for(tmp_path, monkeypatch):
+    answers, real = threading.Event(), included.stamp
+    monkeypatch.setattr(included, "SECONDS", 0.2)
+    monkeypatch.setattr(included, "stamp", lambda path: answers.wait(60) and None if path == "slow" else real(path))
+    own = str(tmp_path / "aliases")
+    made(tmp_path, "")
+    try:
+        assert included.stamps([own, own, "slow"]) == (real(own), None, None)
+    finally:
+        answers.set()
+    for thread in list(included._hanging.values()):
+        thread.join()
+    assert included.stamps([own, own]) == (real(own), real(own))
+
+
+def test_what_is_wrong_is_named_up_to_a_bound(tmp_path):
+    """And the rest of the file is not parsed: it may be all of one megabyte."""
+    with pytest.raises(ConfigError) as found:
+        made(tmp_path, "root: <\n" * 1000 + "".join(f"a{one}: <{one}\n" for one in range(1000)))
+    assert (len(found.value.problems), found.value.problems[-1]) == (
+        21,
+        "local.aliases: there may be more: only so many are named",
+    )
+    files = {f"f{one}": "".join(f"<{line}\n" for line in range(1000)) for one in range(30)}
+    aliases = made(tmp_path, "".join(f"a{one}: :include:@@/f{one}\n" for one in range(30)), **files)
+    assert len(aliases.troubles) == 61 and aliases.troubles[-1].startswith("local.aliases: more is wrong")
+
+
+BIG = f"big: {','.join(f'u{one}@x.example' for one in range(4900))}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BIG + "".join(f"a{one}: big, x{one}\n" for one in range(250)), "with the aliases before it more than 1000000"),
+        (
+            BIG + "".join(f"b{one}: big\n" for one in range(10)) + f"a: {','.join(f'b{one}' for one in range(10))}\n",
+            "a leads to the same addresses again and again, more than 20000 with these",
+        ),
+        ("".join(f"a{one}: b{one}, c{one}\nb{one}: a{one + 1}\nc{one}: a{one + 1}\n" for one in range(30)), "more than 20 deep"),
+        ("".join(f"a{one}: a{one + 1}\n" for one in reversed(range(40))), "more than 20 deep"),
+        ("".join(f"a{one}: a{one + 1}\n" for one in range(5000)), "more than 20 deep"),
+    ],
+)
+def test_aliases_of_aliases_are_bounded(tmp_path, text, said):
+    with pytest.raises(ConfigError) as found:
+        made(tmp_path, text)
+    assert any(said in problem for problem in found.value.problems), found.value.problems
+
+
+def test_many_names_of_one_list_share_it(tmp_path):
+    aliases = made(tmp_path, BIG + "".join(f"a{one}: big\n" for one in range(1000)))
+    assert (aliases.leads(f"a999@{HOST}"), len({id(found) for found in aliases._targets.values()})) == (4900, 1)
+
+
+def test_lists_that_repeat_each_other_are_bounded(tmp_path):
+    files = {f"f{one}": "".join(f"u{line}@x.example\n" for line in range(4900)) for one in range(6)}
+    files["all"] = "".join(f":include:{tmp_path}/f{one}\n" for one in range(6))
+    aliases = made(tmp_path, "a: :include:@@/all\nb: :include:@@/f5\n", **files)
+    assert "all:5: leads to the same addresses again and again" in aliases.troubles[0]
+    assert (aliases.leads(f"a@{HOST}"), aliases.leads(f"b@{HOST}")) == (UNKNOWN_ALIAS, 4900)
+
+
+def test_a_list_makes_no_alias_wrong_that_does_not_lead_there(tmp_path):
+    """It leads to the longest chain that is right, and is one too deep itself."""
+    text = "a: :include:@@/team\n" + "".join(f"c{one}: c{one + 1}\n" for one in range(20))
+    aliases = made(tmp_path, text, team="c0\n")
+    assert (aliases.leads(f"a@{HOST}"), aliases.leads(f"c0@{HOST}")) == (UNKNOWN_ALIAS, 1)
+    assert aliases.troubles == ["local.aliases: a leads to others more than 20 deep; mail for what leads there waits (451)"]

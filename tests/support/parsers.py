@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from relaymta._speedups import text
 from relaymta._speedups.replies import Replies
+from relaymta.accept import alias_text
 from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
@@ -1108,7 +1109,21 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.imap_text.EnvelopeText", _in_envelope, _ENVELOPES)
     yield Parser("proto.imap_program (texts)", _searched, _SEARCH_TEXTS, "a message; 64 kB a command, 500 keys")
     yield Parser("proto.imap_found", _found, records, "the mailbox")
+    alias = {
+        "names": times(b"a\n"), "in one line": times(b"a,"), "quotes": times(b'"'), "quoted commas": times(b'",'),
+        "escaped quotes": times(b'\\"', b'"'), "backslashes": times(b"\\"), "folds": times(b" a\n"),
+        "blank folds": times(b" ,\n"), "comments": times(b"#\n"), "a long name": times(b"a"), "wrong": times(b"<\n"),
+        "comments of addresses": times(b"(" * 500 + b"@x,"), "addresses": times(b"U@Relay.example\n"),
+        "includes": times(b":include:/a//./a\n"), "a long path": times(b"/.", b":include:"),
+    }  # fmt: skip
+    yield Parser("accept.alias_text", _aliases, alias, "1 MiB of an included file, 4 MiB of all; the operator's own file")
     yield Parser("store.mbox.read", _mbox, _MBOXES, "64 MB of a message; the operator's own files")
+
+
+def _aliases(data: bytes) -> int:
+    domains = frozenset(["relay.example"])
+    lines = alias_text.lines("/etc/aliases", data.decode())
+    return sum(1 for _, line in lines for _ in (alias_text.divided(line), *alias_text.targets(line, domains)))
 
 
 PARSERS = list(_parsers())
