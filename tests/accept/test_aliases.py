@@ -257,17 +257,18 @@ def test_what_a_file_includes_is_read_for_another_that_has_room_for_it(tmp_path)
 
 
 def test_a_file_that_grows_while_it_is_read_is_too_large(tmp_path, monkeypatch):
+    """And no more of it is read than shows that."""
     real, team = os.fstat, tmp_path / "team"
-
-    def grown(descriptor: int) -> os.stat_result:
-        found = real(descriptor)
-        if os.path.samestat(found, os.stat(team)):
-            team.write_text("ann@x.example\n" * 100_000)
-        return found
-
-    monkeypatch.setattr(os, "fstat", grown)
-    aliases = made(tmp_path, "a: :include:@@/team\n", team="ann@x.example\n")
-    assert "has more than 1048576 octets" in aliases.troubles[0]
+    team.write_text("ann@x.example\n" * 400_000)
+    descriptor = os.open(team, os.O_RDONLY)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(included, "plain_file", lambda path: os.dup(descriptor))  # of which the place is seen
+            patch.setattr(included.os, "fstat", lambda one: os.stat_result([*real(one)[:6], 14, *real(one)[7:]]))
+            assert included._octets_of(str(team), 1000, frozenset())[1] is None
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == 1001
+    finally:
+        os.close(descriptor)
 
 
 def test_a_disk_that_does_not_answer_keeps_nothing_else_waiting(tmp_path, monkeypatch):
@@ -322,6 +323,7 @@ def test_what_is_wrong_is_named_up_to_a_bound(tmp_path):
         21,
         "local.aliases: there may be more: only so many are named",
     )
+    assert len(made(tmp_path, "a: :include:@@/f\n", f="<1\n<2\n<3\n<4\n").troubles) == 3
     files = {f"f{one}": "".join(f"<{line}\n" for line in range(1000)) for one in range(30)}
     aliases = made(tmp_path, "".join(f"a{one}: :include:@@/f{one}\n" for one in range(30)), **files)
     assert len(aliases.troubles) == 61 and aliases.troubles[-1].startswith("local.aliases: more is wrong")
@@ -363,8 +365,17 @@ def test_lists_that_repeat_each_other_are_bounded(tmp_path):
 
 
 def test_a_list_makes_no_alias_wrong_that_does_not_lead_there(tmp_path):
-    """It leads to the longest chain that is right, and is one too deep itself."""
-    text = "a: :include:@@/team\n" + "".join(f"c{one}: c{one + 1}\n" for one in range(20))
-    aliases = made(tmp_path, text, team="c0\n")
-    assert (aliases.leads(f"a@{HOST}"), aliases.leads(f"c0@{HOST}")) == (UNKNOWN_ALIAS, 1)
-    assert aliases.troubles == ["local.aliases: a leads to others more than 20 deep; mail for what leads there waits (451)"]
+    """Both lead to the longest chain that is right, and are too deep themselves."""
+    text = "a: :include:@@/team\nb: :include:@@/more\n" + "".join(f"c{one}: c{one + 1}\n" for one in range(20))
+    aliases = made(tmp_path, text, team="b\n", more="c0\n")
+    assert [aliases.leads(f"{one}@{HOST}") for one in ("a", "b", "c0", "c19")] == [UNKNOWN_ALIAS, UNKNOWN_ALIAS, 1, 1]
+    waits = "mail for what leads there waits (451)"
+    assert aliases.troubles == [f"local.aliases: {one} leads to others more than 20 deep; {waits}" for one in "ba"]
+
+
+def test_files_that_include_others_too_deep(tmp_path):
+    """The way there makes no difference to a file in the middle."""
+    files = {f"f{one}": f":include:{tmp_path}/f{one + 1}\n" for one in range(24)} | {"f24": "eve@x.example\n"}
+    aliases = made(tmp_path, "a: :include:@@/f0\nb: :include:@@/f15\n", **files)
+    assert (aliases.leads(f"a@{HOST}"), aliases.leads(f"b@{HOST}")) == (UNKNOWN_ALIAS, 1)
+    assert aliases.troubles[0].startswith(f"{tmp_path}/f4:1: files include others more than 20 deep")
