@@ -25,6 +25,7 @@ from relaymta.cli import VERBS, console, main, peer, sink
 from relaymta.config import describe
 from relaymta.queue import offline
 from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.prove import in_prove
 
 ROOT = Path(__file__).parent.parent
 UNKNOWN = "1ZZZZZZZZZZZZ"
@@ -699,7 +700,12 @@ def forks() -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
-@pytest.mark.parametrize("path", [path for path in ALL if path not in SLOW], ids=" ".join)
+QUICK = [path for path in ALL if path not in SLOW]
+
+
+@pytest.mark.parametrize(
+    "path", [one for at, path in enumerate(QUICK) for one in ([path] if at % 3 == 0 else in_prove((path,)))], ids=" ".join
+)
 def test_a_verb_imports_only_what_it_needs(path, relay, forks, tmp_path):
     """Each call starts an interpreter: what the daemon answers takes no more than a socket."""
     words = [*path, *ARGUMENTS.get(path, []), "--spool", str(relay.spool)]

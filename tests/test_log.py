@@ -9,6 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,12 +251,14 @@ def test_standard_error_that_is_no_stream_of_the_journal(monkeypatch):
     assert not is_journal(2)
 
 
+@cache
 def emitted() -> dict[str, set[str]]:
     """The events that the code logs, with the fields that are named where it does."""
     found: dict[str, set[str]] = {}
     for path in (Path(__file__).parents[1] / "relaymta").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".event", "partial")) and node.args:
+            called = getattr(node, "func", None)
+            if getattr(called, "attr", getattr(called, "id", "")) in ("event", "partial") and node.args:
                 (name,) = [one.value for one in node.args if isinstance(one, ast.Constant)] or [None]
                 if isinstance(name, str) and "event" in ast.unparse(node):
                     found.setdefault(name, set()).update(key.arg for key in node.keywords if key.arg)

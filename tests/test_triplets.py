@@ -19,6 +19,7 @@ from relaymta.node import keep_table, kept_table
 from relaymta.shm import Shared
 from relaymta.triplets import PROBES, ROWS, Triplets
 from tests.conftest import PROVE
+from tests.support.prove import in_prove
 from tests.test_shm_interleaved import FOREVER, WORKERS, Crew, Steps, schedules
 
 SECRET = b"s" * 32
@@ -410,7 +411,7 @@ def hammer(memory: mmap.mmap, rows: int, seed: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("rows", [8, *in_prove(64)])
 def test_processes_that_are_killed_leave_no_times_to_another_key(rows):
     memory = mmap.mmap(-1, 4096)
     context, stop, kills = multiprocessing.get_context("fork"), Cells(memory, 16 * (rows + 1), 2), 20

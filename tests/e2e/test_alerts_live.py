@@ -27,6 +27,7 @@ from tests.conftest import PROVE
 from tests.e2e.test_mailbox_gauges import READER
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.forked_workers import NAME
 from tests.support.mailboxes import create
 from tests.support.programs import need
 from tests.support.prometheus import asked, firing, hastened, prometheus
@@ -92,14 +93,13 @@ class Troubled(Relay):
         assert self.process is not None
         children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False).stdout
         pids = [int(pid) for pid in children.split()]
-        named = [pid for pid in pids if b"relaymta.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return min(named, default=0)
+        return min((pid for pid in pids if _is_worker(pid)), default=0)
 
     def kill_workers(self) -> None:
         """Kill a worker four times, each time once it is ready."""
         for _ in range(4):
             wait_for(self.ready)
-            os.kill(self.worker(), signal.SIGKILL)
+            os.kill(wait_for(self.worker), signal.SIGKILL)
             wait_for(lambda: not self.ready())
         wait_for(self.ready)
 
@@ -110,6 +110,11 @@ class Troubled(Relay):
                 return bool(answer.status == 200)
         except urllib.error.HTTPError:
             return False
+
+
+def _is_worker(pid: int) -> bool:
+    shown = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "comm")]
+    return any(NAME.encode() in one for one in shown)
 
 
 @pytest.fixture(scope="module")

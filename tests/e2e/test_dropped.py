@@ -33,8 +33,8 @@ NOBODY = pwd.getpwnam("nobody").pw_uid
 DAEMON = 1  # a user with a name
 OTHER = 31_777  # a user without a name
 GROUP = 31_778  # that of the drop folder
-MANY = 1000 if PROVE else 120
-SIDE_BY_SIDE = MANY if PROVE else 24
+MANY = 1000 if PROVE else 60
+SIDE_BY_SIDE = MANY if PROVE else 20
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="acting as other users needs root")
 
 

@@ -485,7 +485,7 @@ def test_a_wrong_template_sends_nothing(relay, site, more, argument, detail):
     assert len(relay.events("queued")) == before + 1
 
 
-@pytest.mark.parametrize("kills", [30 if PROVE else 6])
+@pytest.mark.parametrize("kills", [30 if PROVE else 4])
 def test_whatever_dies_each_message_is_sent_once(tmp_path, kills):
     """Clients repeat what was not answered, with its key; workers and the whole relay are killed meanwhile."""
     chance = random.Random(20261130)

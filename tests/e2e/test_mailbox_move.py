@@ -253,7 +253,7 @@ def test_a_client_that_reads_slowly_is_not_told_that_a_part_is_all(relay, user, 
 
 
 @pytest.mark.parametrize(
-    "command", ["UID FETCH 1:* (FLAGS ENVELOPE)", "UID SEARCH SUBJECT m", *in_prove("UID SORT (SUBJECT) UTF-8 ALL")]
+    "command", ["UID SEARCH SUBJECT m", *in_prove("UID FETCH 1:* (FLAGS ENVELOPE)", "UID SORT (SUBJECT) UTF-8 ALL")]
 )
 def test_what_is_read_of_a_user_who_is_moved_is_whole_or_refused(relay, user, command):
     """A client that is told OK takes what is missing for expunged."""

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import PROVE
 from tests.sim.world import run
 
-SEEDS = 20_000 if PROVE else 60
+SEEDS = 20_000 if PROVE else 40
 TOGETHER = 100 if PROVE else 20  # seeds of one test
 
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import IO
 
 import relaymta
+from tests.support import forked_workers
 
 __all__ = ["Started", "forkable", "run", "start"]
 
 REQUEST = 1 << 17  # octets: arguments and environment
 MAIN = [sys.executable, "-m", "relaymta"]
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "4"}  # as of workers
 _FROM_START = ("PYTHON", "LD_", "LC_", "LANG", "TZ", "MALLOC_", "OPENSSL_", "SSL_")  # what a program looks at but once
 _parents: dict[str, tuple[socket.socket, subprocess.Popen[bytes]]] = {}  # of commands and of relays, once there is one
 _environment, _folder = dict(os.environ), os.getcwd()
@@ -129,7 +131,7 @@ def _parent(kind: str) -> socket.socket:
             script = f"from tests.support.commands import serve; serve({kind!r}, {theirs.fileno()})"
             process = subprocess.Popen(
                 [sys.executable, "-c", script], cwd=_folder, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=True, env=MALLOC | _environment,
             )  # fmt: skip
         _parents[kind] = ours, process
     return _parents[kind][0]
@@ -140,7 +142,11 @@ def _import(kind: str) -> None:
     from relaymta.cli import VERBS
 
     verbs = {"serve"} if kind == "relays" else {verb.module for verb in VERBS.values()} - {"serve", "sink"}
-    more = ("relaymta.supervisor", "uvloop") if kind == "relays" else ("relaymta.control", "relaymta.cli.mail_files")
+    more = (
+        ("relaymta.supervisor", "relaymta.worker", "uvloop")
+        if kind == "relays"
+        else ("relaymta.control", "relaymta.cli.mail_files")
+    )
     for module in ("relaymta.config", *more, *(f"relaymta.cli.{verb}" for verb in verbs)):
         importlib.import_module(module)
 
@@ -180,6 +186,8 @@ def serve(kind: str, number: int) -> None:
             os.chdir(folder)
         if kind == "relays":
             _as_executed(arguments)
+            if forked_workers.possible():
+                forked_workers.prepare()
         else:
             sys.argv = ["relaymta", *arguments]
         main()
