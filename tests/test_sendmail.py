@@ -7,20 +7,26 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import relaymta
+from relaymta.accept import dropped
+from relaymta.proto.addressees import fields, header_octets
+from relaymta.sendmail import dropping, environment, program
 from relaymta.sendmail import status as statuses
 from relaymta.sendmail.dropping import FOLDER, FOLDER_VARIABLE, PROGRAM_VARIABLE
 from relaymta.sendmail.handing import NotNow, hand_over
 from relaymta.sendmail.message import Envelope, User, address, author, enveloped, read
 from relaymta.sendmail.options import _LETTERS, _MODES, parsed
 from relaymta.sendmail.program import SOCKET_VARIABLE
+from relaymta.sendmail.standard import say
 from relaymta.sendmail.status import Stop
 
 PROGRAM = Path(relaymta.__file__).parent / "sendmail" / "__main__.py"
+NOBODY = pwd.getpwnam("nobody").pw_uid
 BARE = [sys.executable, "-I", "-S"]
 
 
@@ -50,7 +56,7 @@ def imported(code: str) -> set[str]:
     return set(done.stdout.decode().split())
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["-t"], 65), (["ann@a.example"], 75), (["-bi"], 0), (["-bs"], 75)])
+@pytest.mark.parametrize(("arguments", "status"), [(["-t"], 64), (["ann@a.example"], 75), (["-bi"], 0), (["-bs"], 75)])
 def test_it_imports_next_to_nothing(arguments, status):
     words = ["sendmail", *arguments]
     environment = "import os; os.environ['RELAYMTA_SENDMAIL_SOCKET'] = '/nonexistent/socket'; "
@@ -97,7 +103,11 @@ def options(*words: str) -> dict[str, object]:
         ),
         (["-N", "success,Failure"], {"notify": "SUCCESS,FAILURE"}),
         (["-Nnever", "-R", "hdrs", "-V", "an id"], {"notify": "NEVER", "ret": "HDRS", "envid": "an id"}),
-        (["ann", "-t", "bob"], {"from_header": True, "recipients": ["ann", "bob"]}),
+        (["-i", "ann", "-t", "bob"], {"from_header": False, "recipients": ["ann", "-t", "bob"]}),
+        (["ann", "-f", "x", "-bs", "--"], {"sender": None, "mode": "m", "recipients": ["ann", "-f", "x", "-bs", "--"]}),
+        (["-", "-t"], {"from_header": False, "recipients": ["-", "-t"]}),
+        (["-N", "often", "ann"], {"notify": "", "recipients": ["ann"]}),
+        (["-R", "all", "-V", "a\nb", "ann"], {"ret": "", "envid": "", "recipients": ["ann"]}),
         (["-O", "IgnoreDots=true"], {"dot": True}),
         (
             ["-o7", "-m", "-h", "3", "-L", "tag", "-U", "-x", "-G", "-p", "smtp", "-X", "log", "-em", "ann"],
@@ -118,7 +128,7 @@ def test_options(words, found):
 
 @pytest.mark.parametrize(
     "words",
-    [["-bd"], ["-bt"], ["-n"], ["-Z"], ["-f"], ["-N", "often"], ["-R", "all"], ["-V", "a\nb"], ["-B", "9BIT"], ["-qX"], ["-qI"]],
+    [["-bd"], ["-bt"], ["-n"], ["-Z"], ["-f"], ["-B", "9BIT"], ["-qX"], ["-qI"]],
 )
 def test_what_is_no_option_is_a_usage_error(words):
     with pytest.raises(Stop) as stopped:
@@ -150,6 +160,14 @@ def test_the_name_decides(tmp_path):
         (b"a\n..\nb\n", b"a\r\n..\r\nb\r\n"),
         (b"", b""),
         (b"10 %\r20 %\r\0\n", b"10 %\r\n20 %\r\n \r\n"),
+        (b"A: x\r\r\n\r\r\nb\r\r\r\nc\r\n", b"A: x\r\n\r\nb\r\nc\r\n"),
+        (b"b\r\r\n.\r\r\nc\n", b"b\r\n"),
+        (b".\r\r\nc\n", b""),
+        (b"b\n.\r\r", b"b\r\n"),
+        (b"A: x\rBcc: v\r\n\nb\rc\n", b"A: x Bcc: v\r\n\r\nb\r\nc\r\n"),
+        (b"A: x\r\rBcc: v\n B\r: v\r", b"A: x  Bcc: v\r\n B : v "),
+        (b"From x\rBcc: v\n>From y\nA: x\rBcc: v\n\n", b"From x Bcc: v\r\n>From y\r\nA: x Bcc: v\r\n\r\n"),
+        (b"X\0: a\rBcc: v\n\n", b"X : a Bcc: v\r\n\r\n"),
         (b"x" * 65535 + b"\n.\nb\n", b"x" * 65535 + b"\r\n"),
         (b"x" * 65536 + b"\n.\r\nb\n", b"x" * 65536 + b"\r\n"),
     ],
@@ -161,6 +179,18 @@ def test_a_line_of_a_single_dot_ends_a_message(text, found, monkeypatch):
     waiting = iter([*chunks, b""])
     monkeypatch.setattr(os, "read", lambda descriptor, octets: next(waiting))
     assert read(0, False) == found
+
+
+@pytest.mark.parametrize("text", [b"To: a@x.example\nSubject: hi\r%s\n\nx\n", b"To: a@x.example\n b@x.example\r%s\r\n\r\nx\n"])
+@pytest.mark.parametrize("field", [b"Bcc: v@y.example", b"From: ceo@y.example", b"\rBcc: v@y.example", b" \rFrom: ceo@y.example"])
+def test_a_carriage_return_in_the_header_makes_no_field(text, field):
+    """Of a text that somebody else has given for a subject."""
+    taken = given(text % field)
+    header = taken[: header_octets(taken)]
+    assert taken[len(header) :] == b"\r\nx\r\n"
+    assert [name for name, _ in fields(header, (b"to", b"bcc", b"from"))] == [b"to"]
+    found = message(taken, "a@x.example")[2]
+    assert found == b'From: "Ann Doe" <ann>\r\n' + taken
 
 
 def test_with_i_it_does_not():
@@ -209,6 +239,27 @@ def test_the_envelope():
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            b"Subject: report\nThese hosts failed:\n  web1\nBcc: were empty\n",
+            b"Subject: report\n\nThese hosts failed:\n  web1\nBcc: were empty\n",
+        ),
+        (b"A: x\n \t\nBcc: b\n", b"A: x\n\n \t\nBcc: b\n"),
+        (b"From: a\nx", b"From: a\n\nx"),
+        (b"x: y\n", b"x: y\n"),
+        (b" x\nBcc: b\n", b"\n x\nBcc: b\n"),
+        (b"From a\nx y\nBcc: b\n", b"\nx y\nBcc: b\n"),
+        (b"A: x\n\nb", b"A: x\n\nb"),
+        (b"A: x", b"A: x"),
+    ],
+)
+def test_text_behind_the_header_is_the_body_without_an_empty_line_too(text, found):
+    data = message(given(text), "r")[2].removeprefix(b'From: "Ann Doe" <ann>\r\n')
+    assert data == found.replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize(
     ("to", "found"),
     [
         (["ann,bob"], [b"ann", b"bob"]),
@@ -217,6 +268,11 @@ def test_the_envelope():
         (['"Doe, Bob" <b@y.example>'], [b"b@y.example"]),
         (['"a, b"@y.example'], [b'"a, b"@y.example']),
         (["b@y.example (Bob)"], [b"b@y.example"]),
+        (["a@x.example b@y.example"], [b"a@x.example", b"b@y.example"]),
+        (["a@x.example  b@y.example, c"], [b"a@x.example", b"b@y.example", b"c"]),
+        (["a @ x.example"], [b"a@x.example"]),
+        (["a@x.example>"], [b"a@x.example"]),
+        (["", "ann", " "], [b"ann"]),
     ],
 )
 def test_an_argument_is_read_as_in_a_header(to, found):
@@ -227,7 +283,7 @@ def test_a_sender_may_have_a_name():
     assert message(b"From: x\r\n\r\n", "r", sender="Ann <ann@x.example>")[0] == b"ann@x.example"
 
 
-@pytest.mark.parametrize("wrong", ["ann bob", ",", "Bob <>", "x\n<b@y.example>", "ann, b c", "x\0,b"])
+@pytest.mark.parametrize("wrong", ["ann bob", ",", "Bob <>", "x\n<b@y.example>", "x\0,b", 'a@x.example "b c@x'])
 def test_what_is_no_address_on_the_command_line_is_refused(wrong):
     for to, sender in (wrong, None), ("r", wrong):
         with pytest.raises(Stop) as stopped:
@@ -235,6 +291,16 @@ def test_what_is_no_address_on_the_command_line_is_refused(wrong):
         assert stopped.value.status == 65
     with pytest.raises(Stop):
         message(b"From: x\r\n\r\n", "r", sender="ann,bob")
+
+
+def test_a_recipient_that_is_no_address_keeps_nobody_else_from_the_message():
+    text = b"From: x\r\nTo: good@x.example, Bob Smith, c@x.example d@x.example\r\n\r\n"
+    made = enveloped(text, Ann(), None, ["x\n<b@y.example>", "ann, b c", "<>"], True, "")
+    assert made.recipients == [b"ann", b"good@x.example", b"c@x.example", b"d@x.example"]
+    assert made.wrong == [f"{one}: this is no address" for one in (r"'x\n<b@y.example>'", "'b c'", "'<>'", "'Bob Smith'")]
+    with pytest.raises(Stop) as stopped:
+        enveloped(text, Ann(), None, ["a b", "c d"], False, "")
+    assert (stopped.value.status, str(stopped.value)) == (65, "'a b': this is no address\n'c d': this is no address")
 
 
 def test_a_message_without_author_gets_one():
@@ -288,7 +354,7 @@ def test_addresses(given):
         ("", b"ann"),
         ("Ann\r\nBcc: x@y.example", b'"Ann Bcc: x@y.example" <ann>'),
         ('A "b" \\', b'"A \\"b\\" \\\\" <ann>'),
-        ("& Doe", b'"ann Doe" <ann>'),
+        ("Marks & Spencer", b'"Marks & Spencer" <ann>'),
         ("Käthe", b"=?utf-8?B?S8OkdGhl?= <ann>"),
         ("Kä\nthe\u2028x", b"=?utf-8?B?S8OkIHRoZSB4?= <ann>"),
     ],
@@ -298,6 +364,10 @@ def test_no_name_becomes_another_field(name, found):
 
 
 # Handing over
+
+
+TOO_MANY = b"452 4.5.3 too many"
+LATER = b"450 4.3.0 later"
 
 
 def dialogue(
@@ -329,12 +399,9 @@ def dialogue(
         try:
             found: object = hand_over(path, envelope, parsed(["sendmail"]))
         except (NotNow, Stop) as error:
-            found = type(error)  # the error itself would keep the connection open
+            found = NotNow, error.status if isinstance(error, NotNow) else Stop  # the error itself would keep the connection open
         thread.join()
     return found, envelope.recipients, commands[1:]
-
-
-TOO_MANY = b"452 4.5.3 too many"
 
 
 def test_more_recipients_than_the_relay_takes_at_once_are_several_messages(tmp_path):
@@ -348,19 +415,34 @@ def test_more_recipients_than_the_relay_takes_at_once_are_several_messages(tmp_p
 @pytest.mark.parametrize(
     "replies",
     [
-        [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<c>", TOO_MANY)],
-        [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<d>", b"450 4.3.0 later")],
         [(b"RCPT TO:<c>", TOO_MANY), (b"BDAT", b"250 ok"), (b"BDAT", b"451 4.3.0 later")],
+        [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<d>", LATER)],
+        [(b"RCPT TO:<c>", LATER), (b"RCPT TO:<d>", b"452 4.7.1 too many an hour")],
+        [(b"RCPT TO:<c>", TOO_MANY), (b"RCPT TO:<c>", b"421 4.3.0 closing")],
     ],
 )
 def test_what_is_refused_for_now_later_on_is_left_for_those_who_do_not_have_it(replies, tmp_path):
     found, left, _ = dialogue(tmp_path, replies, [b"a", b"b", b"c", b"d"])
-    assert (found, left) == (NotNow, [b"c", b"d"])
+    assert (found, left) == ((NotNow, 0), [b"c", b"d"])
 
 
-def test_what_is_full_for_the_first_recipient_is_refused_for_now(tmp_path):
-    found, left, _ = dialogue(tmp_path, [(b"RCPT TO:<a>", TOO_MANY)], [b"a", b"b"])
-    assert (found, left) == (NotNow, [b"a", b"b"])
+@pytest.mark.parametrize(
+    ("replies", "status", "left"),
+    [
+        ([(b"RCPT TO:<b>", LATER)], 0, [b"b"]),
+        ([(b"RCPT TO:<a>", LATER), (b"RCPT TO:<d>", LATER)], 0, [b"a", b"d"]),
+        ([(b"RCPT TO:<a>", TOO_MANY)], 0, [b"a"]),
+        ([(b"RCPT TO:<b>", LATER), (b"RCPT TO:<c>", b"550 5.1.1 no")], 65, [b"b"]),
+        ([(b"RCPT TO:<%c>" % one, LATER) for one in b"abcd"], 0, [b"a", b"b", b"c", b"d"]),
+        ([(b"RCPT TO:<b>", b"421 4.3.0 closing")], 0, [b"a", b"b", b"c", b"d"]),
+        ([(b"RCPT TO:<b>", LATER), (b"BDAT", b"451 4.3.0 later")], 0, [b"a", b"b", b"c", b"d"]),
+    ],
+)
+def test_a_recipient_that_is_refused_for_now_keeps_nobody_else_waiting(replies, status, left, tmp_path, capfd):
+    found, kept, commands = dialogue(tmp_path, list(replies), [b"a", b"b", b"c", b"d"])
+    assert (found, sorted(kept)) == ((NotNow, status), left)
+    assert sum(command.startswith(b"MAIL") for command in commands) == 1
+    assert capfd.readouterr().err == ("sendmail: c: 5.1.1 no\n" if status else "")
 
 
 # Statuses
@@ -370,7 +452,8 @@ def test_what_is_full_for_the_first_recipient_is_refused_for_now(tmp_path):
     ("words", "text", "status", "said"),
     [
         ([], b"x\n", 64, b"no recipient"),
-        (["-t"], b"Subject: x\n\n", 65, b"names no recipient"),
+        (["-t"], b"Subject: x\n\n", 64, b"names no recipient"),
+        ([""], b"x\n", 64, b"no recipient"),
         (["-t"], b"To: a b@x.example\n\n", 65, b"no address"),
         (["-bd"], b"", 64, b"not supported"),
         (["-n", "a"], b"", 64, b"not supported"),
@@ -404,6 +487,15 @@ def test_names_of_users_of_a_directory(name, own, monkeypatch):
     assert (User().name, User().full_name) == (own, "Ann")
 
 
+def test_the_user_is_who_has_the_rights(monkeypatch):
+    """As the socket has it: a set-uid program sends as its owner. `&` in the system's list is the name."""
+    names = {1000: "ann", 2000: "bob"}
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.struct_passwd((names[uid], "x", uid, uid, "& Doe,,,", "/", "/bin/sh")))
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 2000)
+    assert (User().name, User().full_name) == ("bob", "bob Doe")
+
+
 def test_without_standard_input_there_is_no_message():
     words = [*BARE, str(PROGRAM), "a@x.example"]
     done = subprocess.run(words, preexec_fn=lambda: os.close(0), capture_output=True, check=False)
@@ -414,3 +506,152 @@ def test_what_it_says_cannot_drive_a_terminal():
     done = run("\x1b[31m@x.example\n", text=b"x")
     assert done.returncode == 65
     assert b"\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["-t"], ["a@x.example"], ["-v", "a@x.example"], ["-bd"], ["-N", "often", "-bi"]])
+@pytest.mark.parametrize("where", ["2>&-", "2>/dev/full", "2>&1 | true", ">&- 2>&-"])
+def test_a_sentence_that_nobody_reads_changes_no_status(words, where):
+    script = f'set -o pipefail; "$@" {where}'
+    environment = {"PATH": os.environ["PATH"], "RELAYMTA_SENDMAIL_SOCKET": "/nonexistent/socket"}
+    command = ["bash", "-c", script, "bash", *BARE, str(PROGRAM), *words]
+    expected = run(*words, text=b"Subject: x\n\n").returncode
+    done = subprocess.run(command, input=b"Subject: x\n\n", capture_output=True, env=environment, check=False)
+    assert done.returncode == expected != 120
+
+
+@pytest.mark.parametrize("octets", [b"\x1b[31m", b"\x9b31m", "\x9b31m\x85\x8d".encode(), b"\r", "\u2028\u202e".encode()])
+def test_nothing_that_is_said_drives_a_terminal(octets, capfd):
+    for text in (octets.decode("utf-8", "surrogateescape"), octets.decode("utf-8", "replace"), octets.decode("latin-1")):
+        say(f"a{text}ä\nb")
+        found = capfd.readouterr().err
+        assert all(one.isprintable() for one in found.replace("\n", ""))
+        assert found.startswith("sendmail: a") and found.endswith("ä\nsendmail: b\n")
+
+
+def test_what_is_closed_gets_no_number_of_another_file(tmp_path):
+    """A socket would be standard output. What a mode needs is missed."""
+    for words, closed, status in ((["-bs"], 0, 66), (["-bs"], 1, 74), (["-bp"], 1, 74), (["-bv", "a"], 1, 74), (["-bi"], 1, 0)):
+        done = subprocess.run(
+            [*BARE, str(PROGRAM), *words], preexec_fn=lambda closed=closed: os.close(closed), capture_output=True, check=False
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count(b"is closed")) == (status, int(status > 0)), words
+    shown = (
+        "import os; from relaymta.sendmail.standard import opened; found = opened(); os.write(3, repr(sorted(found)).encode())"
+    )
+    code = f"import sys; sys.path.insert(0, {str(PROGRAM.parents[2])!r}); {shown}; assert os.open('/dev/null', 0) > 2"
+    with open(tmp_path / "found", "wb") as file:
+        command = ["sh", "-c", f'exec "$@" 0<&- >&- 2>&- 3>{file.name}', "sh", *BARE, "-c", code]
+        subprocess.run(command, check=True)
+    assert (tmp_path / "found").read_bytes() == b"[0, 1, 2]"
+
+
+def test_too_little_memory_is_no_reason_to_give_up(monkeypatch, capfd):
+    def failing(options: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setitem(program._MODES, "m", failing)
+    assert program.main(["sendmail", "ann"]) == 75
+    assert "memory" in capfd.readouterr().err
+
+
+def test_standard_input_that_does_not_wait_is_waited_for():
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    words = [*BARE, str(PROGRAM), "-t"]
+    with subprocess.Popen(words, stdin=ours, stderr=subprocess.PIPE) as process:
+        for part in (b"To: a b@x.example\n", b"\nx\n"):
+            time.sleep(0.2)  # until it has read all
+            os.write(theirs, part)
+        os.close(theirs)
+        assert b"'a b@x.example': this is no address" in process.stderr.read()
+        assert process.wait() == 65
+    os.close(ours)
+
+
+# The environment
+
+
+def test_the_environment_is_looked_at_in_one_place():
+    for path in PROGRAM.parent.glob("*.py"):
+        assert ("os.environ" in path.read_text() or "getenv" in path.read_text()) == (path.name == "environment.py"), path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights need root")
+@pytest.mark.parametrize("ids", [lambda: os.setreuid(NOBODY, 0), lambda: os.setregid(NOBODY, 0), lambda: os.setreuid(0, NOBODY)])
+def test_what_a_set_uid_program_was_given_counts_for_nothing(ids, tmp_path):
+    """Nobody has a program run with the rights of another user, or has mail written to a socket or a folder of his own."""
+    if not os.access(sys.executable, os.X_OK):
+        pytest.skip("other users cannot run this interpreter")
+    tmp_path.chmod(0o777)
+    evil = tmp_path / "evil"
+    evil.write_text(f"#!/bin/sh\ncat > {tmp_path}/done\n")
+    evil.chmod(0o755)
+    code = (
+        f"import sys; sys.path.insert(0, {str(PROGRAM.parents[2])!r})\n"
+        "from relaymta.sendmail import dropping, environment, main, program\n"
+        "program.SOCKET = dropping.PROGRAM = dropping.FOLDER = '/nonexistent/x'\n"
+        "program.PROGRAMS = ()\n"
+        "assert program._environment(program.parsed(['sendmail'])) == {'PATH': '/usr/bin:/bin'}\n"
+        "assert main(['sendmail', '-bp']) == 69\n"
+        "sys.exit(main(['sendmail', 'a@x.example']))"
+    )
+    given = {"RELAYMTA_DROP_PROGRAM": str(evil), "RELAYMTA_DROP": str(tmp_path), "RELAYMTA_SENDMAIL_SOCKET": str(tmp_path / "s")}
+    shown = {**given, "NAME": "CEO", "PATH": str(tmp_path), "RELAYMTA_CONFIG": str(tmp_path / "c")}
+    done = subprocess.run([*BARE, "-c", code], input=b"x\n", env=shown, preexec_fn=ids, capture_output=True, check=False)
+    assert (done.returncode, b"/nonexistent/x: No such file" in done.stderr) == (75, True), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["evil"]
+
+
+def test_the_name_in_the_environment_is_not_that_of_others(monkeypatch):
+    monkeypatch.setenv("NAME", "CEO")
+    assert environment.variable("NAME") == "CEO"
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert environment.variable("NAME") == ""
+
+
+# Dropping
+
+
+def test_what_may_not_be_safe_on_disk_is_not_left_there(tmp_path, monkeypatch):
+    """The caller is told so, and sends it again."""
+    for failing in (1, 2):
+        calls: list[int] = []
+
+        def fsync(descriptor: int, failing: int = failing, calls: list[int] = calls) -> None:
+            calls.append(descriptor)
+            if len(calls) == failing:
+                raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="output error"):
+            dropping._write(str(tmp_path), b"x")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_many_recipients_are_several_files_each_of_which_the_relay_takes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELAYMTA_DROP_PROGRAM", "/nonexistent")
+    monkeypatch.setenv("RELAYMTA_DROP", str(tmp_path))
+    many = [f"recipient-with-a-long-name-{number}@department.x.example".encode() for number in range(70_000)]
+    dropping.drop(Envelope(b"s", list(many), b"x\r\n"), parsed(["sendmail"]), NotNow("no"))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2
+    found: list[bytes] = []
+    for name in names:
+        descriptor = os.open(tmp_path / name, os.O_RDONLY)
+        taken = dropped.opened_drop(descriptor)
+        assert os.pread(descriptor, 10, taken.at) == b"x\r\n"
+        assert taken.at < dropped.COMMANDS_MOST and taken.mail == b"MAIL FROM:<s> SIZE=3"
+        found += (rcpt[9:-1] for rcpt in taken.rcpts)
+        os.close(descriptor)
+    assert found == many
+
+
+def test_who_does_not_have_it_is_named_where_others_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELAYMTA_DROP_PROGRAM", "/nonexistent")
+    monkeypatch.setenv("RELAYMTA_DROP", str(tmp_path / "none"))
+    envelope = Envelope(b"s", [b"a", b"b"], b"x\r\n")
+    with pytest.raises(Stop, match=r"^the message was not taken: no; and it cannot be dropped: No such file"):
+        dropping.drop(envelope, parsed(["sendmail"]), NotNow("no"))
+    envelope.is_partial = True
+    with pytest.raises(Stop, match=r"^the message was not taken for a, b: no; and it cannot be dropped"):
+        dropping.drop(envelope, parsed(["sendmail"]), NotNow("no"))

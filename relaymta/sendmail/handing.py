@@ -2,10 +2,11 @@
 
 import os
 from _socket import AF_UNIX, SO_RCVTIMEO, SO_SNDTIMEO, SOCK_STREAM, SOL_SOCKET, socket  # `socket` imports 10 ms more
-from sys import byteorder, stderr
+from sys import byteorder
 
 from relaymta.sendmail.message import Envelope
 from relaymta.sendmail.options import Options
+from relaymta.sendmail.standard import say
 from relaymta.sendmail.status import DATA, NO_PERMISSION, OK, Stop
 
 __all__ = ["NotNow", "connected", "hand_over", "lines"]
@@ -14,11 +15,15 @@ SECONDS = 300  # for the relay to answer: filters may take their time
 CONNECTING_SECONDS = 10
 PIECE = 65536
 LONGEST = 65536  # octets of a reply
-TOO_MANY = 452  # at RCPT: this transaction takes no more recipients
+TOO_MANY = 452, "4.5.3"  # at RCPT: this transaction takes no more recipients
+CLOSING = 421
 
 
 class NotNow(Exception):
-    """The relay is not there, or takes no mail now: str() says why. Nothing was taken, or it is not known that it was."""
+    """The relay is not there, or takes no mail now: str() says why. Nothing was taken for the recipients that the envelope has,
+    or it is not known that it was. `status`: that of the program, if the message is kept for them."""
+
+    status = OK
 
 
 class _Relay:
@@ -49,13 +54,13 @@ class _Relay:
                     raise NotNow("the relay does not speak SMTP")
                 text = b"\n".join(texts).decode("utf-8", "replace")
                 if self._verbose:
-                    stderr.write(f"<<< {line[:3].decode()} {text}\n")
+                    say(text, f"<<< {line[:3].decode()} ")
                 return int(line[:3]), text
 
     def ask(self, line: bytes, more: bytes = b"") -> tuple[int, str]:
         """Send a command, and `more` behind it; its reply."""
         if self._verbose:
-            stderr.write(f">>> {line.decode('utf-8', 'replace')}\n")
+            say(line.decode("utf-8", "replace"), ">>> ")
         try:
             self._socket.sendall(line + b"\r\n")
             if more:
@@ -125,7 +130,8 @@ def _xtext(octet: int) -> bytes:
 def hand_over(path: str, envelope: Envelope, options: Options) -> int:
     """Hand a message over. The exit status: it is in the queue for all recipients, or (DATA) for those that are not named on
     standard error. Those who have it are taken out of `envelope.recipients`, so that after NotNow it is to be kept for the rest:
-    it is not in the queue for them, or nobody knows. Stop: it is refused."""
+    it is not in the queue for them, or nobody knows. A recipient that is refused for now keeps nobody else waiting. Stop: it is
+    refused."""
     try:
         return _handed_over(_Relay(path, options.verbose), envelope, options)
     except OSError as error:
@@ -136,21 +142,28 @@ def _handed_over(relay: _Relay, envelope: Envelope, options: Options) -> int:
     relay.expect(relay.reply())
     offers = relay.expect(relay.ask(b"EHLO " + os.fsencode(os.uname().nodename or "localhost")))
     mail, *rcpts = lines(envelope, options, {line.partition(" ")[0].upper() for line in offers.split("\n")[1:]})
-    rest = list(zip(rcpts, envelope.recipients, strict=True))
-    refused: dict[bytes, str] = {}
-    while rest:  # one transaction each: a message may have more recipients than the relay takes at once (RFC 5321 4.5.3.1.10)
+    naming = _Naming(list(zip(rcpts, envelope.recipients, strict=True)))
+    while (
+        naming.rest
+    ):  # one transaction each: a message may have more recipients than the relay takes at once (RFC 5321 4.5.3.1.10)
         _positive(relay, relay.ask(mail))
-        rest, taken = _named(relay, rest, refused)
-        if taken:
+        if naming.takes(relay):
             _positive(relay, relay.ask(b"BDAT %d LAST" % len(envelope.data), envelope.data))
-            envelope.recipients = [*refused, *(recipient for _, recipient in rest)]
-        elif len(refused) == len(rcpts):
+            envelope.recipients, envelope.is_partial = naming.without_it, True
+        elif len(naming.refused) == len(rcpts):
             relay.quit()
-            raise Stop(DATA, "\n".join(refused.values()))
+            raise Stop(DATA, "\n".join(naming.refused.values()))
     relay.quit()
-    for one in refused.values():
-        stderr.write(f"sendmail: {one}\n")
-    return DATA if refused else OK
+    if naming.later:
+        envelope.recipients = list(naming.later)
+    for sentence in naming.refused.values():
+        say(sentence)
+    status = DATA if naming.refused else OK
+    if naming.later:
+        error = NotNow(next(iter(naming.later.values())))
+        error.status = status
+        raise error
+    return status
 
 
 def _positive(relay: _Relay, answer: tuple[int, str]) -> None:
@@ -161,17 +174,35 @@ def _positive(relay: _Relay, answer: tuple[int, str]) -> None:
     relay.expect(answer)
 
 
-def _named(relay: _Relay, rest: list[tuple[bytes, bytes]], refused: dict[bytes, str]) -> tuple[list[tuple[bytes, bytes]], int]:
-    """Name recipients, each with its command, until the relay takes no more in one transaction: those that are left, and how many
-    it has taken. Those that are refused are added to `refused`, with the reply."""
-    taken = 0
-    for at, (rcpt, recipient) in enumerate(rest):
-        code, text = relay.ask(rcpt)
-        if code == TOO_MANY and taken:
-            return rest[at:], taken
-        if code >= 500:
-            refused[recipient] = f"{recipient.decode('utf-8', 'replace')}: {text}"
-        else:
-            relay.expect((code, text))
-            taken += 1
-    return [], taken
+class _Naming:
+    """What comes of the recipients of a message. `rest`: those that are to be named, each behind its command; `refused`, and
+    `later` (for now): why."""
+
+    def __init__(self, rest: list[tuple[bytes, bytes]]) -> None:
+        self.rest = rest
+        self.refused: dict[bytes, str] = {}
+        self.later: dict[bytes, str] = {}
+
+    @property
+    def without_it(self) -> list[bytes]:
+        """Those who do not have the message."""
+        return [*self.refused, *self.later, *(recipient for _, recipient in self.rest)]
+
+    def takes(self, relay: _Relay) -> bool:
+        """Name them until the relay takes no more in one transaction. Whether it has taken one."""
+        taken = False
+        for at, (rcpt, recipient) in enumerate(self.rest):
+            code, text = relay.ask(rcpt)
+            if taken and (code, text[:5]) == TOO_MANY:
+                self.rest = self.rest[at:]
+                return True
+            if code == CLOSING:
+                relay.expect((code, text))
+            if code >= 500:
+                self.refused[recipient] = f"{recipient.decode('utf-8', 'replace')}: {text}"
+            elif code >= 300:
+                self.later[recipient] = f"{code} {text}"
+            else:
+                taken = True
+        self.rest = []
+        return taken

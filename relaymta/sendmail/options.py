@@ -1,4 +1,5 @@
-"""The options of sendmail(1): those of Sendmail and Postfix, read as getopt(3) does."""
+"""The options of sendmail(1): those of Sendmail and Postfix, read as getopt(3) of POSIX does: the first word that is none, and
+all behind it, are recipients. So no recipient in a list that a program passes on is taken for an option."""
 
 from relaymta.sendmail.status import USAGE, Stop
 
@@ -16,7 +17,8 @@ _CONDITIONS = ("success", "failure", "delay")
 
 class Options:
     """What the command line says. `mode`: that of -b; `sender`: the envelope's, None: the user; `dot`: a line of a single dot is
-    message data, too; `flush`: None: not, else what is flushed (kind, what)."""
+    message data, too; `flush`: None: not, else what is flushed (kind, what); `remarks`: sentences about values
+    that are passed over."""
 
     def __init__(self) -> None:
         self.mode = "m"
@@ -32,6 +34,7 @@ class Options:
         self.config = ""
         self.flush: tuple[str, str] | None = None
         self.recipients: list[str] = []
+        self.remarks: list[str] = []
 
 
 def parsed(argv: list[str]) -> Options:
@@ -40,13 +43,11 @@ def parsed(argv: list[str]) -> Options:
     options.mode = _NAMES.get(argv[0].rpartition("/")[2], "m") if argv else "m"
     words = list(argv[1:])
     while words:
+        if not words[0].startswith("-") or words[0] == "-":
+            break
         word = words.pop(0)
         if word == "--":
-            options.recipients += words
             break
-        if not word.startswith("-") or word == "-":
-            options.recipients.append(word)
-            continue
         rest = word[1:]
         while rest:
             letter, rest = rest[0], rest[1:]
@@ -61,6 +62,7 @@ def parsed(argv: list[str]) -> Options:
                     raise Stop(USAGE, f"-{letter} needs a value")
                 value, rest = rest or words.pop(0), ""
             _SET.get(letter, _ignored)(options, value)
+    options.recipients = words
     return options
 
 
@@ -97,23 +99,27 @@ def _body(options: Options, value: str) -> None:
     options.eight_bit = value.upper() == "8BITMIME"
 
 
+# The message is worth more than what is to be reported of it: as by Postfix, what is wrong of these keeps nobody from it.
 def _notify(options: Options, value: str) -> None:
     words = [one.strip().lower() for one in value.split(",")]
     if words != ["never"] and any(one not in _CONDITIONS for one in words):
-        raise Stop(USAGE, f"-N {value}: expected never, or a list of {', '.join(_CONDITIONS)}")
-    options.notify = ",".join(words).upper()
+        options.remarks.append(f"-N {value} is passed over: expected never, or a list of {', '.join(_CONDITIONS)}")
+    else:
+        options.notify = ",".join(words).upper()
 
 
 def _ret(options: Options, value: str) -> None:
     if value.lower() not in ("full", "hdrs"):
-        raise Stop(USAGE, f"-R {value}: expected full or hdrs")
-    options.ret = value.upper()
+        options.remarks.append(f"-R {value} is passed over: expected full or hdrs")
+    else:
+        options.ret = value.upper()
 
 
 def _envid(options: Options, value: str) -> None:
     if not value or any(not 32 <= ord(one) < 127 for one in value) or len(value) > 100:
-        raise Stop(USAGE, "-V: expected printable ASCII characters, 100 at most")
-    options.envid = value
+        options.remarks.append("-V is passed over: expected printable ASCII characters, 100 at most")
+    else:
+        options.envid = value
 
 
 def _flush(options: Options, value: str) -> None:

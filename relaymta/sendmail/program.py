@@ -3,8 +3,10 @@
 import os
 import sys
 
+from relaymta.sendmail.environment import inherited, is_of_others, variable
 from relaymta.sendmail.options import Options, parsed
-from relaymta.sendmail.status import OK, SOFTWARE, TEMPFAIL, UNAVAILABLE, USAGE, Stop
+from relaymta.sendmail.standard import INPUT, OUTPUT, opened, say
+from relaymta.sendmail.status import DATA, IO, NO_INPUT, OK, SOFTWARE, TEMPFAIL, UNAVAILABLE, USAGE, Stop
 
 __all__ = ["main"]
 
@@ -16,28 +18,29 @@ PROGRAMS = ("/usr/bin", "/usr/local/bin")  # where the command line is, if it is
 def main(argv: list[str]) -> int:
     """Run it with a command line, whose first word is its name; the exit status. What is wrong is said on standard error."""
     try:
+        closed = opened()
         options = parsed(argv)
+        for descriptor, (status, text) in _NEEDED.get(options.mode, {}).items():
+            if descriptor in closed:
+                raise Stop(status, text)
+        for remark in options.remarks:
+            say(remark)
         return _MODES[options.mode](options)
     except Stop as error:
-        for line in str(error).split("\n"):
-            _say(line)
+        say(str(error))
         return error.status
     except KeyboardInterrupt:
         return TEMPFAIL
+    except MemoryError:
+        say("there is too little memory")
+        return TEMPFAIL
     except Exception as error:
-        _say(f"internal error: {type(error).__name__}: {error}")
+        say(f"internal error: {type(error).__name__}: {error}")
         return SOFTWARE
 
 
-def _say(text: str) -> None:
-    try:
-        sys.stderr.write(f"sendmail: {''.join(one if one.isprintable() else '?' for one in text)}\n")
-    except (OSError, AttributeError):  # standard error is closed
-        pass
-
-
 def _socket() -> str:
-    return os.environ.get(SOCKET_VARIABLE) or SOCKET
+    return variable(SOCKET_VARIABLE, SOCKET)
 
 
 def _send(options: Options) -> int:
@@ -46,14 +49,18 @@ def _send(options: Options) -> int:
     from relaymta.sendmail.message import User, enveloped, read
 
     data = read(0, options.dot)
-    full_name = options.full_name or os.environ.get("NAME", "")
+    full_name = options.full_name or variable("NAME")
     envelope = enveloped(data, User(), options.sender, options.recipients, options.from_header, full_name)
+    for sentence in envelope.wrong:
+        say(sentence)
     try:
-        return hand_over(_socket(), envelope, options)
+        status = hand_over(_socket(), envelope, options)
     except NotNow as error:
         from relaymta.sendmail.dropping import drop
 
-        return drop(envelope, options, error)
+        drop(envelope, options, error)
+        status = error.status
+    return DATA if envelope.wrong else status
 
 
 def _converse(options: Options) -> int:
@@ -95,7 +102,8 @@ def _aliases(options: Options) -> int:
 
 def _program() -> str:
     """The path of the command line. Stop: it is not there."""
-    for folder in (os.path.dirname(sys.executable), *PROGRAMS):
+    own = [] if is_of_others() else [os.path.dirname(sys.executable)]  # it may come from PATH
+    for folder in (*own, *PROGRAMS):
         path = f"{folder}/relaymta"
         if os.access(path, os.X_OK):
             return path
@@ -103,13 +111,12 @@ def _program() -> str:
 
 
 def _environment(options: Options) -> dict[str, str]:
-    return {**os.environ, **({"RELAYMTA_CONFIG": options.config} if options.config else {})}
+    return inherited() | ({"RELAYMTA_CONFIG": options.config} if options.config else {})
 
 
 def _run(options: Options, *words: str) -> int:
     """Become the command line with these words."""
     path = _program()
-    sys.stdout.flush()
     os.execve(path, ["relaymta", *words], _environment(options))
 
 
@@ -120,4 +127,9 @@ def _waited(options: Options, *words: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+# What a mode needs: the status and the sentence where it is closed.
+_NO_INPUT, _NO_OUTPUT = (NO_INPUT, "standard input is closed"), (IO, "standard output is closed")
+_NEEDED = {
+    "m": {INPUT: _NO_INPUT}, "s": {INPUT: _NO_INPUT, OUTPUT: _NO_OUTPUT}, "p": {OUTPUT: _NO_OUTPUT}, "v": {OUTPUT: _NO_OUTPUT},
+}  # fmt: skip
 _MODES = {"m": _send, "s": _converse, "p": _list, "q": _flush, "v": _verify, "i": _aliases}

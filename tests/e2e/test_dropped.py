@@ -21,6 +21,10 @@ from typing import Any
 import pytest
 
 import relaymta
+from relaymta.sendmail import dropping
+from relaymta.sendmail.handing import NotNow
+from relaymta.sendmail.message import User, enveloped
+from relaymta.sendmail.options import parsed
 from tests.conftest import PROVE
 from tests.support.daemon import Relay, wait_for
 from tests.support.programs import need
@@ -247,6 +251,45 @@ def test_what_the_relay_refuses_for_now_is_dropped(place):
             assert place.sendmail("a@x.example", uid=NOBODY).returncode == 0
         assert len(relay.cli("queue", "list", "--json").stdout.splitlines()) == 1
         assert len(place.names) == 1
+
+
+@root_only
+def test_who_is_refused_for_now_keeps_nobody_else_waiting(place):
+    aliases = place.folder / "aliases"
+    aliases.write_text(f"list: :include:{place.folder}/members\n")
+    with place.relay("127.0.0.1:9", f"local.aliases={aliases}") as relay:
+        done = place.sendmail("a@x.example", "list", "b@x.example", "c@", uid=NOBODY)
+        assert done.returncode == 65 and "c@" in done.stderr and "list" not in done.stderr
+        assert wait_for(lambda: relay.events("queued"))[0]["recipients"] == ["a@x.example", "b@x.example"]
+        [name] = place.names
+        commands = (place.drop / name).read_bytes().split(b"BDAT")[0].split(b"\r\n")
+        assert commands[1:] == [b"RCPT TO:<list>", b""]
+        assert place.sendmail("list", "d@x.example", uid=NOBODY).returncode == 0
+        (place.folder / "members").write_text("dora@x.example\n")
+        relay.cli("reload")
+        found = wait_for(lambda: len(found := relay.events("queued")) == 4 and found)
+        assert sorted(event["recipients"][0] for event in found) == [
+            "a@x.example",
+            "d@x.example",
+            "dora@x.example",
+            "dora@x.example",
+        ]
+        wait_for(lambda: not place.names)
+
+
+def test_several_files_of_one_message_are_sent_to_all_of_its_recipients(place, monkeypatch):
+    """They have the same idempotency key."""
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dropping, "COMMANDS_MOST", 200)
+    many = [f"a{number}@x.example" for number in range(20)]
+    made = enveloped(b"Subject: x\r\n\r\n", User(), "", many, False, "")
+    dropping.drop(made, parsed(["sendmail"]), NotNow("no"))
+    assert len(place.names) > 3 and made.recipients == []
+    with place.relay() as relay:
+        wait_for(lambda: not place.names)
+        found = [address for event in relay.events("queued") for address in event["recipients"]]
+        assert sorted(found) == sorted(many)
 
 
 def without_last_reply(listening: socket.socket, relay: Path) -> None:

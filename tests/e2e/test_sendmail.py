@@ -75,6 +75,12 @@ def queued(relay: Relay) -> int:
     return len(relay.cli("queue", "list", "--json").stdout.splitlines())
 
 
+def last(relay: Relay, before: int) -> dict[str, Any]:
+    """The log's record of the message that follows so many."""
+    found: list[dict[str, Any]] = wait_for(lambda: len(found := relay.events("queued")) > before and found)
+    return found[-1]
+
+
 @root_only
 def test_the_system_says_who_sends(relay):
     done = sendmail(relay, "ann@a.example", uid=NOBODY.pw_uid)
@@ -200,6 +206,109 @@ def test_smtp_on_standard_input(relay):
                 pass
         assert process.wait(60) == 0
     assert queued(relay) == before + 1
+
+
+def dialogue(relay: Relay, text: bytes) -> tuple[int, list[str]]:
+    """What comes of a whole dialogue that is written at once: the exit status, and the codes of the replies."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(PROGRAM), "-bs"], input=text, capture_output=True, check=False,
+        env={"RELAYMTA_SENDMAIL_SOCKET": str(socket_of(relay))},
+    )  # fmt: skip
+    return done.returncode, [line[:3] for line in done.stdout.decode().splitlines() if line[3:4] != "-"]
+
+
+SENT = ["220", "250", "250", "250", "354", "250", "221"]
+LONG = b"y" * 900 + b"\n"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r\r\n"])
+def test_a_dialogue_may_be_written_at_once_and_with_line_feeds(relay, end):
+    text = b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\nSubject: x\n\n..\n" + LONG * 300 + b".\nQUIT\n"
+    before = queued(relay)
+    assert dialogue(relay, text.replace(b"\n", end)) == (0, SENT)
+    assert queued(relay) == before + 1
+    stored = relay.cli("message", "raw", last(relay, before)["id"]).stdout
+    assert stored.endswith("\n\n.\n" + LONG.decode() * 300)
+
+
+def test_chunks_of_a_dialogue_are_passed_on_as_they_are(relay):
+    """RFC 3030. What looks like a line, or the end of a message, is none."""
+    before = queued(relay)
+    first, second = b"From: a@x.example\r\n\r\n.\r\nQUIT\r\n", b"y" * 100_000 + b"\r\n"
+    text = b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nBDAT %d\n%sBDAT %d LAST\n%sQUIT\n"
+    codes = ["220", "250", "250", "250", "250", "250", "221"]
+    assert dialogue(relay, text % (len(first), first, len(second), second)) == (0, codes)
+    stored = relay.cli("message", "raw", last(relay, before)["id"]).stdout
+    assert stored.partition("\n\n")[2] == ".\nQUIT\n" + "y" * 100_000 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        (b"", SENT[:1]),
+        (b"EHLO me\n", SENT[:2]),
+        (b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\nSubject: x\n\nx\n", SENT[:5]),
+        (b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\nSubject: x\n\nx\n.", SENT[:5]),
+        (b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nBDAT 9 LAST\nx\n", SENT[:4]),
+    ],
+)
+def test_a_dialogue_that_breaks_off_is_told_and_half_a_message_is_not_sent(relay, text, codes):
+    before = queued(relay)
+    assert dialogue(relay, text) == (75, codes)
+    assert queued(relay) == before
+
+
+def test_a_dialogue_ends_with_the_relay(tmp_path):
+    with made(tmp_path) as relay, subprocess.Popen(
+        [sys.executable, "-I", "-S", str(PROGRAM), "-bs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={"RELAYMTA_SENDMAIL_SOCKET": str(socket_of(relay))},
+    ) as process:  # fmt: skip
+        assert process.stdout.readline().startswith(b"220 ")
+        assert relay.stop() == 0
+        assert process.wait(60) == 75
+
+
+@pytest.mark.parametrize("where", ["2>&-", "2>/dev/full", "2>&1 | true"])
+def test_a_dialogue_that_cannot_be_shown_does_not_send_twice(relay, where):
+    before = queued(relay)
+    script = f'set -o pipefail; "$@" {where}'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", sys.executable, "-I", "-S", str(PROGRAM), "-v", "a@x.example", "b@"],
+        input=b"Subject: x\n\n", env={"RELAYMTA_SENDMAIL_SOCKET": str(socket_of(relay)), "PATH": os.environ["PATH"]}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 65
+    assert queued(relay) == before + 1
+
+
+def test_addresses_that_are_none_are_named_and_the_others_get_it(relay):
+    before = queued(relay)
+    done = sendmail(relay, "-t", "c@x.example d@x.example", text="From: a@x.example\nTo: good@x.example, Bob Smith\n\nx\n")
+    assert (done.returncode, done.stderr) == (65, "sendmail: 'Bob Smith': this is no address\n")
+    assert last(relay, before)["recipients"] == ["c@x.example", "d@x.example", "good@x.example"]
+
+
+def test_text_behind_the_header_stays_as_it_is(relay):
+    body = "These hosts failed:\n  web1\nBcc: were empty\nFrom: nobody\n"
+    _, stored = taken(relay, "a@x.example", text=f"From: a@x.example\nSubject: report\n{body}")
+    assert stored.endswith(f"\n\n{body}")
+
+
+@root_only
+def test_a_set_uid_program_sends_as_its_owner(relay):
+    if not os.access(sys.executable, os.X_OK):
+        pytest.skip("other users cannot run this interpreter")
+    before = queued(relay)
+    code = (
+        f"import sys; sys.path.insert(0, {str(PROGRAM.parents[2])!r})\n"
+        f"from relaymta.sendmail import main, program; program.SOCKET = {str(socket_of(relay))!r}\n"
+        "sys.exit(main(['sendmail', 'a@x.example']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], input=b"Subject: x\n\n", check=False, capture_output=True,
+        preexec_fn=lambda: os.setresuid(OTHER, NOBODY.pw_uid, NOBODY.pw_uid),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert last(relay, before)["sender"] == "nobody@relay.example"
 
 
 def test_swaks_speaks_to_the_socket(relay):

@@ -36,19 +36,23 @@ def sendmail(data: bytes) -> None:
     try:
         found = enveloped(taken, Ann(name), options.sender, options.recipients, options.from_header, options.full_name or "")
     except Stop as error:
-        assert error.status in (64, 65) and str(error).isprintable(), error
+        assert error.status in (64, 65) and all(line.isprintable() for line in str(error).split("\n")), error
         return
     for one in (found.sender, *found.recipients):
         assert not CONTROLS.intersection(one) and len(one) <= 1000
     assert found.recipients and all(found.recipients) and len(set(found.recipients)) == len(found.recipients)
     header = found.data[: header_octets(found.data)]
     assert fields(header, (b"from",))
-    message_of = message._without_separator(taken)
-    if found.data.endswith(message_of):  # what was put in front of it are our fields, and at most the line that ends a header
-        ours = found.data[: len(found.data) - len(message_of)].removesuffix(b"\r\n\r\n").removesuffix(b"\r\n")
-        assert all(line.startswith((b" ", b"From: ", message.KEY)) for line in ours.split(b"\r\n")) or not ours
-    else:
-        assert message_of.startswith(message.CRONS)
+    message_of = taken[message._separator_octets(taken) :]
+    end = header_octets(message_of)
+    given, body = message_of[:end], message_of[end:]
+    rest = found.data.removesuffix(body).removesuffix(b"\r\n") if not body.startswith(b"\r\n") else found.data.removesuffix(body)
+    assert rest != found.data or not body
+    given = given.removesuffix(b"\r\n")
+    if not message_of.startswith(message.CRONS):  # what was put in front of it are our fields
+        ours = rest.removesuffix(b"\r\n").removesuffix(given).removesuffix(b"\r\n")
+        assert all(line.startswith((b" ", b"From: ", message.KEY)) for line in ours.split(b"\r\n")) or not ours, ours
+    assert len(header) == len(found.data) or found.data.startswith(b"\r\n", len(header)), "no line of the body is a field"
     assert fields(header, (message.KEY.lower(),))
     assert not CONTROLS.difference((13, 10)).intersection(author(name, b"ann"))
 
@@ -64,9 +68,14 @@ def _read(text: bytes, dot: bool) -> bytes:
         os.close(descriptor)
     expected, lines = [], text.split(b"\n")
     for number, line in enumerate(lines):
-        if not dot and line in (b".", b".\r"):
+        if not dot and line in (b".", b".\r", b".\r\r"):
             break
-        expected.append(line + b"\n" if number < len(lines) - 1 else line)
-    whole = b"".join(expected).replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n").replace(b"\0", b" ")
-    assert found == whole, (found, whole)
+        expected.append(line.rstrip(b"\r") + b"\n" if number < len(lines) - 1 else line)
+    whole = b"".join(expected).replace(b"\0", b" ")
+    assert found.replace(b"\r\n", b"\n").replace(b"\n", b" ") == whole.replace(b"\r", b" ").replace(b"\n", b" ")
+    assert not found.replace(b"\r\n", b"").count(b"\r") + found.replace(b"\r\n", b"").count(b"\n")
+    header = found[: message._separator_octets(found)]
+    header += found[len(header) :][: header_octets(found[len(header) :])]
+    lines = whole.split(b"\n")[: header.count(b"\r\n")]  # no line of the header begins where there was none
+    assert [line.replace(b"\r", b" ") for line in lines] == header.split(b"\r\n")[:-1]
     return found
