@@ -426,6 +426,12 @@ def test_what_is_refused_for_now_later_on_is_left_for_those_who_do_not_have_it(r
     assert (found, left) == ((NotNow, 0), [b"c", b"d"])
 
 
+def test_who_was_set_aside_is_not_forgotten_where_a_later_part_fails(tmp_path):
+    replies = [(b"RCPT TO:<a>", LATER), (b"RCPT TO:<c>", TOO_MANY), (b"BDAT", b"250 ok"), (b"BDAT", b"451 4.3.0 later")]
+    found, left, _ = dialogue(tmp_path, replies, [b"a", b"b", b"c", b"d"])
+    assert (found, left) == ((NotNow, 0), [b"a", b"c", b"d"])
+
+
 @pytest.mark.parametrize(
     ("replies", "status", "left"),
     [
@@ -644,6 +650,21 @@ def test_many_recipients_are_several_files_each_of_which_the_relay_takes(tmp_pat
         found += (rcpt[9:-1] for rcpt in taken.rcpts)
         os.close(descriptor)
     assert found == many
+
+
+def test_where_a_later_file_cannot_be_written_those_whom_it_is_for_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELAYMTA_DROP_PROGRAM", "/nonexistent")
+    monkeypatch.setattr(dropping, "COMMANDS_MOST", 50)
+    written: list[bytes] = []
+
+    def write(folder: str, text: bytes) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(text)
+
+    monkeypatch.setattr(dropping, "_write", write)
+    with pytest.raises(Stop, match=r"^the message was not taken for b, c: no; and it cannot be dropped: No space"):
+        dropping.drop(Envelope(b"s", [b"a", b"b", b"c"], b"x\r\n"), parsed(["sendmail"]), NotNow("no"))
 
 
 def test_who_does_not_have_it_is_named_where_others_do(tmp_path, monkeypatch):
