@@ -153,7 +153,7 @@ class FakeMx:
         recipients: list[str] = []
         while line := file.readline():
             verb = line[:4].decode("latin-1").upper().strip()
-            argument = line.partition(b"<")[2].partition(b">")[0].decode()
+            argument = line.partition(b"<")[2].partition(b">")[0].decode("utf-8", "replace")
             self.commands.append(verb)
             if verb in ("EHLO", "LHLO"):
                 self.greetings.append(line.split()[1].decode())
