@@ -1,5 +1,6 @@
 """Message data of requests by HTTP: read back by the standard library it is what the request says, and nothing else."""
 
+import binascii
 import email
 import email.policy
 import json
@@ -150,6 +151,41 @@ def test_a_text_is_read_back(text):
     _, data = made(BASE | {"text": text})
     body = text_of(read(data))
     assert body in (lines_of(text), lines_of(text) + "\r\n")
+
+
+UNITS = [
+    "a", "ä", "😀", "=", "a b\t", "ab=\n", "ä\r\n", ".\n", "From \n", " " * 70 + "\n", "x" * 997 + "\n", "\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=repr)
+@pytest.mark.parametrize("before", [0, 1, 74, 75, 76, 77])
+def test_a_large_text_is_composed_in_slices_and_read_back(monkeypatch, unit, before):
+    """No call has more than a slice."""
+    sizes = []
+    for name in ("b2a_qp", "b2a_base64"):
+        call = getattr(binascii, name)
+        monkeypatch.setattr(
+            composing.binascii, name, lambda data, call=call, **named: sizes.append(len(data)) or call(data, **named)
+        )
+    text = "x" * before + unit * (200_000 // len(unit))
+    _, data = made(BASE | {"text": text, "html": "h\n"})
+    monkeypatch.undo()
+    assert all(size <= composing.PIECE for size in sizes)
+    part = read(data).get_body(("plain",))
+    assert text_of(part) == lines_of(text)
+    if part["content-transfer-encoding"] != "7bit":
+        assert max(map(len, data.split(b"\r\n"))) <= 78
+
+
+@given(st.text(st.sampled_from("aä😀= _?\u0301"), max_size=400), st.integers(0, 76))
+def test_encoded_words_have_whole_characters_and_fit(text, before):
+    words = fields._encoded(text, before)
+    assert str(make_header(decode_header("\r\n ".join(words)))) == text or not text
+    for number, word in enumerate(words):
+        assert len(word) <= (75 if number else max(76 - before, 24))
+        ((octets, charset),) = decode_header(word) if word else ((b"", "utf-8"),)
+        assert charset == "utf-8" and octets.decode() is not None
 
 
 @given(texts, texts, st.lists(st.tuples(names.filter(bool), st.binary(max_size=200), st.booleans(), st.booleans()), max_size=4))

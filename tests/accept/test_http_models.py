@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
+from relaymta.accept.http import models
 from relaymta.accept.http.models import Limits, Mailbox, Request, Wrong, parse
 
 BASE = {"from": "Ann <ann@a.example>", "to": "bob@b.example", "subject": "Hello", "text": "Hi"}
@@ -219,6 +220,59 @@ def test_the_recipients_of_a_batch_are_counted_together():
 def test_limits_can_be_others():
     with pytest.raises(Wrong, match="more than 1 recipients"):
         parse(json.dumps(BASE | {"cc": "c@d"}).encode(), Limits(recipients=1))
+
+
+@pytest.mark.parametrize("name, most, request_", [
+    ("reply_to", 100, {"reply_to": ["ü@ü.example"] * 101}), ("to", 1000, {"to": ["ü@ü.example"] * 1001}),
+    ("to", 1000, {"cc": ["ü@ü.example"] * 600, "bcc": ["ü@ü.example"] * 600}),
+    ("headers", 100, {"headers": {"X-A": ["x"] * 101}}),
+    ("batch", 100_000, {"to": [], "batch": [{"to": ["ü@ü.example"] * 1000}] * 101}),
+], ids=str)  # fmt: skip
+def test_what_is_too_much_is_counted_before_it_is_read(monkeypatch, name, most, request_):
+    """As reading takes up to 50 us a mailbox."""
+    read = []
+    monkeypatch.setattr(models, "plain", lambda text: read.append(text) or "a@b")
+    with pytest.raises(Wrong) as wrong:
+        parsed(**request_)
+    assert wrong.value.field == name and str(most) in wrong.value.detail
+    assert read == ["ann@a.example"] or read == []
+
+
+def test_a_hundred_reply_tos():
+    assert len(parsed(reply_to=["a@b"] * 100).reply_to) == 100
+
+
+LONG = "ä - at `$.x " * 100_000
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({LONG: 1}, "ä"), ({"attachments": [{LONG: 1}]}, "attachments[0].ä"), ({"headers": {LONG: 1}}, "headers.ä"),
+    ({"headers": {LONG: "x"}}, "headers.ä"), ({"headers": {LONG: ["1"] * 90}}, "headers.ä"), ({"priority": LONG}, "priority"),
+    ({"headers": {LONG: ["1"] * 1000}}, "headers.ä"), ({"envelope_from": LONG}, "envelope_from"), ({"send_at": LONG}, "send_at"),
+    ({"from": {"email": LONG}}, "from.email"), ({"from": {"email": "a@b", "name": LONG}}, "from.name"), ({"from": LONG}, "from"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_an_error_does_not_grow_with_the_request(monkeypatch, changes, field):
+    """Neither what is answered, nor what is looked at by a regular expression, or is copied for each value."""
+    longest = 0
+    printed = models.printable
+
+    def noted(text):
+        nonlocal longest
+        longest = max(longest, len(text))
+        return printed(text)
+
+    monkeypatch.setattr(models, "printable", noted)
+    octets = json.dumps(BASE | changes, ensure_ascii=False).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Wrong) as wrong:
+            parse(octets)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    found = wrong.value
+    assert found.field.startswith(field) and len(found.field) <= 200 and len(found.detail) <= 200 and longest <= 200
+    assert most < 10 * len(octets)
 
 
 def test_headers_that_may_be_set():

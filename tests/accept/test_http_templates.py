@@ -20,6 +20,7 @@ from relaymta.accept.http import templates as rendering
 from relaymta.accept.http.compose import compose
 from relaymta.accept.http.exchange import Job, One
 from relaymta.accept.http.models import Mailbox, Wrong, parse
+from relaymta.accept.http.places import Places
 from relaymta.accept.http.templates import Templates, Unavailable
 from relaymta.accept.http.templating import Renderer
 from tests.support.http_messages import check, hostile, read
@@ -63,8 +64,8 @@ def entries(*substitutions):
     return [{"to": f"a{number}@b", "substitutions": one} for number, one in enumerate(substitutions)]
 
 
-async def rendered(one: Templates, most: int = MOST, seconds: float = 2.0, **changes):
-    async with aclosing(one.rendered(message(**changes), most, seconds)) as found:
+async def rendered(one: Templates, most: int = MOST, seconds: float = 2.0, owner: str = "", **changes):
+    async with aclosing(one.rendered(message(**changes), most, seconds, owner)) as found:
         return [each async for each in found]
 
 
@@ -155,7 +156,7 @@ WRONG = [
     ({"text": "{{ 9**(9**9) }}"}, "text", "the power is too large"),
     ({"text": "{{ 'a'*2000000 }}"}, "text", "what is rendered has more than 1048576 octets"),
     ({"text": "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}"}, "text", "more than 1048576 octets"),
-    ({"subject": "{{ 'ä'*600000 }}", "text": "{{ 'ä'*600000 }}"}, "subject", "more than 1048576 octets"),
+    ({"html": "{{ 'ä'*600000 }}", "text": "a"}, "html", "more than 1048576 octets"),
     ({"html": "{{ 'a'*600000 }}", "text": "{{ 'a'*600000 }}"}, "html", "more than 1048576 octets"),
     ({"text": "a\n{% include 'b' %}"}, "text", "line 2: a template of a request includes no others"),
     ({"text": "{% import 'b' as c %}"}, "text", "includes no others"),
@@ -170,7 +171,44 @@ WRONG = [
     ({"headers": {"X-A": "{{ a }}"}, "substitutions": {"a": "x\ny"}}, "headers.X-A", "a control character (U+000A)"),
     ({"headers": {"List-Id": "{{ a }}"}, "substitutions": {"a": "ä"}}, "headers.List-Id", "ASCII"),
     ({"subject": "{{ 'a' * 2001 }}"}, "subject", "2001 characters"),
+    ({"subject": "{{ 'a' * 100000 }}"}, "subject", "more than 8000 characters"),
+    ({"headers": {"X-A": "{{ 'a' * 8001 }}"}}, "headers.X-A", "more than 8000 characters"),
 ]  # fmt: skip
+
+
+async def test_mailboxes_of_the_headers_are_rendered(templates):
+    named = {"headers": {"Reply-To": "{{ name }} <desk@b>", "Sender": "{{ name }} <s@b>", "X-A": "v"}}
+    (found,) = await rendered(templates, **named, substitutions={"name": "Ann Ä"})
+    assert (found.reply_to, found.on_behalf) == ((Mailbox("desk@b", "Ann Ä"),), Mailbox("s@b", "Ann Ä"))
+    assert [one.name for one in found.headers] == ["X-A"] and "name" not in read(b"".join(compose(found).pieces))["reply-to"]
+    batch = [{"to": "a@b", "substitutions": {"desk": f"desk{number}@b"}} for number in range(2)]
+    two = await rendered(templates, headers={"Reply-To": "{{ desk }}", "Sender": "plain@b"}, batch=batch)
+    assert [one.reply_to[0].address for one in two] == ["desk0@b", "desk1@b"] and two[0].on_behalf == Mailbox("plain@b")
+    for value in ("x", "a@b, c@d", "a@b\r\nBcc: c@d", "", "a@b" * 4000):
+        for name in ("Reply-To", "Sender"):
+            field, _ = await wrong(templates, headers={name: "{{ a }}"}, substitutions={"a": value})
+            assert field == f"headers.{name}", value
+
+
+async def test_one_account_leaves_a_place_for_others(templates):
+    """However much it has rendered."""
+    tasks = []
+    for _ in range(3 * rendering.AT_ONCE):
+        tasks.append(asyncio.create_task(rendered(templates, seconds=60.0, owner="a", text=ENDLESS)))
+    await child(templates)
+    assert (await rendered(templates, owner="b", text="{{ 1 }}"))[0].text == "1"
+    assert not any(task.done() for task in tasks) and templates._places[0].free == 1
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await none_left(templates)
+
+
+async def test_who_waits_too_long_is_told_so(templates):
+    templates._places = (Places(1, 0.01), Places(1, 0.01))
+    async with templates._places[0].place("another"):
+        with pytest.raises(Unavailable, match="too many"):
+            await rendered(templates, text="{{ 1 }}")
 
 
 async def test_the_line_and_the_reason_are_named(templates):
@@ -357,7 +395,7 @@ async def test_nothing_is_left_when_nobody_reads_on(templates):
         await task
     await none_left(templates)
     assert templates._ended == {}
-    assert all(place._value == rendering.AT_ONCE for place in templates._places)
+    assert all(place.free == rendering.AT_ONCE for place in templates._places)
 
 
 async def test_nothing_is_left_when_a_caller_is_cancelled(templates):
@@ -372,7 +410,7 @@ async def test_nothing_is_left_when_a_caller_is_cancelled(templates):
         assert templates._ended == {}
     assert (await rendered(templates, text="{{ 1 }}"))[0].text == "1"
     await none_left(templates)
-    assert all(place._value == rendering.AT_ONCE for place in templates._places)
+    assert all(place.free == rendering.AT_ONCE for place in templates._places)
 
 
 async def test_it_ends_with_the_worker():
@@ -406,9 +444,17 @@ def _limits(pid: int) -> dict[str, str]:
             return found
 
 
+async def test_a_text_is_bounded_also_after_it_was_rendered(templates):
+    """However many octets a message may have."""
+    for name in ("text", "html"):
+        with pytest.raises(Wrong) as caught:
+            await rendered(templates, most=100 << 20, **{name: "{{ 'ab ' * 1500000 }}"})
+        assert (caught.value.field, caught.value.detail) == (name, "what is rendered has more than 4194304 characters")
+
+
 async def test_memory_that_is_needed_for_a_large_text_is_there(templates):
-    (found,) = await rendered(templates, most=20_000_000, text="{% for i in range(190) %}{{ '😀' * 25000 }}{% endfor %}")
-    assert len(found.text) == 190 * 25000
+    (found,) = await rendered(templates, most=20_000_000, text="{% for i in range(160) %}{{ '😀' * 25000 }}{% endfor %}")
+    assert len(found.text) == 160 * 25000
 
 
 @given(

@@ -20,12 +20,15 @@ RENDER, KILL = 1, 2
 
 class Job(msgspec.Struct, array_like=True, frozen=True):
     """Templates (field of the request, source). `substitutions`: JSON of an object, or b"", as in One; `seconds`: CPU time for
-    all of it; `most`: octets of what is rendered for one message."""
+    all of it; `most`: octets of what is rendered for one message; `text`: characters of `text` and of `html`, `value`: of each
+    other one."""
 
     templates: list[tuple[str, str]]
     substitutions: bytes
     seconds: float
     most: int
+    text: int = 4 << 20
+    value: int = 8000
 
 
 class One(msgspec.Struct, array_like=True, frozen=True):

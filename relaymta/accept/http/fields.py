@@ -7,7 +7,7 @@ client.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from email import base64mime, quoprimime
 from email.utils import encode_rfc2231
 
@@ -15,7 +15,8 @@ __all__ = ["addresses", "disposition", "structured", "unstructured"]
 
 LINE = 78  # characters of a line, where it can be folded (RFC 5322 2.1.1)
 _ENCODED_LINE = 76  # of one with an encoded word (RFC 2047 2)
-_AROUND = len("=?utf-8?q??=")
+_QUOTED = "=?utf-8?q?"  # what an encoded word begins with
+_AROUND = len(_QUOTED) + 2
 _IN_BASE64 = 45  # octets in 60 characters: of an encoded word of 72
 _IN_QUOTED = 60  # characters
 _WORD = 900  # characters of a word that is not folded
@@ -108,24 +109,35 @@ def _folded(name: str, value: str) -> bytes | None:
 def _encoded(text: str, before: int) -> list[str]:
     """Encoded words, one a line, the first behind `before` characters. Each has whole characters (RFC 2047 5)."""
     data = text.encode()
-    quoted = quoprimime.header_length(data) <= base64mime.header_length(data)
+    quoted = quoprimime.header_encode(data, "utf-8").removeprefix(_QUOTED).removesuffix("?=")
     room = max(_ENCODED_LINE - before - _AROUND, 12)
-    most, first = (_IN_QUOTED, min(room, _IN_QUOTED)) if quoted else (_IN_BASE64, min(room * 3 // 4 - 2, _IN_BASE64))
-    words: list[str] = []
-    word, length, limit = b"", 0, first
-    for character in text:
-        octets = character.encode()
-        takes = quoprimime.header_length(octets) if quoted else len(octets)
-        if length + takes > limit:
-            words.append(_word(word, quoted))
-            word, length, limit = b"", 0, most
-        word += octets
-        length += takes
-    return [*words, _word(word, quoted)]
+    if len(quoted) <= base64mime.header_length(data):
+        return [f"{_QUOTED}{word}?=" for word in _words_quoted(quoted, min(room, _IN_QUOTED))]
+    return [base64mime.header_encode(word, "utf-8") for word in _words_of(data, min(room * 3 // 4 - 2, _IN_BASE64))]
 
 
-def _word(octets: bytes, quoted: bool) -> str:
-    return quoprimime.header_encode(octets, "utf-8") if quoted else base64mime.header_encode(octets, "utf-8")
+def _words_quoted(quoted: str, first: int) -> Iterator[str]:
+    """A text in the Q encoding, cut between its characters; the first piece has `first` characters of the encoding at most."""
+    at, limit = 0, first
+    while len(quoted) - at > limit:
+        end = at + limit
+        while "=" in quoted[end - 2 : end] or (quoted[end] == "=" and quoted[end + 1] in "89AB"):  # in the middle of one
+            end -= 1
+        yield quoted[at:end]
+        at, limit = end, _IN_QUOTED
+    yield quoted[at:]
+
+
+def _words_of(data: bytes, first: int) -> Iterator[bytes]:
+    """UTF-8, cut between its characters; the first piece has `first` octets at most."""
+    at, limit = 0, first
+    while len(data) - at > limit:
+        end = at + limit
+        while data[end] & 0xC0 == 0x80:
+            end -= 1
+        yield data[at:end]
+        at, limit = end, _IN_BASE64
+    yield data[at:]
 
 
 def _mailbox(address: str, name: str, before: int) -> str:

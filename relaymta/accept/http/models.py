@@ -18,7 +18,7 @@ from relaymta.proto.printable import printable
 
 __all__ = [
     "Attachment", "BatchEntry", "Entry", "File", "Header", "Limits", "Mailbox", "Message", "Person", "Request", "Wrong",
-    "check_header", "check_text", "is_tag", "is_template", "parse",
+    "check_header", "check_text", "is_tag", "is_template", "parse", "with_rendered",
 ]  # fmt: skip
 
 LONGEST_NAME = 256  # characters of a display name
@@ -27,12 +27,12 @@ LONGEST_SUBJECT = 2000
 LONGEST_VALUE = 8000  # characters of a field's value
 LONGEST_WORD = 900  # octets of a word in a field that cannot be encoded: it has to fit into a line (RFC 5322 2.1.1)
 LONGEST_FILENAME = 255
-SHOWN = 200  # characters of a detail
+SHOWN = 200  # characters of a detail, and of a field, of which a client may have written any number
 
 # What ends a line, for any program, or is not to be seen at all. Characters that join or set directions are in real names.
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_AT = re.compile(r"(.*?)(?: - at (?:`key` in )?`\$\.?(.*)`)?\Z", re.S)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`\Z", re.S)
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?([\w.\[\]]*)`\Z")
+_UNKNOWN = "Object contains unknown field `"
 _MISSING = re.compile(r"Object missing required field `(\w+)`\Z")
 _QUOTED = re.compile(r'"((?>(?:[^"\\]++|\\.)*))"\Z')
 _PAIR = re.compile(r"\\(.)")
@@ -69,7 +69,7 @@ class Wrong(Exception):
     one line."""
 
     def __init__(self, field: str, detail: str) -> None:
-        self.field, self.detail = printable(field), printable(detail)[:SHOWN]
+        self.field, self.detail = printable(field[:SHOWN])[:SHOWN], printable(detail[:SHOWN])[:SHOWN]
         super().__init__(f"{self.field}: {self.detail}" if field else self.detail)
 
 
@@ -116,7 +116,8 @@ class BatchEntry(_Fields):
 class Request(_Fields, rename={"from_": "from"}):
     """A message, or a batch of messages that have all but recipients and substitutions in common. A mailbox is a string (`a@b`,
     `Name <a@b>`) or an object. `envelope_from`: the sender, "" for the null sender; without it, the address of `from`. Where
-    `substitutions` or `batch` is given, `subject`, `text`, `html` and the values of `headers` are Jinja2 templates."""
+    `substitutions` or `batch` is given, `subject`, `text`, `html` and the values of `headers` are Jinja2 templates. `reply_to`:
+    100 mailboxes at most."""
 
     from_: _One
     envelope_from: str | None = None
@@ -137,10 +138,11 @@ class Request(_Fields, rename={"from_": "from"}):
 
 
 class Limits(NamedTuple):
-    """What a request may have. `recipients`: of one message; `together`: of all in a batch; `text`: characters of `text` and of
-    `html`; `substitutions`: octets of JSON."""
+    """What a request may have. `recipients`: of one message; `together`: of all in a batch; `reply_to`: mailboxes; `text`:
+    characters of `text` and of `html`; `substitutions`: octets of JSON."""
 
     recipients: int = 1000
+    reply_to: int = 100
     batch: int = 10_000
     together: int = 100_000
     headers: int = 100
@@ -243,8 +245,7 @@ def is_template(text: str) -> bool:
 
 def _located(error: msgspec.ValidationError, buffer: bytes | memoryview) -> Wrong:
     """What msgspec says, with the field that it is about. (It names no key of an object: `headers[...]`.)"""
-    match = _AT.match(str(error))
-    detail, field = (match[1], match[2] or "") if match is not None else (str(error), "")
+    detail, field = _place(str(error))
     if "[...]" in field:
         try:
             headers = msgspec.json.decode(buffer, type=_Headers).headers
@@ -254,14 +255,20 @@ def _located(error: msgspec.ValidationError, buffer: bytes | memoryview) -> Wron
             try:
                 _value(raw)
             except msgspec.ValidationError as own:
-                behind = _AT.match(str(own))
-                return Wrong(f"headers.{name}{behind[2] or '' if behind is not None else ''}", detail)
-    unknown, missing = _UNKNOWN.match(detail), _MISSING.match(detail)
-    if unknown is not None:
-        return Wrong(_within(field, unknown[1][:SHOWN]), "there is no such field")
+                return Wrong(f"headers.{name[:SHOWN]}{_place(str(own))[1]}", detail)
+    missing = _MISSING.match(detail)
+    if detail.startswith(_UNKNOWN):
+        return Wrong(_within(field, detail[len(_UNKNOWN) :].removesuffix("`")), "there is no such field")
     if missing is not None:
         return Wrong(_within(field, missing[1]), "it is missing")
     return Wrong(field, detail)
+
+
+def _place(said: str) -> tuple[str, str]:
+    """What an error of msgspec says, and the field that it is about. It quotes what the client has written, of any length: that
+    is cut before it is looked at."""
+    match = _AT.search(said, max(0, len(said) - SHOWN))
+    return (said[: min(match.start(), 2 * SHOWN)], match[1]) if match is not None else (said[: 2 * SHOWN], "")
 
 
 def _within(field: str, name: str) -> str:
@@ -285,7 +292,9 @@ class _Checked:
 
     def __init__(self, request: Request, limits: Limits) -> None:
         self._request, self._limits = request, limits
-        self._reply_to = list(_each(request.reply_to, "reply_to"))
+        if _count(request.reply_to) > limits.reply_to:  # before any is read: that takes up to 50 us
+            raise Wrong("reply_to", f"there are more than {limits.reply_to}")
+        self._reply_to = _each(request.reply_to, "reply_to")
         self._on_behalf: Mailbox | None = None
 
     def message(self) -> Message:
@@ -308,10 +317,9 @@ class _Checked:
         )  # fmt: skip
 
     def _recipients(self, one: Request | BatchEntry, prefix: str) -> list[tuple[Mailbox, ...]]:
-        found = [tuple(_each(getattr(one, name), prefix + name)) for name in ("to", "cc", "bcc")]
-        if sum(map(len, found)) > self._limits.recipients:
+        if _together(one) > self._limits.recipients:
             raise Wrong(f"{prefix}to", f"there are more than {self._limits.recipients} recipients")
-        return found
+        return [tuple(_each(getattr(one, name), prefix + name)) for name in ("to", "cc", "bcc")]
 
     def _texts(self) -> None:
         request, limits = self._request, self._limits
@@ -335,23 +343,26 @@ class _Checked:
         found: list[Header] = []
         once: set[str] = {"reply-to"} if self._reply_to else set()
         for name, value in self._request.headers.items():
-            field = f"headers.{name}"
+            field = f"headers.{name[:SHOWN]}"
+            lower = _check_name(name, field)
+            if len(value) + len(found) > self._limits.headers and not isinstance(value, str):
+                raise Wrong("headers", f"there are more than {self._limits.headers}")
             values = [(value, field)] if isinstance(value, str) else [(v, f"{field}[{i}]") for i, v in enumerate(value)]
-            lower = name.lower()
-            _check_name(name, lower, field)
             if lower in _ONCE and (lower in once or len(values) > 1):
                 raise Wrong(field, "a message has this field once")
             if lower == "message-id" and self._request.batch is not None and not is_template(values[0][0] if values else ""):
                 raise Wrong(field, "all messages of the batch would have the same")
             once.add(lower)
             for text, where in values:
-                if lower == "reply-to":
+                header = Header(name, text, _STRUCTURED.match(lower) is not None, where)
+                if self._rendered(text):
+                    found.append(header)
+                elif lower == "reply-to":
                     self._reply_to.append(_mailbox(text, where))
                 elif lower == "sender":
                     self._on_behalf = _mailbox(text, where)
                 else:
-                    header = Header(name, text, _STRUCTURED.match(lower) is not None, where)
-                    found.append(header if self._rendered(text) else check_header(header))
+                    found.append(check_header(header))
             if len(found) > self._limits.headers:
                 raise Wrong("headers", f"there are more than {self._limits.headers}")
         return tuple(found)
@@ -386,13 +397,9 @@ class _Checked:
                 raise Wrong(name, "the recipients of a batch are in its entries")
         if not 0 < len(request.batch) <= self._limits.batch:
             raise Wrong("batch", f"it has {len(request.batch)} entries, 1 to {self._limits.batch} are allowed")
-        found, together = [], 0
-        for number, one in enumerate(request.batch):
-            found.append(entry := self._entry(one, f"batch[{number}]."))
-            together += len(entry.to) + len(entry.cc) + len(entry.bcc)
-            if together > self._limits.together:
-                raise Wrong("batch", f"it has more than {self._limits.together} recipients")
-        return tuple(found)
+        if sum(map(_together, request.batch)) > self._limits.together:
+            raise Wrong("batch", f"it has more than {self._limits.together} recipients")
+        return tuple(self._entry(one, f"batch[{number}].") for number, one in enumerate(request.batch))
 
     def _entry(self, entry: BatchEntry, prefix: str) -> Entry:
         to, cc, bcc = self._recipients(entry, prefix)
@@ -418,6 +425,14 @@ class _Checked:
 def is_tag(text: str) -> bool:
     """Whether a word can be a tag."""
     return _TAG.match(text) is not None
+
+
+def _count(people: _Many) -> int:
+    return len(people) if isinstance(people, list) else 1
+
+
+def _together(one: Request | BatchEntry) -> int:
+    return _count(one.to) + _count(one.cc) + _count(one.bcc)
 
 
 def _each(people: _Many, field: str) -> list[Mailbox]:
@@ -454,7 +469,7 @@ def _name(name: str, field: str) -> str:
 def _address(text: str, field: str) -> str:
     """An address in its one form. That of a domain is A-labels, unless SMTPUTF8 (RFC 6531) is needed anyway for its local
     part."""
-    found = plain(text)
+    found = plain(text) if len(text) <= LONGEST_PERSON else None
     if found is None:
         raise Wrong(field, "it is not a mail address")
     local, _, domain = found.rpartition("@")
@@ -484,13 +499,31 @@ def _time(time: datetime | None) -> datetime | None:
         raise Wrong("send_at", "it is out of range") from None
 
 
-def _check_name(name: str, lower: str, field: str) -> None:
+def _check_name(name: str, field: str) -> str:
+    """The name of a field in lower case. Raises Wrong."""
     if not _FIELD_NAME.match(name):
         raise Wrong(field[:100], "a field's name has 1 to 76 printable ASCII characters without colons")
+    lower = name.lower()
     if lower in _ELSEWHERE:
         raise Wrong(field, f"it is said by `{_ELSEWHERE[lower]}`")
     if _RESERVED.match(lower):
         raise Wrong(field, "the relay alone sets this field")
+    return lower
+
+
+def with_rendered(message: Message, headers: list[Header]) -> Message:
+    """A message with these fields, of which Reply-To and Sender are read as mailboxes. Raises Wrong."""
+    answers, sender = message.reply_to, message.on_behalf
+    others = []
+    for header in headers:
+        lower = header.name.lower()
+        if lower == "reply-to":
+            answers = (*answers, _mailbox(header.value, header.field))
+        elif lower == "sender":
+            sender = _mailbox(header.value, header.field)
+        else:
+            others.append(header)
+    return msgspec.structs.replace(message, headers=tuple(others), reply_to=answers, on_behalf=sender)
 
 
 def check_header(header: Header) -> Header:

@@ -12,7 +12,18 @@ from contextlib import aclosing
 import msgspec
 
 from relaymta.accept.http.exchange import ENDED, KILL, LENGTH, RENDER, REQUEST, Job, One, Rendered, framed
-from relaymta.accept.http.models import LONGEST_SUBJECT, Entry, Message, Wrong, check_header, check_text, is_template
+from relaymta.accept.http.models import (
+    LONGEST_SUBJECT,
+    LONGEST_VALUE,
+    Entry,
+    Message,
+    Wrong,
+    check_header,
+    check_text,
+    is_template,
+    with_rendered,
+)  # fmt: skip
+from relaymta.accept.http.places import Full, Places
 from relaymta.control import program
 from relaymta.errors import RelayError
 from relaymta.log import Log
@@ -21,7 +32,9 @@ __all__ = ["SECONDS", "Templates", "Unavailable"]
 
 SECONDS = 2.0  # of CPU time for a request of up to TOGETHER messages, and in proportion for more
 TOGETHER = 1000
-AT_ONCE = 4  # batches that are rendered at the same time, and as many single messages
+AT_ONCE = 4  # batches that are rendered at the same time, and as many single messages; one fewer of one account
+WAIT_SECONDS = 30.0  # for that
+TEXT_MOST = 4 << 20  # characters of text, and of html, also of what is rendered
 AHEAD = 16  # messages that are sent before those in front of them are rendered,
 AHEAD_OCTETS = 1 << 18  # while they have no more than so many octets
 ANSWER_SECONDS = 10.0  # beside five times the CPU time: for a message to be rendered on a busy machine
@@ -50,7 +63,7 @@ class Templates:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._places = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)  # single messages, batches
+        self._places = Places(AT_ONCE, WAIT_SECONDS), Places(AT_ONCE, WAIT_SECONDS)  # single messages, batches
         self._starting = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
@@ -58,11 +71,13 @@ class Templates:
         self._ended: dict[int, asyncio.Future[_Died]] = {}
         self._closed = False
 
-    async def rendered(self, message: Message, most: int, seconds: float = SECONDS) -> AsyncGenerator[Message, None]:
+    async def rendered(
+        self, message: Message, most: int, seconds: float = SECONDS, owner: str = ""
+    ) -> AsyncGenerator[Message, None]:
         """The messages of a request, each with its own recipients and texts, in order: of a batch, one for each entry; else one.
         No more than a few are ahead of who takes them. `most`: octets of the templates' texts in one message; `seconds`: of CPU
-        time, for up to TOGETHER messages. Raises Wrong, also behind messages that were rendered, and Unavailable. Close it
-        (`aclosing`) where it is not read to its end."""
+        time, for up to TOGETHER messages; `owner`: whose turn it is. Raises Wrong, also behind messages that were rendered, and
+        Unavailable. Close it (`aclosing`) where it is not read to its end."""
         if message.substitutions is None:
             yield message
             return
@@ -74,15 +89,20 @@ class Templates:
                 yield _filled(message, number, {})
             return
         ones = [_one(message, number) for number in range(len(entries or (0,)))]
-        job = Job(templates, message.substitutions, seconds * max(1.0, len(ones) / TOGETHER), most)
-        async with self._places[entries is not None], aclosing(self._answers(job, ones)) as answers:
-            number = 0
-            async for answer in answers:
-                if answer.wrong is not None:
-                    field, detail = answer.wrong
-                    raise _wrong(message, number if answer.own else None, field, detail)
-                yield _filled(message, number, answer.texts)
-                number += 1
+        job = Job(
+            templates, message.substitutions, seconds * max(1.0, len(ones) / TOGETHER), most, TEXT_MOST, LONGEST_VALUE
+        )  # fmt: skip
+        try:
+            async with self._places[entries is not None].place(owner), aclosing(self._answers(job, ones)) as answers:
+                number = 0
+                async for answer in answers:
+                    if answer.wrong is not None:
+                        field, detail = answer.wrong
+                        raise _wrong(message, number if answer.own else None, field, detail)
+                    yield _filled(message, number, answer.texts)
+                    number += 1
+        except Full:
+            raise Unavailable("too many templates are rendered at the same time") from None
 
     def end(self) -> None:
         """Stop the process."""
@@ -323,10 +343,14 @@ def _filled(message: Message, number: int, texts: dict[str, str]) -> Message:
         for name in ("text", "html"):
             if "\0" in texts.get(name, ""):
                 raise Wrong(name, "it has a NUL")
-        headers = [check_header(one._replace(value=texts.get(one.field, one.value))) for one in message.headers]
+        headers = [
+            check_header(one._replace(value=texts[one.field])) if one.field in texts else one for one in message.headers
+        ]  # fmt: skip
+        if any(one.field in texts for one in headers):
+            message = with_rendered(message, headers)
     except Wrong as wrong:
         raise _wrong(message, number, wrong.field, wrong.detail) from None
     return msgspec.structs.replace(
         message, to=entry.to, cc=entry.cc, bcc=entry.bcc, subject=subject, text=texts.get("text", message.text),
-        html=texts.get("html", message.html), headers=tuple(headers), batch=None, substitutions=None,
+        html=texts.get("html", message.html), batch=None, substitutions=None,
     )  # fmt: skip

@@ -157,12 +157,15 @@ class Renderer:
     def _text(self, name: str, template: Template, substitutions: dict[str, Any], into: dict[str, str], room: int) -> None:
         pieces: list[str] = []
         characters = 0
+        most = self._job.text if name in ("text", "html") else self._job.value
         with _Interrupted(self._job.seconds):
             # (Template.render would also write tracebacks anew.)
             for piece in template.root_render_func(template.new_context(substitutions)):
                 characters += len(piece)
                 if characters > room:
                     raise _Invalid(f"what is rendered has more than {self._job.most} octets")
+                if characters > most:
+                    raise _Invalid(f"what is rendered has more than {most} characters")
                 pieces.append(piece)
             text = "".join(pieces)
             try:
