@@ -471,6 +471,56 @@ def test_two_requests_in_one_segment(relay):
     assert raw(relay, one % (len(body), body) * 2).count(b"HTTP/1.1 202") == 2
 
 
+def test_who_gets_answers_may_be_rendered(relay, site):
+    headers = {"Reply-To": "{{ name }} <desk@example.com>", "Sender": "{{ name }} <s@example.com>"}
+    said = relay.post(batch(1, headers=headers))
+    found = arrived(site, ident_of(said))[2]
+    assert (found["reply-to"], found["sender"]) == ("N0 <desk@example.com>", "N0 <s@example.com>")
+
+
+def test_a_check_of_a_message_as_it_is_has_the_size_that_is_sent(relay):
+    raw_message = b"From: a@b.example\nTo: c@d.example\n\n" + b"\n" * 40_000_000
+    for path, expected in (("?validate=1", 200), ("", 413)):
+        said = relay.post(raw_message, path=f"/v1/messages{path}", Content_Type="message/rfc822")
+        assert said.status == expected, said
+        assert "552 5.3.4" in (said.json.get("sender_reply") or said.detail) and not said.json.get("valid")
+
+
+def test_forms_of_the_same_octets_in_other_parts_are_other_requests(relay):
+    def form(**parts: bytes) -> bytes:
+        files = [{"filename": name, "part": name} for name in parts]
+        whole = {"message": json.dumps(message(attachments=files[:1])).encode()} | parts
+        rows = (
+            b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (name.encode(), one)
+            for name, one in whole.items()
+        )
+        return b"".join(rows) + b"--x--\r\n"
+
+    kind = {"Content_Type": "multipart/form-data; boundary=x"}
+    first = relay.post(form(a=b"x"), "forms", **kind)
+    again = relay.post(form(a=b"x"), "forms", **kind)
+    assert first.status == again.status == 202 and again.headers["Idempotency-Replayed"] == "true"
+    assert relay.post(form(a=b"y"), "forms", **kind).status == 422
+    unused = relay.post(form(a=b"x", b=b"y"), **kind)
+    assert (unused.status, unused.json["argument"]) == (422, "b")
+
+
+def test_no_file_is_left_of_requests_that_were_refused(relay):
+    """Not even until memory is collected."""
+    body = json.dumps(message(attachments=[{"filename": "a", "content": "A" * 200_000 + "!"}])).encode()
+    for _ in range(60):
+        said = relay.ask("POST", "/v1/messages", body, {"Content-Type": "application/json"})
+        assert (said.status, said.json["argument"]) == (422, "attachments[0].content")
+
+    def files() -> list[str]:
+        spool = str(relay.spool)
+        rows = [row for pid in relay.worker_pids() for row in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        return [row for row in rows if spool in row and row.endswith("(deleted)") and "/#" in row]
+
+    assert relay.ask("GET", "/v1/openapi.json").status == 200  # behind the end of the last one
+    assert files() == []
+
+
 @pytest.mark.parametrize("more, argument, detail", [
     ({"text": "ok\n{{ nobody }}"}, "text", "line 2"), ({"subject": "{{ name"}, "subject", "line 1"),
     ({"text": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"}, "text", "CPU"),

@@ -2,10 +2,13 @@
 
 import contextlib
 import mmap
+import re
 from collections.abc import AsyncGenerator, Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from aiohttp import web
@@ -13,38 +16,47 @@ from aiohttp import web
 from relaymta.accept.admission import Admission
 from relaymta.accept.dropped import Converted
 from relaymta.accept.http import models
-from relaymta.accept.http.compose import PIECE, compose
+from relaymta.accept.http.compose import PIECE, Composer
 from relaymta.accept.http.models import Limits, Message, Wrong
+from relaymta.accept.http.places import Full, Places
 from relaymta.accept.http.receiving import Received, finished, media_type
 from relaymta.accept.http.submitting import Letter
-from relaymta.accept.http.templates import Templates, Unavailable
+from relaymta.accept.http.templates import TEXT_MOST, Templates, Unavailable
 from relaymta.accept.once import FIELD
 from relaymta.problems import Problem
 from relaymta.proto.address import compared, plain
 from relaymta.proto.addressees import header_octets, recipients
 from relaymta.proto.header import HEADER_SEEN
 from relaymta.proto.mailbox import Malformed, authors
+from relaymta.proto.printable import printable
 from relaymta.proto.transaction import Limits as SessionLimits
 from relaymta.queue import wall_ms
 
 __all__ = ["Letters", "Order"]
 
 T = TypeVar("T")
-ON_THREAD = 262_144  # octets of a body from which on it is read, and composed, on a thread
-TEXT_MOST = 4 << 20  # characters of text, and of html, which are in memory
+ON_LOOP = 2000  # microseconds that work may take, about, to be done on the loop, and in one turn of it
+BODY_ON_LOOP, STRINGS_ON_LOOP = 65536, 200  # octets of JSON, and strings in it, that are read on the loop
+RAW_ON_LOOP = 16384  # octets of a message as it is
+LARGE = 262_144  # octets of a body whose work does not have the places of smaller ones
+AT_ONCE = 2  # works of large requests that are done on threads at the same time, and of others; one fewer of one account
+WAIT_SECONDS = 30.0  # for that
 JSON_MOST = 16 << 20  # octets of JSON, but for the base64 of attachments
 STRINGS_MOST = 500_000  # in JSON
+SHORT_MOST = 1000  # octets of the JSON of a priority, or a time
 LATER_MOST = 90 * 86_400_000  # ms: how far ahead a message can be ordered
 TAGS_MOST = 20
 JSON = ("application/json", "multipart/form-data")
 RAW = "message/rfc822"
 VALIDATE = ("0", "1", "false", "true")
+_FIELD = re.compile(rb"^" + FIELD + rb"[ \t]*:", re.I | re.M)
 _PARAMETERS = {"from", "to", "tag", "priority", "send_at", "validate"}
 
 
 class Order(NamedTuple):
     """What a request wants. `message`: of JSON, None: it is a message as it is, for `sender` and `recipients`. `priority`: "" for
-    that of the account; `send_at`: ms, UTC, 0: at once; `most`: octets that one message may have."""
+    that of the account; `send_at`: ms, UTC, 0: at once; `most`: octets that one message may have; `size`: octets of a message
+    as it is, with CRLF; `owner`: whose it is, among those who wait for a thread."""
 
     received: Received
     message: Message | None
@@ -54,6 +66,8 @@ class Order(NamedTuple):
     most: int
     sender: str = ""
     recipients: tuple[str, ...] = ()
+    size: int = 0
+    owner: str = ""
 
     @property
     def messages(self) -> int:
@@ -67,42 +81,56 @@ class Letters:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._templates = Templates(admission.intake.log)
+        # Their own: those of the admission write the data of all mail.
+        self._threads = ThreadPoolExecutor(2 * AT_ONCE, "letters")
+        self._places = Places(AT_ONCE, WAIT_SECONDS), Places(AT_ONCE, WAIT_SECONDS)  # of small requests, of large ones
 
     def end(self) -> None:
         """The worker ends."""
         self._templates.end()
+        self._threads.shutdown(wait=False)
 
-    async def read(self, request: web.BaseRequest, received: Received, own: SessionLimits) -> Order:
-        """What a request wants. `own`: the limits of its client. Problem."""
+    async def read(self, request: web.BaseRequest, received: Received, own: SessionLimits, owner: str = "") -> Order:
+        """What a request wants. `own`: the limits of its client; `owner`: who that is. Problem."""
         kind = media_type(request)
         _check_query(request, _PARAMETERS if kind == RAW else {"validate"})
         try:
             if kind == RAW:
-                return await self._work(received, _raw, request, received, own.recipients)
+                if received.body.size <= RAW_ON_LOOP and not received.body.in_file:
+                    return _raw(request, received, own.recipients)
+                return await self._work(received, owner, _raw, request, received, own.recipients)
             if kind not in JSON:
                 raise Problem(415, f"Content-Type is to be one of {', '.join((*JSON, RAW))}")
             limits = Limits(recipients=own.recipients, text=TEXT_MOST)
-            message = await self._work(received, _parsed, received.body.buffer, limits)
+            if _is_short(received):
+                message = _parsed(received.body.buffer, limits)
+            else:
+                message = await self._work(received, owner, _parsed, received.body.buffer, limits)
         except Wrong as error:
             raise _wrong(error) from None
+        except OSError as error:
+            raise Problem(503, f"the body cannot be read: {error.strerror}; try again later", {"Retry-After": "10"}) from None
+        _check_parts(received, message)
         at = 0 if message.send_at is None else int(message.send_at.timestamp() * 1000)
-        return Order(received, message, list(message.tags), message.priority or "", _checked_time(at), own.message_size)
+        at = _checked_time(at)
+        return Order(received, message, list(message.tags), message.priority, at, own.message_size, owner=owner)
 
     async def of(self, order: Order, without: Container[int]) -> AsyncGenerator[tuple[int, Letter], None]:
         """The messages of a request with their numbers, but for those in `without`. Problem; none of the messages is returned
         then, but where a part of a form is wrong."""
         if order.message is None:
             if 0 not in without:
-                size, pieces = _as_it_is(order.received)
                 utf8 = not all(map(str.isascii, (order.sender, *order.recipients)))
-                yield 0, Letter(order.sender, list(order.recipients), utf8, size, pieces)
+                yield 0, Letter(order.sender, list(order.recipients), utf8, order.size, _as_it_is(order.received))
             return
         try:
+            composer = Composer(order.message, order.received.parts)
             if order.message.batch is not None:  # before any of it is submitted
-                async for _ in self._each(order, order.message):
-                    pass
+                async with aclosing(self._each(order, order.message, composer)) as letters:
+                    async for _ in letters:
+                        pass
             number = 0
-            async with aclosing(self._each(order, order.message)) as letters:
+            async with aclosing(self._each(order, order.message, composer)) as letters:
                 async for letter in letters:
                     if number not in without:
                         yield number, letter
@@ -112,19 +140,43 @@ class Letters:
         except Unavailable as error:
             raise Problem(503, str(error), {"Retry-After": "5"}) from None
 
-    async def _each(self, order: Order, message: Message) -> AsyncGenerator[Letter, None]:
-        async with aclosing(self._templates.rendered(message, order.most)) as messages:
+    async def _each(self, order: Order, message: Message, composer: Composer) -> AsyncGenerator[Letter, None]:
+        """All messages. No turn of the loop is longer than ON_LOOP, or than one message that takes as long."""
+        spent, in_file = 0, order.received.body.in_file  # with the base64 of attachments, which is checked with the first
+        async with aclosing(self._templates.rendered(message, order.most, owner=order.owner)) as messages:
             async for one in messages:
-                yield await self._composed(order, one)
+                cost = composer.cost(one)
+                if cost > ON_LOOP or in_file:
+                    in_file = False
+                    yield Letter(*await self._work(order.received, order.owner, composer.compose, one))
+                    continue
+                spent += cost
+                if spent > ON_LOOP:
+                    spent = cost
+                    await self._admission.turns.turn()
+                yield Letter(*composer.compose(one))
 
-    async def _composed(self, order: Order, message: Message) -> Letter:
-        return Letter(*await self._work(order.received, compose, message, order.received.parts))
+    async def _work(self, received: Received, owner: str, work: Callable[..., T], *arguments: object) -> T:
+        """What may take long is done on a thread. Problem: there are too many who want that."""
+        try:
+            async with self._places[received.size >= LARGE].place(owner):
+                return await finished(self._admission.loop.run_in_executor(self._threads, work, *arguments))
+        except Full:
+            raise Problem(503, "too many large requests at the same time; try again", {"Retry-After": "5"}) from None
 
-    async def _work(self, received: Received, work: Callable[..., T], *arguments: object) -> T:
-        """What may take long is done on a thread."""
-        if received.body.size < ON_THREAD:
-            return work(*arguments)
-        return await finished(self._admission.loop.run_in_executor(self._admission.threads, work, *arguments))
+
+def _is_short(received: Received) -> bool:
+    """Whether JSON is read in a moment: what takes long are addresses, up to 50 us each."""
+    body = received.body
+    return body.size <= BODY_ON_LOOP and not body.in_file and body.read(0, body.size).count(b'"') <= 2 * STRINGS_ON_LOOP
+
+
+def _check_parts(received: Received, message: Message) -> None:
+    """Problem: there is a part that is for nothing."""
+    unused = received.parts.keys() - {one.part for one in message.attachments}
+    if unused:
+        name = printable(min(unused)[: models.SHOWN])
+        raise Problem(422, f"no attachment names the part {name!r} of the form"[:300], argument=name)
 
 
 class _File(msgspec.Struct):
@@ -132,6 +184,14 @@ class _File(msgspec.Struct):
 
 
 class _Outline(msgspec.Struct):
+    to: msgspec.Raw = msgspec.Raw()
+    cc: msgspec.Raw = msgspec.Raw()
+    bcc: msgspec.Raw = msgspec.Raw()
+    reply_to: msgspec.Raw = msgspec.Raw()
+    headers: msgspec.Raw = msgspec.Raw()
+    tags: msgspec.Raw = msgspec.Raw()
+    priority: msgspec.Raw = msgspec.Raw()
+    send_at: msgspec.Raw = msgspec.Raw()
     attachments: list[_File] = []
 
 
@@ -139,16 +199,37 @@ def _parsed(buffer: bytes | mmap.mmap, limits: Limits) -> Message:
     """As `models.parse`, of a body that is large at most by the base64 in it: all else takes many times its octets in memory.
     Wrong."""
     octets = len(buffer)
-    if octets > ON_THREAD:
+    if octets > BODY_ON_LOOP:
         view = memoryview(buffer)
-        strings = sum(view[at : at + PIECE].tobytes().count(b'"') for at in range(0, octets, PIECE)) // 2
-        if strings > STRINGS_MOST:
+        if _count(view, b'"') // 2 > STRINGS_MOST:
             raise Wrong("", f"there are more than {STRINGS_MOST} strings in the JSON")
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # what is wrong is told below
-            octets -= sum(len(memoryview(one.content)) for one in msgspec.json.decode(view, type=_Outline).attachments)
+            outline = msgspec.json.decode(view, type=_Outline)
+            _check_outline(outline, limits)
+            octets -= sum(len(memoryview(one.content)) for one in outline.attachments)
         if octets > JSON_MOST:
             raise Wrong("", f"there are more than {JSON_MOST} octets of JSON beside the content of attachments")
     return models.parse(memoryview(buffer), limits)
+
+
+def _check_outline(outline: _Outline, limits: Limits) -> None:
+    """Wrong: a list has many times what it may have, which would be made of it in one step: that no other thread interrupts."""
+    most = {
+        "to": limits.recipients, "cc": limits.recipients, "bcc": limits.recipients, "reply_to": limits.reply_to,
+        "headers": limits.headers, "tags": limits.tags, "priority": 1, "send_at": 1,
+    }  # fmt: skip
+    for name, count in most.items():
+        view = memoryview(getattr(outline, name))
+        # Of the quotes of a string that are not escaped there are two at most; and what is one of many has four strings at most.
+        if _count(view, b'"') - _count(view, b'\\"') > 2 * 4 * count:
+            raise Wrong(name, f"there are more than {count}")
+        if count == 1 and len(view) > SHORT_MOST:
+            raise Wrong(name, "it is too long")
+
+
+def _count(view: memoryview, what: bytes) -> int:
+    """How often it is there, without a copy of all."""
+    return sum(view[at : at + PIECE + len(what) - 1].tobytes().count(what) for at in range(0, len(view), PIECE))
 
 
 def _wrong(error: Wrong) -> Problem:
@@ -165,6 +246,10 @@ def _checked_time(at: int) -> int:
 
 def _check_query(request: web.BaseRequest, known: set[str]) -> None:
     """Problem: there is another parameter, or `validate` is not well-formed: nothing is sent where only a check is meant."""
+    try:
+        unquote_to_bytes(request.rel_url.raw_query_string).decode()
+    except UnicodeError:
+        raise Problem(400, "the query is not UTF-8") from None
     unknown = set(request.query) - known
     if unknown:
         raise Problem(400, f"there is no parameter {min(unknown)[:100]!r} in the query", argument=min(unknown)[:100])
@@ -181,7 +266,7 @@ def _raw(request: web.BaseRequest, received: Received, most: int) -> Order:
         raise Problem(422, "the message does not begin with a header")
     if len(header) == len(start) and received.body.size > HEADER_SEEN:
         raise Problem(422, f"the header of the message has more than {HEADER_SEEN} octets")
-    if FIELD in header.lower():
+    if _FIELD.search(header):
         raise Problem(422, "X-Relay-Idempotency is for SMTP: give the key as the header Idempotency-Key of the request")
     sender = _sender(header) if "from" not in query else _address(query["from"], "from", True)
     named = query.getall("to", [])
@@ -200,7 +285,8 @@ def _raw(request: web.BaseRequest, received: Received, most: int) -> Order:
     if priority not in ("", "express", "normal", "bulk"):
         raise Problem(422, "priority is express, normal or bulk", argument="priority")
     at = _checked_time(_time(query.get("send_at", "")))
-    return Order(received, None, tags, priority, at, 0, sender, tuple(reversed(everybody.values())))
+    size = sum(map(len, _as_it_is(received)))
+    return Order(received, None, tags, priority, at, 0, sender, tuple(reversed(everybody.values())), size)
 
 
 def _time(text: str) -> int:
@@ -236,14 +322,10 @@ def _sender(header: bytes) -> str:
     return _address(str(found[0]), "from")
 
 
-def _as_it_is(received: Received) -> tuple[int, Iterator[bytes]]:
-    """The octets of a message, as far as they are known, and its data with CRLF for each line end."""
-
-    def pieces() -> Iterator[bytes]:
-        body, converted, at = received.body, Converted(), 0
-        while at < body.size:
-            piece = body.read(at, PIECE)
-            at += len(piece)
-            yield converted.take(piece, at >= body.size)
-
-    return received.body.size, pieces()
+def _as_it_is(received: Received) -> Iterator[bytes]:
+    """The data of a message, with CRLF for each line end."""
+    body, converted, at = received.body, Converted(), 0
+    while at < body.size:
+        piece = body.read(at, PIECE)
+        at += len(piece)
+        yield converted.take(piece, at >= body.size)

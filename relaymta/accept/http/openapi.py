@@ -210,7 +210,7 @@ def _bodies() -> dict[str, Any]:
         "properties": {"message": request},
         "required": ["message"],
         "additionalProperties": {"type": "string", "contentMediaType": "application/octet-stream"},
-        "description": "`message`: the JSON; other parts are files, which `attachments` names by their `part`.",
+        "description": "`message`: the JSON; other parts are files, each of which an attachment names by its `part`.",
     }
     return {
         "application/json": {"schema": request},

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, TypeVar
 
-from aiohttp import BodyPartReader, HttpVersion11, MultipartReader, hdrs, web
+from aiohttp import BodyPartReader, HttpVersion11, MultipartReader, StreamReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.multipart import BadContentDispositionHeader, BadContentDispositionParam
 
@@ -20,11 +20,12 @@ from relaymta.problems import Problem
 from relaymta.proto.printable import printable
 from relaymta.reservation import Reservation
 
-__all__ = ["Body", "Received", "Receiver", "finished", "media_type", "too_large"]
+__all__ = ["Body", "Received", "Receiver", "finished", "media_type", "too_large", "without_frames"]
 
 IN_MEMORY = 65536  # octets of a body, or a part of one, that are kept in memory
 ALL_IN_MEMORY = 64 << 20  # of all requests of a worker
 PARTS_MOST = 100
+BETWEEN_MOST = 8192  # octets of a form in front of a part, with its head, and behind the last
 JSON_IN_FORM = 8 << 20  # octets of JSON beside files
 MESSAGE_PART = "message"  # the part of a form that has the JSON
 DIGEST = 16
@@ -35,6 +36,7 @@ AS_AIOHTTP_TELLS_IT = (
 for _kind in _WARNED:  # a warning would be kept, with the client's text, for as long as the worker runs
     warnings.simplefilter("error", _kind)
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 def media_type(request: web.BaseRequest) -> str:
@@ -66,13 +68,18 @@ class _File:
 class Body:
     """Octets that are in memory or in a file. `size`: how many."""
 
-    def __init__(self, digest: Any) -> None:
+    def __init__(self) -> None:
         self.size = 0
-        self._digest = digest
+        self._digest = blake2b(digest_size=DIGEST)
         self._pieces: list[bytes] = []
         self._file: _File | None = None
         self._at = 0
         self._map: mmap.mmap | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """That of its octets."""
+        return self._digest.digest()
 
     @property
     def in_file(self) -> bool:
@@ -102,7 +109,7 @@ class Body:
 
     @property
     def buffer(self) -> bytes | mmap.mmap:
-        """All of it; of a file without being in memory."""
+        """All of it; of a file without being in memory. OSError: no descriptor is left to map it."""
         if self._file is None:
             return b"".join(self._pieces)
         if self._map is None:
@@ -114,6 +121,7 @@ class Body:
         if self._map is not None:
             with contextlib.suppress(BufferError):  # something still refers to it, and closes it in its end
                 self._map.close()
+            self._map = None
         self._pieces = []
 
 
@@ -123,17 +131,17 @@ class Received:
 
     def __init__(self, held: Callable[[int], None]) -> None:
         """`held(octets)`: told of the octets that it has more, or fewer, in memory."""
-        self._digest = blake2b(digest_size=DIGEST)
-        self.body = Body(self._digest)
+        self.body = Body()
         self.parts: dict[str, Body] = {}
+        self._named: list[tuple[bytes, Body]] = []  # parts, and the body of a form, in their order
         self._file: _File | None = None
-        self._place: Reservation | None = None  # of the file, among the descriptors
+        self._places: list[Reservation] = []  # of the file among the descriptors, and of that by which it is mapped
         self._held, self._octets = held, 0
 
     def part(self, name: str) -> Body:
-        """A new part."""
-        self._digest.update(b"\0" + name.encode() + b"\0")
-        found = Body(self._digest)
+        """A new part. UnicodeEncodeError: its name is not UTF-8."""
+        found = Body()
+        self._named.append((name.encode(), found))
         if name == MESSAGE_PART:
             self.body = found
         else:
@@ -143,7 +151,12 @@ class Received:
     @property
     def digest(self) -> bytes:
         """See above."""
-        return self._digest.digest()
+        if not self._named:
+            return self.body.digest
+        whole = blake2b(digest_size=DIGEST)
+        for name, one in self._named:
+            whole.update(b"%d:%b%b" % (len(name), name, one.digest))
+        return whole.digest()
 
     def hold(self, octets: int) -> None:
         """So many octets more, or (negative) fewer, are in memory."""
@@ -164,21 +177,75 @@ class Received:
         if self._file is not None:
             os.close(self._file.descriptor)
             self._file = None
-        if self._place is not None:
-            self._place.give_back()
+        for place in self._places:
+            place.give_back()
+        self._places = []
 
     def open(self, admission: Admission) -> None:
-        """There is to be a file. Problem: no descriptor is left for it."""
-        if self._place is None:
-            self._place = admission.file()
-            if self._place is None:
+        """There is to be a file, which takes two descriptors where it is mapped. Problem: they are not left."""
+        while len(self._places) < 2:
+            place = admission.file()
+            if place is None:
                 raise Problem(503, "no file descriptor is left for the body; try again later", {"Retry-After": "10"})
+            self._places.append(place)
 
     def spill(self, body: Body, folder: str) -> None:
         """Write what is in memory of a body to the file. Blocks. OSError."""
         if self._file is None:
             self._file = _File(folder)
         body.spill(self._file)
+
+
+class _Counted:
+    """The body of a form, as its reader reads it: parts by `read`, what is between them by `readline`. `between`: octets of that
+    which may still come."""
+
+    def __init__(self, content: StreamReader, most: int) -> None:
+        self._content = content
+        self._left = self._most = most
+        self.between = BETWEEN_MOST
+
+    async def read(self, size: int) -> bytes:
+        """As of StreamReader. Problem: the body is too large."""
+        data = await self._content.read(size)
+        self._count(len(data))
+        return data
+
+    async def readline(self, *, max_line_length: int | None = None) -> bytes:
+        """As of StreamReader. Problem: there is too much between parts."""
+        line = await self._content.readline(max_line_length=max_line_length or BETWEEN_MOST)
+        self._count(len(line))
+        self._skip(len(line))
+        return line
+
+    def unread_data(self, data: bytes) -> None:
+        """As of StreamReader."""
+        self._count(-len(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._content.unread_data(data)
+
+    def at_eof(self) -> bool:
+        """As of StreamReader."""
+        return self._content.at_eof()
+
+    async def end(self) -> None:
+        """Read what is behind the last part. Problem."""
+        while data := await self._content.readany():
+            self._count(len(data))
+            self._skip(len(data))
+
+    def _count(self, octets: int) -> None:
+        self._left -= octets
+        if self._left < 0:
+            raise too_large(self._most)
+
+    def _skip(self, octets: int) -> None:
+        self.between -= octets
+        if self.between < 0:
+            raise Problem(
+                400, f"the form has more than {BETWEEN_MOST} octets in front of a part, with its head, or behind the last"
+            )
 
 
 class Receiver:
@@ -194,7 +261,8 @@ class Receiver:
         if request.content_length is not None and request.content_length > most:
             raise too_large(most)
         coding = request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").strip().lower()
-        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity" or coding != "chunked":
+        encodings = request.headers.getall(hdrs.CONTENT_ENCODING, [])
+        if any(one.strip().lower() != "identity" for one in encodings) or coding != "chunked":
             raise Problem(415, "Content-Encoding is not supported: send the body as it is")
         queue = self._admission.intake.queue
         if queue.full or (request.content_length or 0) > queue.room:
@@ -219,7 +287,8 @@ class Receiver:
     async def _form(self, request: web.BaseRequest, received: Received, most: int) -> None:
         names: set[str] = set()
         try:
-            reader = MultipartReader(request.headers, request.content)
+            content = _Counted(request.content, most)
+            reader = MultipartReader(request.headers, content)  # type: ignore[arg-type] # it has what a reader calls
             while (part := await reader.next()) is not None:
                 name = part.name if isinstance(part, BodyPartReader) else None
                 if not isinstance(part, BodyPartReader) or not name:
@@ -235,6 +304,8 @@ class Receiver:
                 left = most - received.size
                 limit = min(left, JSON_IN_FORM) if name == MESSAGE_PART else left
                 await self._fill(received, received.part(name), part.read_chunk, limit)
+                content.between = BETWEEN_MOST
+            await content.end()
         except AS_AIOHTTP_TELLS_IT as error:
             raise Problem(400, f"the form is not well-formed: {printable(str(error)[:100])}") from None
         if MESSAGE_PART not in names:
@@ -276,6 +347,17 @@ async def finished(work: "asyncio.Future[T]") -> T:
     except asyncio.CancelledError:
         await asyncio.wait([work])
         raise
+
+
+def without_frames(error: E) -> E:
+    """An error that was caught, and those before it, without the frames that it has passed. In these is the task that has failed
+    by it, and in the task the error: all that they hold, such as a body and its file, would be there until a garbage
+    collection."""
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error
 
 
 def too_large(most: int) -> Problem:

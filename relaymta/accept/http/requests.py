@@ -26,7 +26,8 @@ from relaymta.accept.http import answers
 from relaymta.accept.http.answers import Accepted, MessageResult, ReceiptState
 from relaymta.accept.http.connection import Desk, HttpConnection
 from relaymta.accept.http.letters import Letters, Order
-from relaymta.accept.http.receiving import Received, Receiver, media_type
+from relaymta.accept.http.places import Full, Places
+from relaymta.accept.http.receiving import Received, Receiver, media_type, without_frames
 from relaymta.accept.http.submitting import Answer, Letter, Submitter
 from relaymta.accept.once import Busy, Turn, Wanted, owner_of
 from relaymta.accept.origin import Client, Origin
@@ -84,7 +85,7 @@ class Injection:
         self._shards = shards
         self._receiver = Receiver(admission, folder)
         self._letters = Letters(admission)
-        self._large = asyncio.Semaphore(LARGE_TOGETHER)
+        self._large = Places(LARGE_TOGETHER, TURN_SECONDS)
         self.desk = Desk(self.answer)
 
     def end(self) -> None:
@@ -103,7 +104,7 @@ class Injection:
         try:
             return await self._routed(connection, request)
         except Problem as error:
-            found = error
+            found = without_frames(error)
             rights = connection.rights
             if request.method == "POST" and rights is not None and "recipients" not in error.more:  # else each has a record
                 said = f"{error.status} {printable(error.detail)[:DETAIL_LOGGED]}"
@@ -195,17 +196,14 @@ class Injection:
 
     async def _order(self, asked: Asked, received: Received) -> Order:
         """What a request wants. Of large ones few are read at the same time."""
+        owner = owner_of(asked.origin)
         if received.size < LARGE:
-            return await self._letters.read(asked.request, received, asked.client.limits)
+            return await self._letters.read(asked.request, received, asked.client.limits, owner)
         try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await self._large.acquire()
-        except TimeoutError:
+            async with self._large.place(owner):
+                return await self._letters.read(asked.request, received, asked.client.limits, owner)
+        except Full:
             raise Problem(503, "too many large requests at the same time; try again", {"Retry-After": "5"}) from None
-        try:
-            return await self._letters.read(asked.request, received, asked.client.limits)
-        finally:
-            self._large.release()
 
     async def _inject(self, asked: Asked, received: Received) -> web.StreamResponse:
         order = await self._order(asked, received)
