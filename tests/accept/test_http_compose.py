@@ -178,6 +178,14 @@ def test_a_large_text_is_composed_in_slices_and_read_back(monkeypatch, unit, bef
         assert max(map(len, data.split(b"\r\n"))) <= 78
 
 
+@pytest.mark.parametrize("character", ["ä", "€", "😀", "="])
+def test_no_character_is_cut_by_the_q_encoding(character):
+    for before in range(140):
+        words = fields._encoded("a" * before + character + "ä" + "a" * 80, 10)
+        assert all(word.startswith("=?utf-8?q?") for word in words)
+        assert [one.decode() for word in words for one, _ in decode_header(word)]
+
+
 @given(st.text(st.sampled_from("aä😀= _?\u0301"), max_size=400), st.integers(0, 76))
 def test_encoded_words_have_whole_characters_and_fit(text, before):
     words = fields._encoded(text, before)
