@@ -15,9 +15,9 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.message import Message as EmailMessage
-from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypeAlias, TypedDict, TypeVar, Unpack
 from urllib.parse import quote, urlencode, urlsplit
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ AGAIN = (409, 429, 502, 503, 504)  # statuses after which the same request is se
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts, where the relay does not say how many
 ANSWER_MOST = 64 << 20  # octets
 
+_T = TypeVar("_T")
 Mailbox: TypeAlias = str | Mapping[str, str]
 """`a@b`, `Name <a@b>`, or {"email": ..., "name": ...}."""
 Mailboxes: TypeAlias = Mailbox | Sequence[Mailbox]
@@ -177,7 +178,8 @@ class Failed(Exception):
 
 
 class Unreachable(Failed):
-    """The relay was not reached, or its answer was not. `key`: of the request, by which it can be sent again, "": it has none."""
+    """The relay was not reached, or its answer was not, or it is none of the relay's. `key`: of the request, by which it can be
+    sent again, "": it has none."""
 
     def __init__(self, detail: str, key: str = "") -> None:
         super().__init__(detail)
@@ -186,14 +188,16 @@ class Unreachable(Failed):
 
 class Problem(Failed):
     """The relay has answered with an error. `document`: all of it (RFC 9457); `argument`: what is wrong in the request;
-    `recipients`: of a message that nobody gets; `retry_after`: seconds, where the relay names them; `key` as of Unreachable."""
+    `recipients`: of a message that nobody gets; `messages`: of a batch that nobody gets; `retry_after`: seconds, where the relay
+    names them; `key` as of Unreachable."""
 
     def __init__(self, document: Mapping[str, Any], key: str = "", retry_after: float | None = None) -> None:
         self.document = document
         self.status = int(document.get("status", 0))
         self.detail = str(document.get("detail", ""))
         self.argument = str(document.get("argument", ""))
-        self.recipients = [_of(RecipientResult, row) for row in document.get("recipients", [])]
+        self.recipients: list[RecipientResult] = _rows(document, "recipients", lambda row: _of(RecipientResult, row))
+        self.messages: list[MessageResult] = _rows(document, "messages", _message)
         self.retry_after = retry_after
         self.key = key
         super().__init__(f"{self.status}: {self.detail}")
@@ -263,36 +267,33 @@ class Client:
 
     def check(self, **mail: Unpack[Mail]) -> Check:
         """What would happen with a message. Nothing is sent."""
-        answer, _ = self._ask("POST", "/v1/messages?validate=1", _mail(mail))
-        found: Check = _of(Check, answer, recipients=[_of(RouteOf, row) for row in answer["recipients"]])
-        return found
+        return self._ask(_check, "POST", "/v1/messages?validate=1", _mail(mail))
 
     def message(self, ident: str) -> MessageState:
         """What has become of a message. Problem 404: it is not known, or no longer."""
-        answer, _ = self._ask("GET", f"/v1/messages/{quote(ident, safe='')}")
-        return _state(answer)
+        return self._ask(lambda answer, _: _state(answer), "GET", f"/v1/messages/{quote(ident, safe='')}")
 
     def receipt(self, key: str) -> Receipt:
         """What was accepted under an idempotency key. Problem 404: nothing was, or it is known no longer."""
-        answer, _ = self._ask("GET", f"/v1/receipts/{quote(key, safe='')}")
-        found: Receipt = _of(Receipt, answer, messages=[_state(one) for one in answer["messages"]])
-        return found
+        return self._ask(_receipt, "GET", f"/v1/receipts/{quote(key, safe='')}")
 
     def _sent(self, body: "_Body", query: str, key: str, traceparent: str) -> Sent:
         headers = {"Idempotency-Key": key} | ({"traceparent": traceparent} if traceparent else {})
-        answer, told = self._ask("POST", "/v1/messages" + ("?" + query if query else ""), body, headers, key)
-        rows = [
-            _of(MessageResult, one, recipients=[_of(RecipientResult, row) for row in one["recipients"]])
-            for one in answer["messages"]
-        ]
-        return Sent(answer["id"], rows, key, told.get("Idempotency-Replayed", "") == "true")
+
+        def sent(answer: Any, told: http.client.HTTPMessage) -> Sent:
+            rows = [_message(one) for one in answer["messages"]]
+            return Sent(answer["id"], rows, key, told.get("Idempotency-Replayed", "") == "true")
+
+        return self._ask(sent, "POST", "/v1/messages" + ("?" + query if query else ""), body, headers, key)
 
     # HTTP
 
     def _ask(
-        self, method: str, path: str, body: "_Body | None" = None, headers: Mapping[str, str] | None = None, key: str = ""
-    ) -> tuple[Any, http.client.HTTPMessage]:
-        """The answer to a request, which is sent again while that may help: all requests here can be."""
+        self, read: Callable[[Any, http.client.HTTPMessage], _T], method: str, path: str, body: "_Body | None" = None,
+        headers: Mapping[str, str] | None = None, key: str = "",
+    ) -> _T:  # fmt: skip
+        """The answer to a request, as `read` (JSON, header) has it. It is sent again while that may help: all requests here can
+        be."""
         until, pause = time.monotonic() + self._patience, FIRST_PAUSE
         while True:
             used = self._connection.sock is not None
@@ -310,12 +311,16 @@ class Client:
                 failed: Failed = Unreachable(f"{type(error).__name__}: {error}", key)
             else:
                 if 200 <= status < 300:
-                    return _json(text), told
+                    try:
+                        return read(json.loads(text), told)
+                    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                        self.close()
+                        raise Unreachable("the answer is not as the relay's are: is that the relay?", key) from None
                 wait = _seconds(told.get("Retry-After"))
                 failed = Problem(_document(status, text), key, wait)
                 if status not in AGAIN:
                     raise failed
-            wait = pause * (0.5 + os.urandom(1)[0] / 512) if wait is None else wait
+            wait = wait or pause * (0.5 + os.urandom(1)[0] / 512)
             if time.monotonic() + wait >= until:
                 raise failed
             time.sleep(wait)
@@ -342,6 +347,8 @@ class Client:
         else:
             answer = connection.getresponse()
         text = answer.read(ANSWER_MOST)
+        if answer.length and len(text) < ANSWER_MOST:  # no error for http.client where so many octets are asked for
+            raise http.client.IncompleteRead(text, answer.length)
         return answer.status, answer.msg, text
 
 
@@ -471,11 +478,27 @@ def _state(answer: Mapping[str, Any]) -> MessageState:
     return found
 
 
-def _json(text: bytes) -> Any:
+def _message(row: Mapping[str, Any]) -> MessageResult:
+    found: MessageResult = _of(MessageResult, row, recipients=[_of(RecipientResult, one) for one in row["recipients"]])
+    return found
+
+
+def _check(answer: Mapping[str, Any], _: object) -> Check:
+    found: Check = _of(Check, answer, recipients=[_of(RouteOf, row) for row in answer["recipients"]])
+    return found
+
+
+def _receipt(answer: Mapping[str, Any], _: object) -> Receipt:
+    found: Receipt = _of(Receipt, answer, messages=[_state(one) for one in answer["messages"]])
+    return found
+
+
+def _rows(document: Mapping[str, Any], name: str, read: Callable[[Any], _T]) -> list[_T]:
+    """Rows of a problem document; none where something else has answered, and it has others."""
     try:
-        return json.loads(text)
-    except ValueError:
-        raise Unreachable("the answer is not JSON: is that the relay?") from None
+        return [read(row) for row in document.get(name, ())]
+    except (TypeError, LookupError, AttributeError):
+        return []
 
 
 def _document(status: int, text: bytes) -> Mapping[str, Any]:

@@ -35,6 +35,9 @@ class Scripted:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                if len(body) < int(self.headers["Content-Length"]):  # the client has given up
+                    self.close_connection = True
+                    return
                 outer.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
                 status, headers, answer = outer.steps.pop(0) if len(outer.steps) > 1 else outer.steps[0]
                 self.close_connection = not status
@@ -129,7 +132,10 @@ def test_other_problems_are_not_tried_again(slept, status):
     assert (found.value.argument, found.value.recipients[0].reply) == ("to", "550 5.1.1 no")
 
 
-@pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b'{"status": 200}', b"\xff"])
+@pytest.mark.parametrize("text", [
+    b"", b"<html>", b"[]", b'{"status": 200}', b"\xff",
+    b'{"status": 404, "title": "Not Found", "recipients": [[1]], "messages": 5}',
+])  # fmt: skip
 def test_what_has_answered_instead_of_the_relay_is_a_problem_too(slept, text):
     with Scripted((404, {}, text)).running() as server, Client(server.url) as relay:
         with pytest.raises(Problem) as found:
@@ -137,10 +143,44 @@ def test_what_has_answered_instead_of_the_relay_is_a_problem_too(slept, text):
     assert found.value.status == 404 and found.value.document["title"] == "Not Found"
 
 
-def test_an_answer_that_is_no_json_is_not_taken_for_an_accepted_message(slept):
-    with Scripted((200, {}, b"<html>")).running() as server, Client(server.url) as relay:
-        with pytest.raises(Unreachable):
+@pytest.mark.parametrize(
+    "text", [b"<html>", b"[]", b"{}", b"1", b'{"id":"1","messages":[5]}', b'{"id":"1","messages":[{}]}', b"["]
+)
+def test_an_answer_that_is_not_the_relays_is_not_taken_for_an_accepted_message(slept, text):
+    with Scripted((202, {}, text), (202, {}, ACCEPTED)).running() as server, Client(server.url) as relay:
+        with pytest.raises(Unreachable, match="is that the relay") as found:
+            relay.send(key="mine", **MAIL)
+        assert found.value.key == "mine" and not slept
+        assert relay.send(key=found.value.key, **MAIL).id == ACCEPTED["id"]
+    with Scripted((200, {}, text)).running() as server, Client(server.url) as relay, pytest.raises(Unreachable):
+        relay.check(**MAIL)
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again_with_the_same_key(slept):
+    cut = 202, {"Content-Length": "1000", "Connection": "close"}, ACCEPTED
+    with Scripted(cut, (202, {}, ACCEPTED)).running() as server, Client(server.url) as relay:
+        sent = relay.send(**MAIL)
+    assert sent.id == ACCEPTED["id"] and [headers["idempotency-key"] for _, headers, _ in server.asked] == [sent.key] * 2
+    with Scripted(cut).running() as server, Client(server.url, patience=5) as relay:
+        with pytest.raises(Unreachable, match="IncompleteRead") as found:
+            relay.send(key="mine", **MAIL)
+    assert found.value.key == "mine" and 1 < len(server.asked) < 30
+
+
+def test_there_is_a_pause_though_the_relay_names_none(slept):
+    with Scripted(problem(503, **{"Retry-After": "0"})).running() as server, Client(server.url, patience=20) as relay:
+        with pytest.raises(Problem):
             relay.send(**MAIL)
+    assert len(slept) == len(server.asked) - 1 < 30 and all(one > 0 for one in slept) and sum(slept) > 5
+
+
+def test_a_batch_of_which_nobody_gets_anything_says_so_of_each(slept):
+    rows = [{"status": "refused", "recipients": []}, {"status": "try again", "reply": "452 4.7.1 x", "recipients": []}]
+    step = 503, {"Retry-After": "99"}, {"status": 503, "detail": "why", "messages": rows}
+    with Scripted(step).running() as server, Client(server.url) as relay:
+        with pytest.raises(Problem) as found:
+            relay.send(**MAIL)
+    assert [one.status for one in found.value.messages] == ["refused", "try again"] and found.value.retry_after == 99
 
 
 def test_where_nobody_listens_it_is_unreachable(slept):
