@@ -17,13 +17,17 @@ from relaymta.proto.header import fields
 from relaymta.queue import Kept, Request, Shards, digest_of
 from relaymta.shm import Limits
 
-__all__ = ["CONTENT", "FIELD", "Busy", "Once", "Turn", "Wanted", "content_of", "key_of", "owner_of", "without_boundary"]
+__all__ = ["CONTENT", "FIELD", "Busy", "Once", "Turn", "Wanted", "content_of", "key_of", "owner_of", "without_boundaries"]
 
 FIELD = b"x-relay-idempotency"
 LOOK_SECONDS, LOOK_MOST = 0.01, 0.2  # between two looks whether the one before is done
 CONTENT = 16  # octets of a digest
 _KEY = re.compile(r"[!-~]{1,255}\Z")
-_BOUNDARY = re.compile(rb"""\bboundary=(?:"([^"\r\n]{1,200})"|([^\s;"]{1,200}))""", re.I)
+LINES_MOST = 20_000  # lines of a body, of delimiters and headers of parts, in which boundaries are looked for
+_TYPE = re.compile(
+    rb"^content-type[ \t]*:\s*(?:(multipart/)|(message/(?:rfc822|global)\b))?[^\r\n]*(?:\r\n[ \t][^\r\n]*)*", re.I | re.M
+)
+_BOUNDARY = re.compile(rb"""\bboundary[ \t]*=[ \t]*(?:"([^"\r\n]{1,200})"|([^\s;"]{1,200}))""", re.I)
 
 
 class Busy(Exception):
@@ -44,8 +48,9 @@ class Wanted(NamedTuple):
 
 
 def owner_of(origin: Origin) -> str:
-    """Whose the keys are that clients of this origin use: those of a user, or, of nobody who has logged in, of an address."""
-    return f"{origin.user}\0{origin.application}\0{'' if origin.user else origin.client.address}"
+    """Whose the keys are that clients of this origin use: those of a user, whatever its application and listener; or, of nobody
+    who has logged in, of an address and application."""
+    return origin.user or f"\0{origin.application}\0{origin.client.address}"
 
 
 def key_of(header: bytes) -> str | None:
@@ -58,16 +63,60 @@ def key_of(header: bytes) -> str | None:
 
 
 def content_of(sender: str, header: bytes) -> "blake2b":
-    """What tells a message with an idempotency key from another one: its sender and its subject; its body, or size, is to be
-    added. Not what programs make anew each time, such as Date, Message-ID and boundaries."""
+    """What tells a message with an idempotency key from another one: its sender and its subject; its body, or the size of that,
+    is to be added. Not what programs make anew each time, such as Date, Message-ID and boundaries."""
     subject = next((value for name, value in fields(header) if name == b"subject"), "")
     return blake2b(f"{sender}\0{subject}\0".encode(), digest_size=CONTENT)
 
 
-def without_boundary(header: bytes, body: bytes) -> bytes:
-    """A body without the boundary that its header says."""
-    match = _BOUNDARY.search(header)
-    return body if match is None else body.replace(match[1] or match[2], b"")
+def without_boundaries(header: bytes, body: bytes) -> bytes:
+    """A body in which the boundaries that Content-Type names, in its header or in that of a part, are numbers, where they delimit
+    parts and where they are named. Behind LINES_MOST lines that may be either, all is as it is."""
+    known: dict[bytes, int] = {}
+    in_header = _renamed(header, known)[1]
+    if not known and not in_header:
+        return body
+    text, found = b"\r\n" + body, list[bytes]()
+    at = done = lines = 0
+    while lines < LINES_MOST:
+        if in_header:  # `at`: at the line end before it
+            end = _next(text, b"\r\n\r\n", at)
+            renamed, in_header = _renamed(text[at:end], known)
+            found += text[done:at], renamed
+            lines += renamed.count(b"\n")
+            done, at = end, end + 2 if in_header else end
+            continue
+        at = text.find(b"\r\n--", at)
+        if at < 0:
+            break
+        end = _next(text, b"\r\n", at + 2)
+        name = text[at + 4 : end].rstrip(b" \t")
+        closing = name not in known and name.endswith(b"--")
+        number = known.get(name[:-2] if closing else name)
+        if number is not None:
+            found += text[done : at + 4], b"\0%d" % number, b"--" if closing else b""
+            done, in_header = end, not closing
+        lines, at = lines + 1, end
+    return b"".join([*found, text[done:]])
+
+
+def _next(text: bytes, what: bytes, at: int) -> int:
+    """Where it is found from here on, or the end."""
+    found = text.find(what, at)
+    return len(text) if found < 0 else found
+
+
+def _renamed(header: bytes, known: dict[bytes, int]) -> tuple[bytes, bool]:
+    """A header in which the boundary that it names is its number in `known`, to which it is added; and whether the header of a
+    message follows."""
+    field = _TYPE.search(header)
+    if field is None:
+        return header, False
+    match = _BOUNDARY.search(header, field.start(), field.end()) if field[1] else None
+    if match is None:
+        return header, bool(field[2])
+    number = known.setdefault(match[1] or match[2], len(known))
+    return b"%b\0%d%b" % (header[: match.start()], number, header[match.end() :]), False
 
 
 class Turn:

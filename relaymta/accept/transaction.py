@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.large import Large
-from relaymta.accept.once import CONTENT, FIELD, Busy, Wanted, content_of, owner_of, without_boundary
+from relaymta.accept.once import CONTENT, FIELD, Busy, Wanted, content_of, owner_of, without_boundaries
 from relaymta.accept.origin import Origin, spoken
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
@@ -71,8 +71,8 @@ class IncomingTransaction(Transaction):
     """See above. `dialogue`: that of filters with this client, None: no filter follows it."""
 
     __slots__ = (
-        "_abandoned", "_admission", "_completed_at", "_content", "_descriptor", "_flow", "_ident", "_judging", "_left", "_over",
-        "_session", "_units", "_verdict", "_writing",
+        "_abandoned", "_admission", "_completed_at", "_content", "_descriptor", "_flow", "_header_octets", "_ident", "_judging",
+        "_left", "_over", "_session", "_units", "_verdict", "_writing",
         "dialogue", "large", "octets", "origin", "wanted",
     )  # fmt: skip
 
@@ -96,7 +96,8 @@ class IncomingTransaction(Transaction):
         self._left: tuple[str, ...] = ()  # filters that look at it in the queue
         self.dialogue: Dialogue | None = None
         self.wanted: Wanted | None = None  # what its application wants of it
-        self._content: Any = None  # what tells a message with a key from others, but for its size; see content_of
+        self._content: Any = None  # what tells a message with a key from others; see content_of
+        self._header_octets = -1  # of a large message, whose size without these is still to be added to `_content`
 
     # Receiving
 
@@ -153,9 +154,11 @@ class IncomingTransaction(Transaction):
         """As of `Transaction`; `now`: loop time."""
         if not self.began_at:
             self.began_at = now
-        big = self.large is not None or self.size > self._admission.intake.queue.big_limit - FIELDS
-        if big and not self.refusal:
+        if (self.large is not None or self._is_big()) and not self.refusal:
             self._spill()
+
+    def _is_big(self) -> bool:
+        return self.size > self._admission.intake.queue.big_limit - FIELDS
 
     def _spill(self) -> None:
         """Pass the message data received so far to a thread, and read nothing until it is written."""
@@ -200,6 +203,7 @@ class IncomingTransaction(Transaction):
             if end == len(start):
                 return reply.HEADER_TOO_LONG  # the field is to be removed
             self._content = content_of(self.sender, start[:end])
+            self._header_octets = self.size - (len(start) - end)
             start = without(start[:end], KEYS) + start[end:]
         if chain is not None:
             header = start[: header_end(start)]
@@ -288,7 +292,10 @@ class IncomingTransaction(Transaction):
         end = header_end(whole)
         header, body = whole[:end], whole[end:]
         self._content = content_of(self.sender, header)
-        self._content.update(without_boundary(header, body))
+        if self._is_big():  # though it is in memory: its last piece was large
+            self._header_octets = self.size - len(body)
+        else:
+            self._content.update(without_boundaries(header, body))
         return without(header, KEYS) + body
 
     def _end_line(self, data: list[bytes]) -> None:
@@ -626,8 +633,8 @@ class IncomingTransaction(Transaction):
         admission = self._admission
         once, keep = admission.intake.once, admission.config.intake.idempotency_keep
         assert once is not None
-        if self.large is not None and self._content is not None:
-            self._content.update(str(self.size).encode())
+        if self._header_octets >= 0 and self._content is not None:
+            self._content.update(str(self.size - self._header_octets).encode())
         content = self._content.digest() if self._content is not None else SAME
         try:
             turn = await once.begin(owner_of(self.origin), key, ONCE_SECONDS)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from relaymta._speedups import text
 from relaymta._speedups.replies import Replies
-from relaymta.accept import alias_text
+from relaymta.accept import alias_text, once
 from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
@@ -951,6 +951,19 @@ def _attachments(data: bytes) -> None:
     found.texts()
 
 
+_MIXED = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n"
+_PARTS = {
+    "dashes": times(b"\r\n--"),
+    "delimiters": times(b"--b\r\n"),
+    "many boundaries": lambda n: b"".join(b"--b\r\nContent-Type: multipart/x; boundary=%d\r\n\r\n" % at for at in range(n // 50)),
+    "messages": times(b"Content-Type: message/rfc822\r\n\r\n", b"--b\r\n"),
+    "boundaries": times(b' boundary="', b"--b\r\nContent-Type: multipart/x;"),
+    "folds": times(b"\r\n ", b"--b\r\nContent-Type: multipart/x;"),
+    "blanks": times(b" ", b"--b"),
+    "types": times(b"Content-Type:\r\n", b"--b\r\n"),
+}
+
+
 def _report(data: bytes) -> None:
     with contextlib.suppress(arf.NotAReport):
         arf.parse(data)
@@ -1089,6 +1102,8 @@ def _parsers() -> Iterable[Parser]:
         "addressees": times(b"<a@b.example>,", said + b"--b\nContent-Type: text/rfc822-headers\n\nTo: "),
         "parts": times(b"--b\r\n\r\n", said), "messages": times(b"--b\nContent-Type: message/rfc822\n\nTo: a@b\n\n", said),
     }  # fmt: skip
+    lines = "20,000 lines of delimiters and headers of parts"
+    yield Parser("accept.once.without_boundaries", lambda body: once.without_boundaries(_MIXED, body), _PARTS, lines)
     yield Parser("proto.arf.parse", _report, worst, "1 MB; 100 recipients; 1000 characters of a field")
     pieces = {
         "begin": b"-----BEGIN PRIVATE KEY-----", "base64": b"MIIEowIBAAKCAQEA7bq1Zt9sX0",
