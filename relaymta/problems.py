@@ -17,7 +17,7 @@ _FIELD = re.compile(r"field `([^`]*)`")
 class ProblemDetails(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The JSON of an answer that is an error (RFC 9457, `application/problem+json`). `argument`: the one that is wrong;
     `workers`: those that do not answer; `matched`, `changed`: how many messages match, or were changed before the error;
-    `recipients`: of a message that was not taken, each with its reply."""
+    `recipients`: of a message that was not taken, each with its reply; `messages`: of several, none of which was taken."""
 
     title: str
     status: int
@@ -28,6 +28,7 @@ class ProblemDetails(msgspec.Struct, kw_only=True, omit_defaults=True):
     matched: int | None = None
     changed: int | None = None
     recipients: list[Any] = []
+    messages: list[Any] = []
 
 
 class Problem(Exception):

@@ -80,13 +80,17 @@ class Certificates:
 
     def named(self, name: str | None) -> ssl.SSLContext | None:
         """The context of the first certificate that has this name, else of the first of all; None: as of `context`."""
-        if name:
-            wanted_name = name.lower().rstrip(".")
-            wanted = {wanted_name, "*." + wanted_name.partition(".")[2]}
-            for one in self.watched:
-                if one.value is not None and not wanted.isdisjoint(one.value.names):
-                    return one.value.context
-        return self.context
+        return (self._of(name) if name else None) or self.context
+
+    def has(self, name: str) -> bool:
+        """Whether a certificate has this name."""
+        return self._of(name) is not None
+
+    def _of(self, name: str) -> ssl.SSLContext | None:
+        wanted_name = name.lower().rstrip(".")
+        wanted = {wanted_name, "*." + wanted_name.partition(".")[2]}
+        found = (one.value for one in self.watched if one.value is not None)
+        return next((one.context for one in found if not wanted.isdisjoint(one.names)), None)
 
 
 def certificate_paths(config: Config) -> tuple[list[str], list[str]]:

@@ -5,7 +5,6 @@ this host."""
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import pwd
 import secrets
 import time
@@ -19,6 +18,7 @@ from relaymta.admin.tokens import SCOPES, Token, Tokens
 from relaymta.config import Config, parse_hostport
 from relaymta.privileges import peer_of
 from relaymta.problems import Problem
+from relaymta.proto.host import hostname_of, is_address
 
 __all__ = ["Access", "Caller", "Session"]
 
@@ -75,18 +75,10 @@ class Access:
 
     def host_allowed(self, request: web.Request) -> bool:
         """Whether a request is for one of our names. (DNS rebinding: a page of another name whose address has become ours.)"""
-        host = request.headers.get("Host", "")
         if len(request.headers.getall("Host", [])) > 1:
             return False
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
-        name = name.removeprefix("[").removesuffix("]").lower().rstrip(".")
-        if name in self._names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        name = hostname_of(request.headers.get("Host", ""))
+        return name in self._names or is_address(name)
 
     # API
 

@@ -1,6 +1,7 @@
 """What an application is told: of a request, and later of its messages. The models of the answers, and which status a reply of
 SMTP is."""
 
+import re
 from datetime import UTC, datetime
 
 import msgspec
@@ -12,11 +13,12 @@ from relaymta.queue import Kept, Known, format_id
 
 __all__ = [
     "Accepted", "Check", "MessageResult", "MessageState", "ReceiptState", "RecipientResult", "RecipientState", "RouteOf", "again",
-    "problem_of", "recipient", "shown", "state_of",
+    "not_taken", "problem_of", "recipient", "retry_after", "shown", "state_of",
 ]  # fmt: skip
 
 ACCEPTED, REFUSED, TRY_AGAIN = "accepted", "refused", "try again"
-RETRY_SECONDS = 30
+RETRY_SECONDS = 30  # where the reply does not say how many
+_IN = re.compile(r"\btry again in ([0-9]{1,9}) s")
 # The status of an answer, by the enhanced code of the reply (RFC 3463), or how the text of ours begins.
 _LATER = {"4.7.0": 429}
 _TOO_MUCH = ("4.7.1 The quota of ", "4.7.1 Too much from ", "4.7.1 Your mail is held")
@@ -126,14 +128,28 @@ def _read(reply: str) -> Answer:
     return Answer(int(code) if code.isdigit() else 550, text)
 
 
-def problem_of(answer: Answer, recipients: list[RecipientResult]) -> Problem:
-    """What is answered where nobody gets the message."""
+def not_taken(results: list[MessageResult]) -> Problem:
+    """What is answered where none of a request's messages was accepted: if only one is to be tried again, that is said of all."""
+    one = next((one for one in results if one.status == TRY_AGAIN), results[0])
+    code, _, text = one.reply.partition(" ")
+    return problem_of(Answer(int(code), text), one.recipients, results if len(results) > 1 else [])
+
+
+def problem_of(answer: Answer, recipients: list[RecipientResult], messages: list[MessageResult] | None = None) -> Problem:
+    """What is answered where nobody gets a message, `messages`: nor any of these."""
     later = answer.code < 500
     enhanced = answer.text.partition(" ")[0]
     status = (_LATER if later else _NEVER).get(enhanced, 503 if later else 422)
     if later and answer.text.startswith(_TOO_MUCH):
         status = 429
-    return Problem(status, answer.whole, {"Retry-After": str(RETRY_SECONDS)} if later else {}, recipients=recipients)
+    headers = {"Retry-After": str(retry_after(answer.text))} if later else {}
+    return Problem(status, answer.whole, headers, recipients=recipients, messages=messages or [])
+
+
+def retry_after(text: str, otherwise: int = RETRY_SECONDS) -> int:
+    """The seconds after which a reply says to try again, `otherwise` where it does not say."""
+    match = _IN.search(text)
+    return otherwise if match is None else max(int(match[1]), 1)
 
 
 def state_of(ident: int, known: Known) -> MessageState:

@@ -1,6 +1,5 @@
 """The connection of an HTTP client: HTTP itself is aiohttp's, the limits, deadlines and the end are those of all clients."""
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,7 +8,8 @@ from aiohttp import web
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.client import STRESS_PATIENCE, ClientConnection, described
-from relaymta.accept.http.submitting import Submitter
+from relaymta.accept.http.answers import problem_of, retry_after
+from relaymta.accept.http.submitting import Answer, Submitter
 from relaymta.accept.line import OUTPUT_SECONDS
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
@@ -24,10 +24,8 @@ QUIET_SECONDS = 75.0  # between two requests
 RATE_GRACE = 60.0  # seconds until the rate of a body is checked
 HEAD_MOST = 8190  # octets of a line, or field, of the head
 FIELDS_MOST = 64
-REFUSED = (
-    b"HTTP/1.1 %d %b\r\nContent-Type: application/problem+json\r\nContent-Length: %d\r\nRetry-After: 5\r\n"
-    b"Connection: close\r\n\r\n%b"
-)
+AGAIN_SECONDS = 5  # until a client that was refused may connect again, where the refusal does not say
+REFUSED = "HTTP/1.1 %d %s\r\nContent-Type: application/problem+json\r\nContent-Length: %d\r\n%sConnection: close\r\n\r\n"
 
 
 class Desk:
@@ -63,7 +61,27 @@ class Desk:
 
 
 class _Handler(web.RequestHandler):
-    """What aiohttp says of a request that it cannot read: here as a problem document, and nothing of it in a log."""
+    """What aiohttp says of a request that it cannot read: here as a problem document, and nothing of it in a log. `answered`:
+    how many requests were."""
+
+    answered = 0
+    _last: Any = None  # the body of the last request that was read, which may still come
+
+    def data_received(self, data: bytes) -> None:
+        """As of Protocol."""
+        super().data_received(data)
+        if self._messages:
+            self._last = self._messages[-1][1]
+
+    @property
+    def owes(self) -> bool:
+        """Whether there is a request that is not answered."""
+        return self._request_count > self.answered
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last request has come with its whole body."""
+        return self._last is not None and bool(self._last.is_eof())
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -132,7 +150,7 @@ class HttpConnection(ClientConnection[_Session]):
     def __init__(self, desk: Desk, admission: Admission, listener: Listener) -> None:
         super().__init__(admission, listener)
         self._desk = desk
-        self._handler: Any = None
+        self._handler: _Handler | None = None
         self._before: list[bytes] = []  # what came with the end of the TLS handshake
         self.request: web.BaseRequest | None = None
         self.began_at = 0.0  # when the request under way began to come (loop time), 0.0: none has
@@ -175,28 +193,30 @@ class HttpConnection(ClientConnection[_Session]):
         self._handler.data_received(data)
 
     def eof_received(self) -> bool:
-        """As of Protocol. A client that says no more may still wait for its answer (but for TLS, where asyncio cannot tell)."""
+        """As of Protocol. A client that says no more may still wait for its answer (but for TLS, where asyncio cannot tell); not
+        to a request that it has sent in part."""
         self.ended = True
-        if self.request is None:
-            return False
-        return not self.tls
+        return self._handler is not None and not self.tls and self._handler.owes and self._handler.is_whole
 
     def pause_writing(self) -> None:
         """As of Protocol."""
         self.blocked_at = self.admission.now()
-        self._handler.pause_writing()
+        if self._handler is not None:
+            self._handler.pause_writing()
 
     def resume_writing(self) -> None:
         """As of Protocol."""
         self.blocked_at = 0.0
-        self._handler.resume_writing()
+        if self._handler is not None:
+            self._handler.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As of Protocol. What filters are asked about is not taken; other messages under way are."""
         handler, self._handler = self._handler, None
         if handler is not None:
             self._desk.end(handler)
-            handler.connection_lost(exc)
+            # Its task may have been woken for a request in this turn of the loop, and takes a connection that is there then.
+            self.admission.loop.call_soon(handler.connection_lost, exc)
         super().connection_lost(exc)
         for one in self.at_work:
             one.forsake()
@@ -221,11 +241,10 @@ class HttpConnection(ClientConnection[_Session]):
         self.request = None
         self.began_at = 0.0
         self.active_at = self.admission.now()
-        if self.admission.intake.draining or self.ended:
-            self._leave()
-
-    def _leave(self) -> None:
-        if self._handler is not None:
+        if self._handler is None:
+            return
+        self._handler.answered += 1
+        if self.admission.intake.draining or (self.ended and not self._handler.owes):
             self._handler.close()  # behind the answer
 
     # As of ClientConnection
@@ -255,6 +274,9 @@ class HttpConnection(ClientConnection[_Session]):
     def refusal(self, answer: bytes) -> bytes:
         """A refusal of SMTP as an answer of HTTP."""
         code, _, text = answer.decode("utf-8", "replace").strip().partition(" ")
-        status, reason = (503, b"Service Unavailable") if code.startswith("4") else (403, b"Forbidden")
-        body = json.dumps({"title": reason.decode(), "status": status, "detail": text, "type": "about:blank"}).encode()
-        return REFUSED % (status, reason, len(body), body)
+        found, again = Problem(403, text), ""
+        if code.startswith("4"):
+            found = Problem(problem_of(Answer(int(code), text), []).status, text)
+            again = f"Retry-After: {retry_after(text, AGAIN_SECONDS)}\r\n"
+        body = msgspec.json.encode(found.details)
+        return (REFUSED % (found.status, found.details.title, len(body), again)).encode() + body

@@ -75,6 +75,7 @@ _ALL = {  # problems of all operations
     "400": "a header or parameter is wrong; `argument` names it",
     "401": "credentials are needed, or wrong",
     "403": "the client may not send here",
+    "421": "there are no credentials, and Host is no address or name of this relay",
     "429": "too many wrong logins",
     "500": "an internal error; the log of the relay says more",
     "503": "it cannot be done now",
@@ -180,9 +181,10 @@ def _written(schemas: dict[str, Any]) -> dict[str, Any]:
     for name in _OF_OPERATORS:
         del problem[name]
     problem["recipients"]["items"] = _ref("schemas", "RecipientResult")
+    problem["messages"]["items"] = _ref("schemas", "MessageResult")
     schemas["ProblemDetails"]["description"] = (
         "The JSON of an answer that is an error. `argument`: the field, parameter or header that is wrong; `recipients`: of "
-        "a message that nobody gets, each with the reply."
+        "a message that nobody gets, each with the reply; `messages`: of a batch of which nobody gets any, in its order."
     )
     for one in schemas.values():
         one["description"] = _line(one.get("description", ""))

@@ -25,9 +25,9 @@ from relaymta.accept.admission import Admission
 from relaymta.accept.http import answers
 from relaymta.accept.http.answers import Accepted, MessageResult, ReceiptState
 from relaymta.accept.http.connection import Desk, HttpConnection
-from relaymta.accept.http.letters import Letters, Order
+from relaymta.accept.http.letters import BODY_ON_LOOP, RAW, Letters, Order
 from relaymta.accept.http.places import Full, Places
-from relaymta.accept.http.receiving import Received, Receiver, media_type, without_frames
+from relaymta.accept.http.receiving import Received, Receiver, finished, media_type, without_frames
 from relaymta.accept.http.submitting import Answer, Letter, Submitter
 from relaymta.accept.once import Busy, Turn, Wanted, owner_of
 from relaymta.accept.origin import Client, Origin
@@ -37,6 +37,7 @@ from relaymta.ident import parse_id
 from relaymta.metrics import COUNTERS, index
 from relaymta.problems import Problem
 from relaymta.proto.header import HEADER_SEEN
+from relaymta.proto.host import hostname_of, is_address
 from relaymta.proto.printable import printable
 from relaymta.proto.sasl import Claim, Password, Token
 from relaymta.queue import Kept, Known, Request, Shards
@@ -144,6 +145,9 @@ class Injection:
         of_page = hdrs.ORIGIN in request.headers or request.headers.get("Sec-Fetch-Site", "none") != "none"
         if of_page and not given.lower().startswith("bearer "):  # a browser sends what it knows of us to whoever asks it to
             raise Problem(403, "requests of web pages are not taken, but with a bearer token")
+        # DNS rebinding: a page of a name whose address has become ours. (With what it posts, a browser names the page.)
+        if not given and request.method != "POST" and not self._is_ours(request):
+            raise Problem(421, "without credentials a request is to be for a name of this relay (Host), or its address")
         now = self._admission.loop.time()
         if given:
             if given != connection.remembered[0] or now > connection.remembered[1]:
@@ -159,6 +163,13 @@ class Injection:
             raise _who_are_you(
                 "credentials are needed" if listener.auth != "off" else "your address may not send here", listener.auth
             )
+
+    def _is_ours(self, request: web.BaseRequest) -> bool:
+        """Whether a request is for this host, by an address or one of its names."""
+        hosts = request.headers.getall(hdrs.HOST, [])
+        name = hostname_of(hosts[0]) if len(hosts) == 1 else ""
+        certificates, own = self._admission.endpoint.certificates, self._admission.config.hostname.lower().rstrip(".")
+        return is_address(name) or name in ("localhost", own) or (name != "" and certificates.has(name))
 
     async def _verify(self, connection: HttpConnection, given: str) -> None:
         rights, endpoint = connection.rights, self._admission.endpoint
@@ -206,19 +217,35 @@ class Injection:
             raise Problem(503, "too many large requests at the same time; try again", {"Retry-After": "5"}) from None
 
     async def _inject(self, asked: Asked, received: Received) -> web.StreamResponse:
-        order = await self._order(asked, received)
         if asked.request.query.get("validate", "") in ("1", "true"):
-            return _json(200, await self._validate(asked, order))
+            return _json(200, await self._validate(asked, await self._order(asked, received)))
         turn = await self._turn(asked)
+        if turn is None:
+            return self._answered(await self._submit_all(asked, await self._order(asked, received), None, b""), False)
         try:
             content = _content(asked.request, received)
-            if turn is not None and any(kept.content != content for kept in turn.kept.values()):
+            is_other = any(kept.content != content for kept in turn.kept.values())
+            if turn.kept and not is_other and len(turn.kept) == await self._count(asked, received):
+                # As it was answered then, whatever is allowed now.
+                return self._answered([answers.again(one) for _, one in sorted(turn.kept.items())], True)
+            order = await self._order(asked, received)
+            if is_other:
                 raise Problem(422, "another request was sent with this Idempotency-Key before", argument="Idempotency-Key")
-            results = await self._submit_all(asked, order, turn, content)
+            return self._answered(await self._submit_all(asked, order, turn, content), False)
         finally:
-            if turn is not None:
-                turn.end()
-        return self._answered(results, turn is not None and len(turn.kept) == len(results))
+            turn.end()
+
+    async def _count(self, asked: Asked, received: Received) -> int:
+        """How many messages a request is about, of which some were accepted before: nothing of it is checked."""
+        if media_type(asked.request) == RAW:
+            return 1
+        try:
+            buffer = received.body.buffer
+        except OSError as error:
+            raise Problem(503, f"the body cannot be read: {error.strerror}; try again later", {"Retry-After": "10"}) from None
+        if len(buffer) <= BODY_ON_LOOP:
+            return _counted(buffer)
+        return await finished(self._admission.loop.run_in_executor(self._admission.threads, _counted, buffer))
 
     async def _turn(self, asked: Asked) -> Turn | None:
         """The turn of a request with an idempotency key."""
@@ -322,11 +349,8 @@ class Injection:
         return made
 
     def _answered(self, results: list[MessageResult], repeated: bool) -> web.StreamResponse:
-        accepted = next((one for one in results if one.id), None)
-        if accepted is None:
-            first = results[0]
-            code, _, text = first.reply.partition(" ")
-            raise answers.problem_of(Answer(int(code), text), first.recipients)
+        if not any(one.id for one in results):
+            raise answers.not_taken(results)
         found = _json(202, Accepted(id=results[0].id, messages=results))
         if repeated:
             found.headers["Idempotency-Replayed"] = "true"
@@ -426,6 +450,16 @@ def _header(pieces: Iterator[bytes]) -> bytes:
         if b"\r\n\r\n" in found or len(found) > HEADER_SEEN:
             break
     return found
+
+
+class _Entries(msgspec.Struct):
+    batch: list[msgspec.Raw] | None = None
+
+
+def _counted(buffer: Any) -> int:
+    """As `_count`, of JSON."""
+    batch = msgspec.json.decode(memoryview(buffer), type=_Entries).batch
+    return 1 if batch is None else len(batch)
 
 
 def _part(
