@@ -100,7 +100,7 @@ def test(read: Configuration, name: str, as_json: bool) -> None:
     if as_json:
         say_json(found)
     else:
-        said = f"HTTP {found['status']}" if found["status"] else "no response"
-        say(f"{said} after {found['seconds']:.2f} s" + (f": {found['text']}" if found["text"] else ""))
+        why, passed = found["text"], f"after {found['seconds']:.2f} s"
+        say(f"HTTP {found['status']} {passed}" + (f": {why}" if why else "") if found["status"] else f"{why} ({passed})")
     if not found["taken"]:
         raise SystemExit(UNTAKEN)

@@ -10,20 +10,22 @@ from relaymta.disk.journal import End
 from relaymta.queue.journal import stamp
 from relaymta.report import places
 
-__all__ = ["Replay", "begun", "load_all", "new_name"]
+__all__ = ["Replay", "begun", "load_all", "new"]
 
 FOLDER = "replays"
 
 
 class Replay(NamedTuple):
     """`since`, `until`: when events happened, ms UTC, `until` 0: up to its beginning; `kinds`: which, none: all that the webhook
-    wants; `shards`: by number, where it begins and ends."""
+    wants; `shards`: by number, where it begins and ends; `began`: when, ms UTC: from then on the time counts after which
+    events are dropped that are not taken."""
 
     name: str
     since: int
     until: int
     kinds: tuple[str, ...]
     shards: dict[int, tuple[End, End]]
+    began: int
 
     def only(self) -> Callable[[dict[str, Any]], bool]:
         """Whether an event belongs to it."""
@@ -47,9 +49,10 @@ class Replay(NamedTuple):
         own.rmdir()
 
 
-def new_name() -> str:
-    """A name that sorts by time."""
-    return f"{time.time_ns() // 1_000_000:d}"
+def new(since: int, until: int, kinds: tuple[str, ...], shards: dict[int, tuple[End, End]]) -> Replay:
+    """A replay that begins now; its name sorts by time."""
+    now = time.time_ns() // 1_000_000
+    return Replay(f"{now:d}", since, until, kinds, shards, now)
 
 
 def begun(folder: Path, replay: Replay) -> None:
@@ -57,7 +60,7 @@ def begun(folder: Path, replay: Replay) -> None:
     for shard, (first, _) in replay.shards.items():
         places.save(replay.place_file(folder, shard), first)
     shards = {str(shard): [list(first), list(last)] for shard, (first, last) in replay.shards.items()}
-    found = {"since": replay.since, "until": replay.until, "kinds": list(replay.kinds), "shards": shards}
+    found = {"since": replay.since, "until": replay.until, "kinds": list(replay.kinds), "shards": shards, "began": replay.began}
     places.save_json(folder / FOLDER / replay.name / "replay", found)
 
 
@@ -68,5 +71,7 @@ def load_all(folder: Path) -> list[Replay]:
         kept = places.load_json(path)
         if kept is not None:
             shards = {int(shard): (End(*first), End(*last)) for shard, (first, last) in kept["shards"].items()}
-            found.append(Replay(path.parent.name, kept["since"], kept["until"], tuple(kept["kinds"]), shards))
+            found.append(
+                Replay(path.parent.name, kept["since"], kept["until"], tuple(kept["kinds"]), shards, kept.get("began", 0))
+            )
     return found

@@ -22,7 +22,7 @@ from relaymta.errors import NoSuch, RelayError, StoreError
 from relaymta.ident import format_id
 from relaymta.log import Log
 from relaymta.queue.journal import stamp
-from relaymta.report.replays import Replay, begun, load_all, new_name
+from relaymta.report.replays import Replay, begun, load_all, new
 from relaymta.report.shards import Shard
 from relaymta.report.streams import Consumer, NotTaken, Pace, Stream, Tally
 from relaymta.report.suppressing import Suppressing
@@ -42,12 +42,14 @@ NICE = 10  # mail first: on a busy machine a tenth of a core is left
 class Told:
     """A consumer, with its streams: by shard, and of replays by name and shard."""
 
-    def __init__(self, consumer: Consumer, folder: Path, warn: Callable[[str], None], fresh: bool) -> None:
+    def __init__(
+        self, consumer: Consumer, folder: Path, warn: Callable[[str], None], fresh: bool, tally: Tally, replayed: Tally
+    ) -> None:
         self.consumer = consumer
         self.folder = folder
         self.fresh = fresh
-        self.tally = Tally()
-        self.replayed = Tally()
+        self.tally = tally
+        self.replayed = replayed
         self.pace = Pace(warn)
         self.warn = warn
         self.streams: dict[int, Stream] = {}
@@ -77,6 +79,7 @@ class Reporter:
         self._log = log
         self._others = consumers
         self._told: dict[str, Told] = {}
+        self._tallies: dict[str, tuple[Tally, Tally]] = {}  # of consumers and their replays, by name: they outlive a reload
         self._shards: dict[int, Shard] = {}
         self._threads = ThreadPoolExecutor(THREADS, "report")
         self._configuring = asyncio.Lock()  # reloads may follow each other at once: the last one counts
@@ -101,7 +104,8 @@ class Reporter:
             name = consumer.name
             folder = self._folder / name
             known = await asyncio.to_thread(_has_place, folder)
-            self._told[name] = Told(consumer, folder, partial(self._warn, name), known or name in fresh)
+            tallies = self._tallies.setdefault(name, (Tally(), Tally()))
+            self._told[name] = Told(consumer, folder, partial(self._warn, name), known or name in fresh, *tallies)
         await self._follow()
         for told in self._told.values():
             told.fresh = True  # all that happens in shards that come later is new to it
@@ -185,7 +189,7 @@ class Reporter:
         for number, shard in self._shards.items():
             first = await self._run(shard.from_time, since)
             shards[number] = first, await self._run(shard.end)
-        replay = Replay(new_name(), since, until, tuple(kinds), shards)
+        replay = new(since, until, tuple(kinds), shards)
         try:
             await self._run(begun, told.folder, replay)
         except OSError as error:
@@ -204,7 +208,7 @@ class Reporter:
                 await asyncio.sleep(LOOK_SECONDS)
             stream = Stream(
                 told.consumer, self._shards[number], replay.place_file(told.folder, number), told.pace, told.replayed,
-                self._threads, told.warn, last, replay.only(),
+                self._threads, told.warn, last, replay.only(), replay.began,
             )  # fmt: skip
             streams.append(stream)
             await stream.run()
@@ -231,7 +235,7 @@ def _row(told: Told, webhook: Webhook) -> dict[str, Any]:
         "events": settings.events, "applications": settings.applications, "lag_events": sum(one.behind for one in
         told.streams.values()), "lag_seconds": round(lag, 1), "reply": answer.line if answer is not None else pace.why,
         "asked": webhook.asked, "why": pace.why, "failures": pace.failures, "delivered": told.tally.delivered,
-        "replayed": told.replayed.delivered, "dropped": told.tally.dropped, "replays": [
+        "replayed": told.replayed.delivered, "dropped": told.tally.dropped + told.replayed.dropped, "replays": [
             {"name": name, "left": sum(one.behind for one in streams)} for name, (_, streams) in told.replays.items()
         ],
     }  # fmt: skip
@@ -296,10 +300,11 @@ class _Process:
         return (await self._reports()).rows()
 
     async def _test(self, name: str) -> dict[str, Any]:
+        reporter, began = await self._reports(), time.monotonic()
         try:
-            return await (await self._reports()).test(name)
+            return await reporter.test(name)
         except NotTaken as error:
-            return {"status": 0, "taken": False, "text": str(error), "seconds": 0.0}
+            return {"status": 0, "taken": False, "text": str(error), "seconds": time.monotonic() - began}
 
     async def _replay(self, **args: Any) -> dict[str, Any]:
         return await (await self._reports()).replay(**args)

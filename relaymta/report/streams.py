@@ -1,5 +1,6 @@
 """A stream hands the events of one shard to one consumer: in order, the next batch only when the one before was taken, and each
-until it is. Its place is written when a batch was taken; so each event comes at least once.
+until it is. Its place is written when a batch was taken; so each event comes at least once. What is dropped is counted once at
+most: the place behind it is written before.
 
 A batch that a consumer does not take is handed to it again: after a second, then after up to five minutes, with jitter, or when
 it has asked for; but for events that are older than it wants them by then, which are dropped. What other streams do does not
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from relaymta.disk.journal import End, Found
+from relaymta.disk.journal import End, Found, Piece
 from relaymta.errors import RelayError
 from relaymta.queue.journal import Record, events_of
 from relaymta.report import places
@@ -33,6 +34,7 @@ OCTETS_MOST = 1 << 20  # of the events of a batch, as JSON; one event may have m
 FIRST, MOST = 1.0, 300.0  # seconds of back-off
 FEW = 800  # octets of an event in the journal, on average in its frame
 SAVE_SECONDS = 5.0  # for a place behind events that the consumer does not want
+LACKING = "were there no more, or could not be written or read"
 
 
 class NotTaken(RelayError):
@@ -124,12 +126,19 @@ def _why(error: Exception) -> str:
 
 
 class Batch(NamedTuple):
-    """Events, when each happened (ms UTC), the place behind them, and how many were dropped before it."""
+    """Events, when each happened (ms UTC) and where it is, and the place behind all of them; how many others were dropped
+    `before` the first of them, and how many behind it. (Where there are no events: all `before`.)"""
 
     events: list[dict[str, Any]]
     times: list[int]
+    places: list[End]
     place: End
-    dropped: int
+    before: int = 0
+    behind: int = 0
+
+    def place_of(self, at: int) -> End:
+        """Where an event is; behind the last: where the batch ends."""
+        return self.places[at] if at < len(self.places) else self.place
 
 
 class Tally:
@@ -141,26 +150,27 @@ class Tally:
 
 class Stream:
     """`file`: of its place; `warn(text)` logs; `until`: where a replay ends, None: it does not end; `only`: the events that it is
-    about; `fresh`: a consumer without a place begins with the oldest event that there is, else with what happens from now on."""
+    about; `began`: when the replay did, ms UTC: no event is taken for older; `fresh`: a consumer without a place begins with the
+    oldest event that there is, else with what happens from now on."""
 
     def __init__(
         self, consumer: Consumer, shard: Shard, file: Path, pace: Pace, tally: Tally, threads: Executor,
         warn: Callable[[str], None], until: End | None = None, only: Callable[[dict[str, Any]], bool] = lambda event: True,
-        fresh: bool = False,
+        began: int = 0, fresh: bool = False,
     ) -> None:  # fmt: skip
         self.consumer = consumer
         self.shard = shard
         self.place = End()
         self.waits_since = 0  # ms UTC: when the first event happened that it has and that is not taken; 0: it has none
         self._file, self._pace, self._tally, self._threads, self._warn = file, pace, tally, threads, warn
-        self._until, self._only, self._fresh = until, only, fresh
+        self._until, self._only, self._began, self._fresh = until, only, began, fresh
         self._saved = 0.0  # when its place was written, and which
         self._kept = End()
         self._writing = threading.Lock()
         self._turn = self._written = 0  # writes of its place: those that were begun, and the last one that was made
         self._trouble = ""
         self._more = False
-        self._unread = 0  # events that `_next` could not show
+        self._unread = 0  # events that `_next` could not show, and has not said so yet
 
     @property
     def behind(self) -> int:
@@ -186,10 +196,12 @@ class Stream:
                 await asyncio.sleep(FIRST)
                 continue
             self._trouble = ""
-            if batch.dropped:
-                self._dropped(batch.dropped, "were there no more, or could not be written or read")
+            if batch.before:
+                await self._drop(batch.before, LACKING, batch.place_of(0))
             if batch.events:
                 await self._hand_over(batch)
+            if batch.behind:
+                await self._drop(batch.behind, LACKING, batch.place)
             self.place = batch.place
             if self.place != self._kept:
                 await self._save(bool(batch.events))
@@ -221,31 +233,36 @@ class Stream:
 
     def _next(self) -> Batch:
         """On a thread: the next events, as many as there are for one batch."""
-        self._unread = 0
-        found = self._gathered()
-        return found._replace(dropped=found.dropped + self._unread)
-
-    def _gathered(self) -> Batch:
-        piece = self.shard.read(self.place, READ)
-        found = Batch([], [], piece.place, 0)
-        octets, dropped, place = 0, 0, piece.start
+        piece, self._unread = self.shard.read(self.place, READ), 0
+        found = Batch([], [], [], piece.place)
+        octets, before, dropped, place = 0, 0, 0, piece.start
         limit = self._until.number if self._until is not None else 1 << 63
+
+        def ended(where: End, more: bool) -> Batch:
+            lacking, self._more = dropped + self._unread, more
+            return found._replace(place=where, before=before if found.events else lacking, behind=lacking if found.events else 0)
+
         for record in piece.records:
-            dropped += piece.gaps.get(record.number, 0)
+            dropped += self._lacking(piece, record.number)
             if record.number >= limit:
-                self._more = False
-                return found._replace(place=self._until or piece.place, dropped=dropped)
+                return ended(self._until or piece.place, False)
             for taken, event, moment, size in self._of(record, place):
                 if found.events and (octets + size > OCTETS_MOST or len(found.events) >= self.consumer.batch):
-                    self._more = True
-                    return found._replace(place=record.place(taken), dropped=dropped)
+                    return ended(record.place(taken), True)
+                if not found.events:
+                    before, dropped, self._unread = dropped + self._unread, 0, 0
                 octets += size
                 found.events.append(event)
                 found.times.append(moment)
+                found.places.append(record.place(taken))
             place = record.place(record.events)
-        dropped += piece.gaps.get(piece.place.number, 0)  # behind the last record
-        self._more = piece.place.number < self.shard.known.number
-        return found._replace(dropped=dropped)
+        dropped += self._lacking(piece, piece.place.number)  # behind the last record
+        return ended(piece.place, piece.place.number < self.shard.known.number)
+
+    def _lacking(self, piece: Piece, number: int) -> int:
+        """How many events are not there of those just before a number; of a replay up to its end."""
+        gap = piece.gaps.get(number, 0)
+        return max(0, gap - max(0, number - self._until.number)) if gap and self._until is not None else gap
 
     def _of(self, found: Found, place: End) -> Iterator[tuple[int, dict[str, Any], int, int]]:
         """The events in a frame from a place on that the consumer wants: (how many are before it, event, ms UTC, octets of its
@@ -280,29 +297,35 @@ class Stream:
             number += 1
 
     async def _hand_over(self, batch: Batch) -> None:
-        """Until it is taken, or all of it is too old."""
-        waiting, times = batch.events, batch.times
-        while waiting:
-            self.waits_since = times[0]
+        """Until it is taken, or all of it is too old. (An event that is too old waits for those before it: a place has one side
+        where all was taken or dropped.)"""
+        at, times = 0, batch.times
+        while at < len(times):
+            self.waits_since = times[at]
             began = await self._pace.turn()
             try:
-                await self.consumer.take(waiting)
+                await self.consumer.take(batch.events[at:])
             except Exception as error:  # NotTaken, or a defect of a consumer, which must not end the stream
                 self._pace.failed(error, began)
             else:
                 self._pace.succeeded()
-                self._tally.delivered += len(waiting)
+                self._tally.delivered += len(times) - at
                 return
             oldest = time.time_ns() // 1_000_000 - self.consumer.retry_ms if self.consumer.retry_ms else 0
-            late = sum(moment < oldest for moment in times)
-            if late:
-                kept = [at for at, moment in enumerate(times) if moment >= oldest]
-                waiting, times = [waiting[at] for at in kept], [times[at] for at in kept]
-                self._dropped(late, "were not taken for too long")
+            first = at
+            while at < len(times) and max(times[at], self._began) < oldest:
+                at += 1
+            if at > first:
+                await self._drop(at - first, "were not taken for too long", batch.place_of(at))
 
-    def _dropped(self, count: int, why: str) -> None:
-        self._tally.dropped += count
-        self._warn(f"{count} events of shard {self.shard.number} {why}: they are dropped")
+    async def _drop(self, count: int, why: str, behind: End) -> None:
+        """Count events that were dropped: when it is written that they are behind, so that they are not counted again."""
+        self.place = behind
+        try:
+            await self._save(True)
+        finally:  # also when this is cancelled: the place is written then by `run`
+            self._tally.dropped += count
+            self._warn(f"{count} events of shard {self.shard.number} {why}: they are dropped")
 
     def _say(self, trouble: str) -> None:
         """Warn of a trouble once."""

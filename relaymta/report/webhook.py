@@ -71,6 +71,7 @@ class Webhook(Consumer):
         files = [path for path in (settings.secret_file, settings.other_secret_file) if path]
         self._keys = Watched(files, lambda: _keys(files))
         self._look_at = 0.0
+        self._looking = asyncio.Lock()  # the streams of all shards ask at once
         self._client: aiohttp.ClientSession | None = None
 
     def wants(self, event: dict[str, Any]) -> bool:
@@ -103,9 +104,10 @@ class Webhook(Consumer):
         raise NotTaken(why)
 
     async def _current_keys(self) -> list[bytes]:
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + SECRET_SECONDS
-            await asyncio.to_thread(self._keys.refresh)
+        async with self._looking:
+            if time.monotonic() >= self._look_at:
+                await asyncio.to_thread(self._keys.refresh)
+                self._look_at = time.monotonic() + SECRET_SECONDS
         if self._keys.value is None:
             self._look_at = 0.0
             raise NotTaken(f"it cannot be signed: {self._keys.problem}")

@@ -218,6 +218,11 @@ def test_a_test_says_what_is_wrong(tmp_path):
             assert done.returncode == 1 and 'no such webhook: shp (did you mean "shop"?)' in done.stderr
             assert relay.cli("webhook", "show", "shp", check=False).returncode == 1
             assert relay.cli("webhook", "replay", "shop", "--since", "nonsense", check=False).returncode == 64
+            shop.reply = lambda request: DROP
+            done = relay.cli("webhook", "test", "shop", check=False)
+            assert done.returncode == 1 and re.match(r"\S.* \(after \d+\.\d\d s\)\n", done.stdout) and "HTTP" not in done.stdout
+            done = relay.cli("webhook", "test", "shop", "--json", check=False)
+            assert json.loads(done.stdout)["seconds"] > 0
             (tmp_path / "secret").write_text("hello")
 
 

@@ -252,3 +252,10 @@ async def test_certificates_are_verified(tmp_path):
                     with pytest.raises(NotTaken, match="certificate"):
                         await webhook.take(EVENTS)
             assert len(shop.requests) == good
+
+
+async def test_who_asks_first_and_second_at_once_have_the_same_secret(tmp_path, shop):
+    """As the streams of two shards do at each start."""
+    async with asking(tmp_path, shop.url) as webhook:
+        await asyncio.gather(*(webhook.take([event]) for event in EVENTS))
+    assert len(shop.requests) == 3
