@@ -140,7 +140,8 @@ class JournalWriter:
 
     `rows`: as the store has them; `most`: octets that all files may have; `keep_ms`: for how long records are kept, by the
     shard's clock; `brim()`: whether nothing is to be written that can be spared. `dropped`: how many could not be written since
-    the start, `error`: why the last could not."""
+    the start, `error`: why the last could not. With a `most` of 0 records are only numbered, so that who reads later knows how
+    many it lacks (these are not `dropped`)."""
 
     def __init__(
         self, folder: Path, rows: Rows, now: int, most: int, keep_ms: int, brim: Callable[[], bool] = lambda: False
@@ -175,6 +176,11 @@ class JournalWriter:
         """Other bounds."""
         self._most, self._keep_ms = most, keep_ms
         self._file_most = max(FILE_LEAST, min(FILE_MOST, most // FILES))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether records are written, and not only numbered."""
+        return self._most > 0
 
     def _load(self, now: int) -> None:
         """Look at the files, and remove those that were never committed."""
@@ -223,6 +229,8 @@ class JournalWriter:
         staged, self._staged = self._staged, []
         if not staged:
             return None
+        if not self.keeps:
+            return self._numbered(sum(count for count, _ in staged))
         file, offset, number = self.end
         buffers = list[bytes]()
         for count, record in staged:
@@ -246,6 +254,12 @@ class JournalWriter:
         self._next = End(file, offset, number)
         self._last = now
         self._written = Written(END.pack(*self._next, *synced), put, deleted)
+        return self._written
+
+    def _numbered(self, count: int) -> Written:
+        """As `write`: so many are not kept."""
+        self._next, self._syncs = self.end._replace(number=self.end.number + count), False
+        self._written = Written(END.pack(*self._next, *self._synced), [], [])
         return self._written
 
     def _put(self, data: bytes, now: int) -> tuple[int, int]:

@@ -39,7 +39,7 @@ from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed
 from relaymta.queue.importing import Importing
 from relaymta.queue.inspect import Totals
-from relaymta.queue.journal import Journal, JournalSettings
+from relaymta.queue.journal import NUMBERED, Journal, JournalSettings
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.quarantine import Keeper
@@ -174,9 +174,10 @@ class Queue:
     async def start(self, culprit: int = 0) -> None:
         """Begin to commit and to offer. Returns when the shard is ready to take mail. `culprit`: the id of a message to
         quarantine first (0: none)."""
+        if self._settings.journal is None:  # nobody reads what there is of one
+            kept, folder = self._kept_journal, self.path / "journal"
+            await self._readers.run(kept.files.remove if kept is not None else lambda: remove_journal(folder))
         self.writer.start()
-        if self.writer.journal is None:
-            await self._readers.run(remove_journal, self.path / "journal")  # nobody reads what there is of one
         if culprit:
             self.quarantined = await self._opening.quarantine(culprit)
         await self._readers.run(self._housekeep)
@@ -221,9 +222,11 @@ class Queue:
     # The journal
 
     def _journal(self, settings: JournalSettings | None, rows: Rows) -> Journal | None:
-        """The journal of events; None: there is to be none. `rows`: of the store."""
-        if settings is None:
+        """The journal of events; None: there is to be none, and never was. (Where there was one, somebody may come back who was
+        told: events are numbered.) `rows`: of the store."""
+        if settings is None and not rows.end and self._kept_journal is None:
             return None
+        settings = settings or NUMBERED
         if self._kept_journal is None:
             folder, brim = self.path / "journal", lambda: self.disk.brim
             self._kept_journal = Journal.opened(folder, rows, self.clock, settings, brim)
@@ -231,15 +234,15 @@ class Queue:
         return self._kept_journal
 
     def _keep_journal(self, change: Change, settings: JournalSettings | None) -> None:
-        """Writer thread: keep a journal, with these bounds, or none, from the next group on. What there is of one stays until the
-        next start."""
+        """Writer thread: keep a journal, with these bounds, or none, from the next group on at the latest. What there is of one
+        stays until the next start."""
         rows = self.store.journal_rows_in(change.txn)
         self.writer.journal = self._journal(settings, rows)
 
     def _sweep_journal(self) -> None:
         """On the loop, each second: have old files of the journal removed; and one where mail needs the room."""
         journal, spare = self.writer.journal, not self.disk.room
-        if journal is not None and (spare or self._ticks % JOURNAL_TICKS == 0):
+        if journal is not None and self._settings.journal is not None and (spare or self._ticks % JOURNAL_TICKS == 0):
             self.writer.submit(Task(lambda change: journal.files.sweep(self.clock.now(), spare)))
 
     async def complained(self, ident: int, envelope: Envelope, addresses: list[str], more: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from relaymta.proto.envelope import DSN, PERMANENT, SUCCESS, Envelope, encode
 from relaymta.proto.said import Said
 from relaymta.queue.entry import Entry, Outcome, Put
 
-__all__ = ["JOURNAL", "Journal", "JournalSettings", "Record", "decode_records", "events", "stamp"]
+__all__ = ["JOURNAL", "NUMBERED", "Journal", "JournalSettings", "Record", "decode_records", "events", "stamp"]
 
 JOURNAL: Final = b"journal"  # the row in meta: where it ends; and, with more behind it, the rows of its tail
 TOGETHER: Final = 256  # events in one frame, about
@@ -33,10 +33,14 @@ REASONS: Final = ("permanent", "expired", "operator", "deleted", "discarded", "q
 
 
 class JournalSettings(NamedTuple):
-    """`octets`: what the journal of one shard may have; `keep_ms`: for how long its records are kept."""
+    """`octets`: what the journal of one shard may have, 0: events are only numbered; `keep_ms`: for how long its records are
+    kept."""
 
     octets: int
     keep_ms: int
+
+
+NUMBERED: Final = JournalSettings(0, 0)  # nobody is told now; who is told again later lacks events, and is to know how many
 
 
 _NO_MORE: dict[str, Any] = {}
@@ -108,7 +112,7 @@ class Journal:
 
     def _stage(self, records: list[tuple[Any, ...]], count: int) -> None:
         try:
-            self.files.add(encode(records), count)
+            self.files.add(encode(records) if self.files.keeps else b"", count)
         except Exception:  # a defect: what cannot be encoded has no event, and must not fail the group
             traceback.print_exc()
 

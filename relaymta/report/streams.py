@@ -49,11 +49,12 @@ class NotTaken(RelayError):
 
 class Consumer:
     """Who takes events. `name`: by which its places are kept; `batch`: events that it takes at once; `retry_ms`: the age at which
-    an event that it does not take is dropped, 0: never."""
+    an event that it does not take is dropped, 0: never; `follows`: whether it wants any now: it lacks none else."""
 
     name = ""
     batch = 500
     retry_ms = 0
+    follows = True
 
     def wants(self, event: dict[str, Any]) -> bool:
         """Whether it wants to know of an event. On any thread."""
@@ -324,8 +325,9 @@ class Stream:
         try:
             await self._save(True)
         finally:  # also when this is cancelled: the place is written then by `run`
-            self._tally.dropped += count
-            self._warn(f"{count} events of shard {self.shard.number} {why}: they are dropped")
+            if self.consumer.follows:
+                self._tally.dropped += count
+                self._warn(f"{count} events of shard {self.shard.number} {why}: they are dropped")
 
     def _say(self, trouble: str) -> None:
         """Warn of a trouble once."""

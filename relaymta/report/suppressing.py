@@ -27,14 +27,14 @@ class Suppressing(Consumer):
 
     def configure(self, config: Config) -> None:
         """The configuration is this one from now on."""
-        self._follows = config.suppression.follows
+        self.follows = config.suppression.follows
         self._ours = frozenset(compared(domain.rstrip(".")) for domain in config.relay.domains)
 
     def wants(self, event: dict[str, Any]) -> bool:
         """Not of interest: what an operator or the time has decided, mail from nobody, such as DSNs, whose recipients anybody may
         have made up, and addresses of ours, that may be made tomorrow. Nor a complaint of no message: an operator has made an
         entry of it himself, with a note and an end of his own, and may have removed it since."""
-        if not self._follows:
+        if not self.follows:
             return False
         if event["event"] == "complained":
             return bool(event["message"])

@@ -51,7 +51,7 @@ from relaymta.worker.answers import answer
 from relaymta.worker.gauges import QUARANTINE, Gauges, busy, watch_collector
 from relaymta.worker.hooks import Hooking
 from relaymta.worker.orphaned import end_with_supervisor
-from relaymta.worker.reloading import Reloading, queue_settings
+from relaymta.worker.reloading import Reloading, how_many, queue_settings
 from relaymta.worker.suppression import Suppressing
 from relaymta.worker.tracing import wire
 
@@ -96,7 +96,7 @@ class Shard:
         self.queue = Queue(
             Path(config.spool),
             number,
-            queue_settings(config, worker.workers),
+            queue_settings(config, how_many(Path(config.spool), worker.workers)),
             worker.assign,
             self.dispatcher,
             self.witness,

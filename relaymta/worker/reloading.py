@@ -6,10 +6,12 @@ answer that comes late changes nothing.
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.accept.endpoint import Parts
 from relaymta.config import Config
+from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError
 from relaymta.queue import QueueSettings
 from relaymta.queue.journal import JournalSettings
@@ -19,7 +21,7 @@ from relaymta.route.table import RouteTable
 if TYPE_CHECKING:
     from relaymta.worker import Worker
 
-__all__ = ["Reloading", "queue_settings"]
+__all__ = ["Reloading", "how_many", "queue_settings"]
 
 
 class _Prepared(NamedTuple):
@@ -27,6 +29,7 @@ class _Prepared(NamedTuple):
     config: Config
     routes: RouteTable
     parts: Parts
+    shards: int
 
 
 class Reloading:
@@ -63,7 +66,8 @@ class Reloading:
         if any(route.lookup for route in config.route):
             import aiohttp  # noqa: F401 (here, rather than while mail waits)
         Shaping(config)  # fails here, if ever
-        return _Prepared(number, config, RouteTable(config), acceptor.endpoint.prepare(config))
+        shards = how_many(Path(config.spool), self._worker.workers)
+        return _Prepared(number, config, RouteTable(config), acceptor.endpoint.prepare(config), shards)
 
     def commit(self, number: int) -> None:
         """Use what was prepared. Nothing here reads a file or waits. If it fails all the same, which is a defect, the worker
@@ -94,11 +98,17 @@ class Reloading:
             if other_answers:
                 shard.dispatcher.flush()  # domains that could not be looked up
             shard.dispatcher.reconfigure(config, routes)
-            shard.queue.reconfigure(queue_settings(config, worker.workers))
+            shard.queue.reconfigure(queue_settings(config, prepared.shards))
 
 
-def queue_settings(config: Config, workers: int) -> QueueSettings:
-    """The settings of a shard, of so many workers."""
+def how_many(spool: Path, workers: int) -> int:
+    """How many shards there are, or will be when all workers have made theirs: also those of workers that there are no more.
+    Blocks."""
+    return len({*range(workers), *shard_numbers(spool)})
+
+
+def queue_settings(config: Config, shards: int) -> QueueSettings:
+    """The settings of a shard, one of so many."""
     return QueueSettings(
         hostname=config.hostname,
         max_age_ms=int(config.queue.max_age * 1000),
@@ -106,12 +116,12 @@ def queue_settings(config: Config, workers: int) -> QueueSettings:
         quarantine_ms=int(config.quarantine.keep * 1000),
         window=config.queue.window,
         window_bytes=config.queue.window_bytes,
-        journal=_journal(config, workers),
+        journal=_journal(config, shards),
     )
 
 
-def _journal(config: Config, workers: int) -> JournalSettings | None:
+def _journal(config: Config, shards: int) -> JournalSettings | None:
     """What the journal of events of each shard may have; None: nobody reads any."""
     if not (config.webhook or config.suppression.follows):
         return None
-    return JournalSettings(config.webhooks.store // max(workers, 1), int(config.webhooks.keep * 1000))
+    return JournalSettings(config.webhooks.store // max(shards, 1), int(config.webhooks.keep * 1000))

@@ -322,6 +322,17 @@ def test_a_reload_adds_changes_and_removes_webhooks(tmp_path):
             relay.send()
             assert relay.summary() == [] or wait_for(lambda: relay.summary() == [])
             assert len(one.events) == 4
+            file.write_text(tables(f'name = "one"\nurl = "{one.url}"'))
+            relay.cli("reload")
+            wait_for(lambda: process_of(relay), 30, "another process")
+            relay.send()
+
+            def row() -> dict:
+                found = relay.cli("webhook", "show", "one", "--json", check=False).stdout
+                return json.loads(found) if found else {}
+
+            wait_for(lambda: len(one.events) == 6 and row()["dropped"] == 2, 30, "what happens, and how much it lacks")
+            assert not any("the suppression list" in each["text"] for each in relay.events("warning"))
 
 
 def test_a_mistake_is_named_with_its_line(tmp_path):
@@ -360,3 +371,18 @@ def test_a_dead_consumer_costs_disk_up_to_the_bound_and_hears_the_rest(tmp_path)
             assert sum(int(text.split()[2]) for text in warnings) == found["dropped"]
             numbers = [int(event["id"].partition("-")[2]) for event in shop.events]
             assert numbers[-1] == 2 * 120 * 100 - 1 and len(numbers) == found["delivered"]
+
+
+def test_the_journals_of_workers_that_there_are_no_more_are_within_the_bound_too(tmp_path):
+    secret, many = secret_file(tmp_path / "secret"), [f"{number:0100}@d.example" for number in range(100)]
+    with FakeMx({}) as peer, consumer(secret) as shop:
+        shop.reply = lambda request: (500, {}, b"")
+        keys = settings(table("shop", shop.url, tmp_path / "secret"))
+        for workers in (3, 1):
+            with Relay(tmp_path, f"127.0.0.1:{peer.port}", keys, "webhooks.store=1048576", workers=workers) as relay:
+                for _ in range(60):
+                    relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", *many)
+                wait_for(lambda: relay.summary() == [], 60, "the queue to be empty")
+                relay.stop()
+        each = [sum(path.stat().st_size for path in shard.iterdir()) for shard in relay.spool.glob("shard-*/journal")]
+        assert len(each) == 3 and min(each) > 0 and sum(each) <= 1 << 20

@@ -109,13 +109,21 @@ class JournalMachine(RuleBasedStateMachine):
         total = sum(count for count, _ in group.values())
         self.number += total
         assert End.of(self.end).number == self.number
-        if self.writer.dropped > before:
+        if not self.writer.keeps:
+            assert not refused and not done.put and self.writer.dropped == before
+            self.refused.update(range(self.number - total, self.number))
+        elif self.writer.dropped > before:
             assert self.writer.dropped == before + total
             assert refused or sum(24 + len(record) for _, record in group.values()) > self.most // 2 - 100
             self.refused.update(range(self.number - total, self.number))
         else:
             assert not refused
             self.written |= group
+
+    @rule(keep=st.booleans())
+    def keep(self, keep) -> None:
+        """Nobody is told any more, or somebody is again."""
+        self.writer.configure(self.most if keep else 0, 500)
 
     @rule()
     def commit_fails(self) -> None:
@@ -240,16 +248,16 @@ class Noted(Watched):
     def __init__(self, folder, **more) -> None:
         super().__init__(folder, **{"journal": KEPT} | more)
 
-    def told(self, spool: Path | None = None) -> list[dict]:
-        """All events that are there; none was dropped."""
+    def told(self, spool: Path | None = None, lacking: int = 0) -> list[dict]:
+        """All events that are there; so many are not."""
         folder = (spool or self.folder) / "shard-0"
         end = End.of(self.queue.store.journal_rows().end)
         piece = JournalReader(folder / "journal").read(End(), end, 1 << 30)
-        assert piece.dropped == 0 and piece.place == end
+        assert piece.dropped == lacking and piece.place == end
         return [event for one in piece.records for event in events(one.number, decode_records(one.record))]
 
-    def words(self) -> list[tuple]:
-        return [(one["event"], one["message"], one["recipient"]) for one in self.told()]
+    def words(self, lacking: int = 0) -> list[tuple]:
+        return [(one["event"], one["message"], one["recipient"]) for one in self.told(lacking=lacking)]
 
     async def store(self, *to: str, sender: str = "a@b.example", **fields) -> int:
         ident, done = self.queue.ident(), asyncio.get_running_loop().create_future()
@@ -436,7 +444,7 @@ async def test_where_no_journal_is_kept_there_is_none_and_what_there_was_goes(tm
     async with Noted(tmp_path) as bench:
         await bench.store("a@d.example")
         piece = JournalReader(tmp_path / "shard-0/journal").read(end, End.of(bench.queue.store.journal_rows().end))
-        assert [one.number for one in piece.records] == [1], "the numbers go on"
+        assert [one.number for one in piece.records] == [2] and piece.dropped == 1, "who is told again knows what it lacks"
 
 
 async def test_a_reload_begins_and_ends_a_journal(tmp_path):
@@ -451,7 +459,8 @@ async def test_a_reload_begins_and_ends_a_journal(tmp_path):
         bench.queue.reconfigure(dataclasses.replace(bench.settings, journal=KEPT))
         await bench.settled()
         second = await bench.store("d@d.example")
-        assert bench.words() == [
+        assert bench.queue.writer.journal.files.dropped == 0
+        assert bench.words(lacking=1) == [
             ("accepted", format_id(first), "b@d.example"), ("accepted", format_id(second), "d@d.example"),
         ]  # fmt: skip
 

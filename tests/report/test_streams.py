@@ -266,6 +266,18 @@ async def test_events_that_are_too_old_wait_for_those_before_them(tmp_path):
         assert taker.numbers == [0, 1] and not bench.tally.dropped
 
 
+async def test_who_wants_nothing_lacks_nothing(tmp_path):
+    """As the suppression list where it is not used."""
+    shard, taker = Shard(tmp_path), Taker()
+    taker.follows = False
+    shard.write("accepted", to=5)
+    shard.writer.remove()
+    places.save(tmp_path / "places/shard-0", End())
+    async with streaming(tmp_path, taker, shard) as bench:
+        await until(lambda: bench.stream.place == shard.end())
+        assert not bench.tally.dropped and not bench.warnings
+
+
 async def test_a_consumer_that_does_not_answer_delays_no_other(tmp_path):
     class Slow(Taker):
         async def take(self, events) -> None:
