@@ -38,6 +38,10 @@ FOREVER: Final = (1 << 32) - 1
 TABLES: Final = ("entry", "text", "number", "count")
 _NUMBER = struct.Struct(">I")
 _COUNT = struct.Struct("<q")
+_DAMAGED: Final = (
+    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.IncompatibleError, lmdb.VersionMismatchError,
+    lmdb.PanicError,
+)  # fmt: skip
 _LIMIT: Final = b"limit"  # its key in `count`: those of counts have a NUL in them
 
 
@@ -155,16 +159,31 @@ class Suppressions:
             self._env = lmdb.open(
                 str(path), map_size=map_size, max_dbs=len(TABLES), max_readers=READERS_MOST, mode=0o600, metasync=True, sync=True
             )  # fmt: skip
-            self._env.reader_check()
-            self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
-            self._file = _identity(path)
-            if created:
-                sync_folder(path)
         except lmdb.Error as error:
             raise store_error(error) from None
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror or error}") from None
-        if most:
+        try:
+            self._begin(created, most)
+        except BaseException as error:
+            self._env.close()  # else it could not be opened again in this process
+            if isinstance(error, StoreError) or not isinstance(error, Exception):
+                raise
+            if isinstance(error, OSError):
+                raise StoreError(f"{path}: {error.strerror or error}") from None
+            if isinstance(error, lmdb.Error) and not isinstance(error, _DAMAGED):
+                raise _failure(error) from None
+            why = f"{file} is damaged, or no suppression list ({error})"
+            raise StoreError(f"{why}: move this folder away, and import what was exported") from None
+
+    def _begin(self, created: bool, most: int) -> None:
+        """Look at what was opened. Of a damaged list any exception."""
+        self._env.reader_check()
+        self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
+        self._file = _identity(self._path)
+        if created:
+            sync_folder(self._path)
+        if most not in (0, self.most):
             self.limit(most)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from random import Random
 
+import lmdb
 import pytest
 
 from relaymta.errors import StoreError, StoreFull
@@ -337,4 +338,30 @@ def test_an_entry_that_is_damaged_refuses_nobody_and_is_told_once(tmp_path):
     found.refresh()()
     assert found.find("", "a@b.example", NOW) is found.find("", "a@b.example", NOW) is None
     assert len(told) == 1 and "refuses nobody" in told[0]
+    found.close()
+
+
+@pytest.mark.parametrize("what", ["pages", "foreign"])
+def test_a_list_that_cannot_be_used_is_named_each_time_and_can_be_moved_away(tmp_path, what):
+    """Damaged behind its meta pages; or of another program, with tables of the same names."""
+    path = tmp_path / "list"
+    if what == "pages":
+        put_once(path, *(entry(f"u{n}@b.example") for n in range(3000)))
+        octets = bytearray((path / "data.mdb").read_bytes())
+        for page in range(2, len(octets) // 4096):
+            octets[4096 * page + 10 : 4096 * page + 16] = b"\xff" * 6
+        (path / "data.mdb").write_bytes(octets)
+    else:
+        env = lmdb.open(str(path), max_dbs=8)
+        tables = {name: env.open_db(name.encode()) for name in module.TABLES}
+        with env.begin(write=True) as txn:
+            txn.put(b"limit", b"x", db=tables["count"])
+        env.close()
+    for _ in range(3):
+        with pytest.raises(StoreError, match=r"is damaged.*move this folder away"):
+            Suppressions(path, most=5)
+    os.rename(path, tmp_path / "away")
+    put_once(path, entry("a@b.example"))
+    found = Suppressions(path, most=5)
+    assert len(found.find("a@b.example")) == 1
     found.close()
