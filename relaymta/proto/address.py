@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
+from unicodedata import normalize
 
 __all__ = [
     "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "domain_of_host", "in_a_labels",
@@ -135,13 +136,14 @@ def comparable(address: str) -> str:
 
 
 def compared(address: str) -> str:
-    """An address of an envelope in the form in which addresses are compared: lower case, the domain as `in_a_labels`."""
+    """An address of an envelope in the form in which addresses are compared: lower case, the domain as `in_a_labels`, the local
+    part in NFC (RFC 6532 3.1): however it is written, it is of one mailbox."""
     address = address.lower()
     if address.isascii():
         return address
     local, at, domain = address.rpartition("@")
     dot = "." * domain.startswith(".")
-    return f"{local}{at}{dot}{in_a_labels(domain.removeprefix('.'))}"
+    return f"{normalize('NFC', local)}{at}{dot}{in_a_labels(domain.removeprefix('.'))}"
 
 
 def quoted_if_needed(local: str) -> str:
@@ -223,9 +225,10 @@ def _joined(tokens: list[tuple[str, str]]) -> str | None:
 
 
 def _domain(tokens: list[tuple[str, str]]) -> str | None:
-    """A domain, without a dot behind it, or an address literal. None: it is neither."""
+    """A domain, without a dot behind it, or an address literal, its IPv6 address as of RFC 5952. None: it is neither."""
     if tokens and tokens[0][0] == "literal" and tokens[1:] in ([], [("word", ".")]):
-        return tokens[0][1] if literal_address(tokens[0][1]) is not None else None
+        address = literal_address(tokens[0][1])
+        return None if address is None else f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     found = _joined(tokens)
     if found is None or any(kind != "word" for kind, _ in tokens):
         return None

@@ -263,3 +263,10 @@ def test_the_forms_of_a_domain_are_one(written, expected):
 def test_what_is_no_domain_has_no_form(written):
     with pytest.raises(DomainError):
         normalize_domain(written)
+
+
+def test_spellings_of_one_mailbox_are_compared_as_one():
+    composed, decomposed = "j\u00d6rg@b\u00fccher.example", "jo\u0308rg@bu\u0308cher.example"
+    assert compared(composed) == compared(decomposed) == "j\u00f6rg@xn--bcher-kva.example"
+    assert rcpt_argument(b"TO:<a@[ipv6:2001:0DB8:0::1]>") == ("a@[IPv6:2001:db8::1]", "")
+    assert comparable("a@[IPv6:2001:db8:0:0::1]") == comparable("a@[ipv6:2001:DB8::0001]")
