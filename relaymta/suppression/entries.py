@@ -8,12 +8,13 @@
 An address is in the form in which addresses are compared (proto/address.py). Times are seconds UTC, of 32 bits.
 """
 
+import functools
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 import lmdb
 import msgspec
@@ -36,6 +37,8 @@ KEY_MOST: Final = 511  # octets, LMDB's
 KEY_KEPT: Final = 400  # of a longer one: then comes its hash
 FOREVER: Final = (1 << 32) - 1
 TABLES: Final = ("entry", "text", "number", "count")
+P = ParamSpec("P")
+T = TypeVar("T")
 _NUMBER = struct.Struct(">I")
 _COUNT = struct.Struct("<q")
 _DAMAGED: Final = (
@@ -142,6 +145,21 @@ def _entry(application: str, address: str, stored: _Stored, text: Callable[[int 
     return Entry(application, address, reason, text(stored.text), stored.since, stored.until, text(stored.by))
 
 
+def _damage_told(method: Callable[Concatenate["Suppressions", P], T]) -> Callable[Concatenate["Suppressions", P], T]:
+    """A method whose StoreError says what to do where rows or pages are damaged."""
+
+    @functools.wraps(method)
+    def told(self: "Suppressions", /, *args: P.args, **named: P.kwargs) -> T:
+        try:
+            return method(self, *args, **named)
+        except (*_DAMAGED, msgspec.DecodeError, struct.error) as error:
+            raise self.damaged(error) from None
+        except lmdb.Error as error:
+            raise _failure(error) from None
+
+    return told
+
+
 class Suppressions:
     """The list, to be read and written. Methods block, and may be called by one thread at a time; other processes may have it
     open. StoreError when the disk fails; from the constructor also where it is damaged. `most`: entries, from now on (0: as was
@@ -173,8 +191,7 @@ class Suppressions:
                 raise StoreError(f"{path}: {error.strerror or error}") from None
             if isinstance(error, lmdb.Error) and not isinstance(error, _DAMAGED):
                 raise _failure(error) from None
-            why = f"{file} is damaged, or no suppression list ({error})"
-            raise StoreError(f"{why}: move this folder away, and import what was exported") from None
+            raise self.damaged(error) from None
 
     def _begin(self, created: bool, most: int) -> None:
         """Look at what was opened. Of a damaged list any exception."""
@@ -185,6 +202,11 @@ class Suppressions:
             sync_folder(self._path)
         if most not in (0, self.most):
             self.limit(most)
+
+    def damaged(self, error: Exception) -> StoreError:
+        """The error for rows or pages that cannot be read."""
+        why = f"{self._path / 'data.mdb'} is damaged, or no suppression list ({error})"
+        return StoreError(f"{why}: move this folder away, and import what was exported")
 
     def close(self) -> None:
         """Close it."""
@@ -216,6 +238,7 @@ class Suppressions:
 
     # Changes
 
+    @_damage_told
     def put(self, entries: Sequence[Entry], yields: Callable[[Entry, Entry], bool] = lambda there, new: True) -> Changed:
         """Add entries, or replace those of the same application and address where `yields(there, new)`; in one transaction, which
         is on the disk on return. Addresses as of
@@ -251,6 +274,7 @@ class Suppressions:
         raw = txn.get(_LIMIT, db=self._tables["count"])
         return MOST if raw is None else int(_COUNT.unpack(raw)[0])
 
+    @_damage_told
     def remove(self, addresses: Iterable[str], application: str | None = None) -> int:
         """Remove the entries of these addresses (as of `listed`): of an application ("": those about all mail), or (None) all.
         How many there were."""
@@ -268,6 +292,7 @@ class Suppressions:
             change.finish()
         return removed
 
+    @_damage_told
     def sweep(self, after: bytes, now: float, most: int) -> tuple[int, bytes]:
         """Remove the expired entries among `most` behind the key `after`: (how many, the key behind which to go on; b"": that was
         the last). It takes the lock for writers only where there is something to remove."""
@@ -297,12 +322,14 @@ class Suppressions:
 
     # Reading
 
+    @_damage_told
     def find(self, address: str) -> list[Entry]:
         """The entries of an address (as of `listed`), of all applications, also expired ones."""
         with self._env.begin() as txn:
             found = (read(txn, self._tables, name, address) for name in self._applications(txn))
             return [entry for entry in found if entry is not None]
 
+    @_damage_told
     def page(
         self, after: bytes, most: int, application: str | None = None, prefix: str = "", reason: str = "", looked_at: int = 20_000
     ) -> Page:
@@ -336,6 +363,7 @@ class Suppressions:
                         return Page(found, key)
         return Page(found, b"")
 
+    @_damage_told
     def counts(self) -> Counts:
         """How many entries there are."""
         each: dict[tuple[str, str], int] = {}
@@ -403,7 +431,7 @@ class _Writing:
                 raise _failure(failed) from None
             return
         self._txn.abort()
-        if isinstance(error, lmdb.Error):
+        if isinstance(error, lmdb.Error) and not isinstance(error, _DAMAGED):
             raise _failure(error) from None
 
 

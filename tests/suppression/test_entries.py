@@ -365,3 +365,17 @@ def test_a_list_that_cannot_be_used_is_named_each_time_and_can_be_moved_away(tmp
     found = Suppressions(path, most=5)
     assert len(found.find("a@b.example")) == 1
     found.close()
+
+
+def test_rows_that_are_damaged_are_told_by_whatever_meets_them(tmp_path):
+    found = Suppressions(tmp_path)
+    found.put([entry("a@b.example")])
+    with found._writing() as txn:
+        txn.put(module.key_of("", "a@b.example"), b"\xc1", db=found._tables["entry"])
+    for use in (
+        lambda: found.find("a@b.example"), lambda: found.page(b"", 9), lambda: found.sweep(b"", 1, 9),
+        lambda: found.put([entry("a@b.example")]), lambda: found.remove(["a@b.example"]),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match="is damaged"):
+            use()
+    found.close()
