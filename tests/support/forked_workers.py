@@ -29,7 +29,11 @@ _python = ctypes.PyDLL(None)
 
 def possible() -> bool:
     """Whether this machine has what is needed."""
-    return os.uname().machine == "x86_64" and hasattr(os, "pidfd_open")
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return os.uname().machine == "x86_64"
 
 
 def prepare() -> None:
