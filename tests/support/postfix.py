@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.daemon import wait_for
+from tests.support.daemon import PATIENCE, wait_for
 from tests.support.programs import need
 
 __all__ = ["CONFIGURATIONS", "Postfix", "Resolved", "addresses", "postfix"]
@@ -90,7 +90,7 @@ class Postfix:
     def takes(self, listener: str, client: str, recipients: list[str]) -> list[bool]:
         """Whether a listener takes each recipient from a client with this address."""
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(30)
+            sock.settimeout(PATIENCE)
             sock.connect(str(self._spool / "public" / listener))
             with sock.makefile("rb") as stream:
                 spoken = [
@@ -109,7 +109,7 @@ class Postfix:
     @contextlib.contextmanager
     def _service(self, name: str) -> Iterator[tuple[socket.socket, BufferedReader]]:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(30)
+            sock.settimeout(PATIENCE)
             sock.connect(str(self._spool / name))
             with sock.makefile("rb") as stream:
                 self.announced = _attributes(stream)
