@@ -432,6 +432,17 @@ def test_who_was_set_aside_is_not_forgotten_where_a_later_part_fails(tmp_path):
     assert (found, left) == ((NotNow, 0), [b"a", b"c", b"d"])
 
 
+@pytest.mark.parametrize("at", [b"MAIL", b"BDAT"])
+def test_where_a_later_part_is_refused_for_good_those_are_named_who_do_not_have_it(tmp_path, capfd, at):
+    replies = [
+        (b"RCPT TO:<a>", LATER), (b"RCPT TO:<b>", b"550 5.1.1 gone"), (b"RCPT TO:<d>", TOO_MANY), (at, b"250 ok"),
+        (at, b"550 5.6.0 refused"),
+    ]  # fmt: skip
+    found, left, _ = dialogue(tmp_path, replies, [b"a", b"b", b"c", b"d", b"e"])
+    assert (found, left) == ((NotNow, 65), [b"a"]), "who is refused for now gets it later"
+    assert capfd.readouterr().err == "sendmail: b: 5.1.1 gone\nsendmail: d: 5.6.0 refused\nsendmail: e: 5.6.0 refused\n"
+
+
 @pytest.mark.parametrize(
     ("replies", "status", "left"),
     [

@@ -193,7 +193,7 @@ class Collector:
                 try:
                     if self._ending.is_set():
                         break
-                    if await self._thread(folder.begin):
+                    if await self._thread(folder.begin, bool(state.running)):
                         state.due = await self._thread(_due, folder, state, self._admission.now())
                         self._begin(folder, state)
                         self._told.pop(key, None)
@@ -213,7 +213,8 @@ class Collector:
         ):  # fmt: skip
             known = self._folders.get(key)
             if known is not None and str(known[0].path) != path:
-                if known[1].running:  # they are finished first
+                if known[1].running:  # they are finished first, and nothing else is begun
+                    known[1].due, known[1].more = [], False
                     continue
                 self._folders.pop(key)[0].end()
                 self._told.pop(key, None)
@@ -269,7 +270,7 @@ class Collector:
             try:
                 await self._queue(message, work)
             finally:
-                if len(work.left) < len(work.rcpts):
+                if work.left != work.rcpts:  # some have it, or are refused, or it is the turn of others first
                     state.works[name] = work
         finally:
             os.close(message.descriptor)

@@ -116,12 +116,13 @@ class Folder:
         """The path of a file, to be shown."""
         return f"{self.path}/{os.fsencode(name).decode('utf-8', 'backslashreplace')}"
 
-    def begin(self) -> bool:
-        """Whether the folder is there, and this process the one that empties it from now on (until `end`). OSError: it
-        is not of the right kind; where nothing can be removed, each message would be sent again and again. A pickup folder
-        that cannot be opened is an OSError, too."""
+    def begin(self, busy: bool = False) -> bool:
+        """Whether the folder is there, and this process the one that empties it from now on (until `end`). `busy`: some of its
+        files are being taken, so that another folder in its place is not looked at yet. OSError: it is not of the right kind;
+        where nothing can be removed, each message would be sent again and again. A pickup folder that cannot be opened is an
+        OSError, too."""
         if self._descriptor >= 0:
-            if self._is_same():
+            if busy or self._is_same():
                 return True
             self.end()
         try:

@@ -267,7 +267,7 @@ _hanging: dict[str, threading.Thread] = {}  # by path
 def _patiently(path: str, call: Callable[[], T], until: float) -> T:
     """What a call returns, or OSError; also where that takes more than SECONDS, or longer than `until` (as of time.monotonic): it
     goes on, on a thread of its own, and until it ends the path is not asked for again."""
-    for one in [one for one, thread in _hanging.items() if not thread.is_alive()]:
+    for one in [one for one, thread in list(_hanging.items()) if not thread.is_alive()]:
         _hanging.pop(one, None)
     patience = min(SECONDS, until - time.monotonic())
     if path in _hanging or len(_hanging) >= HANGING or patience <= 0:

@@ -362,8 +362,7 @@ class Intake:
             start = genuine
         if not origin.submitted:
             return start
-        end = header_end(start)
-        if (not whole and end == len(start)) or too_long(start[:end]):  # before anything is looked for in it
+        if not whole and header_end(start) == len(start):
             return None
         from relaymta.proto.submitted import submitted  # as below, where it is needed: most workers start without it
 

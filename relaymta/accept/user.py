@@ -6,10 +6,11 @@ of its own, and a connection is greeted when it has answered.
 """
 
 import asyncio
+import contextlib
 import os
 import pwd
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.connection import Connection
@@ -24,11 +25,12 @@ __all__ = ["UserConnection", "identified", "known_name", "name_of"]
 
 EVERYBODY = "*"
 KEPT_SECONDS, KEPT_MOST = 60.0, 1000
+AGAIN_SECONDS = 0.05
+ASKED_MOST = 16  # users about whom the system is asked at the same time
 WAITING_MOST = 200  # connections for whose user's name the system is asked: sendmail(1) drops what others want to hand in
 _known: dict[int, tuple[str, float]] = {}  # names of users, and until when they count (monotonic seconds)
 _asked: dict[int, "asyncio.Future[str]"] = {}  # users about whom the system is asked now
 _waiting: set["UserConnection"] = set()  # clients that are greeted when their name is known
-_threads = ThreadPoolExecutor(2, "names")
 
 
 def known_name(uid: int) -> str | None:
@@ -42,26 +44,33 @@ async def name_of(uid: int) -> str:
     known = known_name(uid)
     if known is not None:
         return known
+    while uid not in _asked and len(_asked) >= ASKED_MOST:
+        await asyncio.sleep(AGAIN_SECONDS)
     asked = _asked.get(uid)
     if asked is None:
-        asked = _asked[uid] = asyncio.get_running_loop().run_in_executor(_threads, _name, uid)
-        asked.add_done_callback(lambda found: _note(uid, found))
+        loop = asyncio.get_running_loop()
+        asked = _asked[uid] = loop.create_future()
+        # Not a thread of a pool: the end of the process would wait for the directory, too.
+        threading.Thread(target=_ask, args=(uid, asked, loop), name="names", daemon=True).start()
     return await asyncio.shield(asked)  # others may wait for it, too
 
 
-def _name(uid: int) -> str:
+def _ask(uid: int, asked: "asyncio.Future[str]", loop: asyncio.AbstractEventLoop) -> None:
     try:
-        return pwd.getpwuid(uid).pw_name
+        name = pwd.getpwuid(uid).pw_name
     except (KeyError, OSError):  # it may be that its directory does not answer now
-        return str(uid)
+        name = str(uid)
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(_note, uid, asked, name)
 
 
-def _note(uid: int, found: "asyncio.Future[str]") -> None:
-    del _asked[uid]
-    if not found.cancelled() and found.exception() is None:
-        if len(_known) >= KEPT_MOST:
-            _known.clear()
-        _known[uid] = found.result(), time.monotonic() + KEPT_SECONDS
+def _note(uid: int, asked: "asyncio.Future[str]", name: str) -> None:
+    _asked.pop(uid, None)
+    if len(_known) >= KEPT_MOST:
+        _known.clear()
+    _known[uid] = name, time.monotonic() + KEPT_SECONDS
+    if not asked.done():
+        asked.set_result(name)
 
 
 def identified(config: Config, uid: int, name: str, domain: str) -> Identity:

@@ -42,6 +42,7 @@ ERROR_MOST: Final = 2000  # characters of why it cannot
 BROKEN: Final = 78  # exit status: the file cannot be imported
 LOOK: Final = 0.025  # seconds between two looks at what is running
 HELD: Final = 2  # looks after which a call that has not gone on holds the event loop
+LONG: Final = 16  # looks after which that is told again, of what is no step of a call, which the worker does not see
 IDLE: Final = 40  # looks without a call after which the second thread rests
 CALL_MOST: Final = 1 << 27  # octets of a call; the worker is trusted
 OCTETS: Final = 1 << 18  # of one read
@@ -97,6 +98,8 @@ class _Host:
         self._work = threading.Event()
         self._reserve = bytearray(RESERVE)
         self._taken = 0  # calls
+        self._begun: set[int] = set()  # of those in `_tasks`
+        self._withdrawn: set[int] = set()  # of those in `_tasks` that have not begun
         self._turns = 0  # of the loop, that the second thread has asked for
         loop.set_task_factory(self._task)
 
@@ -133,8 +136,10 @@ class _Host:
     def _take(self, call: Call) -> None:
         if not call.number:
             task = self._tasks.get(call.arguments)
-            if task is not None:
+            if task is not None and call.arguments in self._begun:
                 task.cancel()
+            elif task is not None:  # cancelled before its first step it would not even say so
+                self._withdrawn.add(call.arguments)
             return
         body = None
         if call.descriptors:
@@ -148,14 +153,17 @@ class _Host:
 
     async def _answer(self, call: Call, body: tuple[Body, int] | None, order: int) -> None:
         self._running[3] = order
+        self._begun.add(call.number)
         try:
-            if order <= self._running[4]:
+            if order <= self._running[4] or call.number in self._withdrawn:
                 raise asyncio.CancelledError
             reply = await self._file.call(call.number, call.hook, call.arguments, None if body is None else body[0])
         except asyncio.CancelledError:
             reply = Reply(call.number, "cancelled")
         finally:
             self._tasks.pop(call.number, None)
+            self._begun.discard(call.number)
+            self._withdrawn.discard(call.number)
             if body is not None:
                 with contextlib.suppress(OSError):  # the hook has closed it
                     os.close(body[1])
@@ -207,8 +215,9 @@ class _Host:
                 idle = 0
             same = same + 1 if number and step == before else 0
             before = step
-            if same == HELD:
-                self.send(Reply(number, "held", place=self._file.place(sys._current_frames().get(thread))))
+            if same == HELD or (same == LONG and not running[0]):
+                place = self._file.place(sys._current_frames().get(thread))
+                self.send(Reply(number, "held", "long" if same == LONG else "", place=place))
 
 
 def _forked(sock: socket.socket) -> None:

@@ -127,7 +127,7 @@ class Version:
         """Look for calls that are late, or hold a process. Whether there is anything to look for."""
         for ask in [ask for ask in self.waiting if ask.deadline <= now]:
             self.waiting.remove(ask)
-            self._fail(ask, self._late(ask) if ask.limit else self._none_ready())
+            self._fail(ask, self._late(ask) if 0.0 < ask.limit <= now else self._none_ready())
         for process in [*self._tasks]:
             self._look_at(process, now)
         return bool(self.waiting or any(one.pending or one.cancelling or not one.ready for one in self._tasks))
@@ -139,14 +139,15 @@ class Version:
             return
         same = process.look()
         if same >= HELD and not process.held:
-            self.is_held(process, process.now[0], "")
+            self.is_held(process, process.now[0], "", False)
         if same >= LONG and process.held:
             self._move(process, [ask for ask in process.pending.values() if ask.number != process.now[0] and not ask.moved])
         late = [ask for ask in process.pending.values() if ask.deadline <= now]
-        for ask in late:  # one that waits for its turn there is not what keeps the process
-            process.cancel(ask.number, now + STOPPING + (0.0 if process.has_begun(ask) else self._pool.seconds))
-            self._fail(ask, self._late(ask))
         running = process.now[0]
+        for ask in late:  # one that waits for its turn there, or behind another one, is not what keeps the process
+            waits = not process.has_begun(ask) or (same and running != ask.number)
+            process.cancel(ask.number, now + STOPPING + (self._pool.seconds if waits else 0.0))
+            self._fail(ask, self._late(ask))
         if same and any(running == ask.number for ask in late):
             process.end("was ended: a hook blocks it")
         elif any(until <= now for until in process.cancelling.values()):
@@ -183,7 +184,7 @@ class Version:
         if ask.future.done():
             return
         if reply.word == "cancelled" and ask.tries < TRIES:
-            ask.tries += TRIES
+            ask.tries += 1
             self.ask(ask)
         else:
             ask.future.set_result(reply)
@@ -209,8 +210,11 @@ class Version:
         else:
             process.end("")
 
-    def is_held(self, process: Process, number: int, place: str) -> None:
+    def is_held(self, process: Process, number: int, place: str, long: bool) -> None:
         """As of Owner, or seen from here (`place`: ""): the other calls that have not begun go elsewhere."""
+        if long:
+            self._move(process, [ask for ask in process.pending.values() if ask.number != number and not ask.moved])
+            return
         if place:
             self._pool.held(place)
         if process.held or not process.pending or number in process.cancelling:
@@ -222,14 +226,12 @@ class Version:
         process.withdraw()
         if process is self.called:
             self._succeed()
-        others = [ask for ask in process.pending.values() if ask.number != number]
-        steps = process.now[0]  # 0: something holds it that is not a step of a call, and that nobody sees the end of
-        self._move(process, [ask for ask in others if not (process.has_begun(ask) and (steps or ask.moved))])
+        self._move(process, [ask for ask in process.pending.values() if ask.number != number and not process.has_begun(ask)])
 
     def _move(self, process: Process, asks: list[Ask]) -> None:
         """Call these elsewhere: in a process that is not held."""
         for ask in asks:
-            ask.moved = process.has_begun(ask)
+            ask.moved = ask.moved or process.has_begun(ask)
             process.cancel(ask.number, ask.limit + self._pool.seconds)
             self.ask(ask)
 

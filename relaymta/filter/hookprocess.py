@@ -60,8 +60,8 @@ class Owner(Protocol):
     def answered(self, process: "Process", ask: Ask, reply: Reply) -> None:
         """What has come of a call, which is not under way there any more."""
 
-    def is_held(self, process: "Process", number: int, place: str) -> None:
-        """A call, or a task that it has left behind, keeps the event loop of the process waiting, at a place."""
+    def is_held(self, process: "Process", number: int, place: str, long: bool) -> None:
+        """A call, or what it has left behind, keeps the event loop of the process waiting, at a place; `long`: it still does."""
 
     def came_back(self, process: "Process") -> None:
         """It was held, and has no calls any more."""
@@ -260,7 +260,7 @@ class Process:
             self.ready = reply.word == "ready"
             self._owner.came_up(self, reply)
         elif reply.word == "held":
-            self._owner.is_held(self, number, reply.place)
+            self._owner.is_held(self, number, reply.place, reply.reason == "long")
         elif (ask := self.pending.pop(number, None)) is not None:
             self._owner.answered(self, ask, reply)
         else:

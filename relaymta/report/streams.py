@@ -13,6 +13,7 @@ import random
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from relaymta.disk.journal import End, Found, Piece
+from relaymta.disk.journal import End, Found
 from relaymta.errors import RelayError
 from relaymta.queue.journal import Record, events_of
 from relaymta.report import places
@@ -238,13 +239,22 @@ class Stream:
         found = Batch([], [], [], piece.place)
         octets, before, dropped, place = 0, 0, 0, piece.start
         limit = self._until.number if self._until is not None else 1 << 63
+        gaps = deque(sorted(piece.gaps.items()))  # several may follow each other
+
+        def lacking(number: int) -> int:
+            """How many events are not there before a number, and were not counted; of a replay up to its end."""
+            count = 0
+            while gaps and gaps[0][0] <= number:
+                behind, gap = gaps.popleft()
+                count += max(0, gap - max(0, behind - limit))
+            return count
 
         def ended(where: End, more: bool) -> Batch:
-            lacking, self._more = dropped + self._unread, more
-            return found._replace(place=where, before=before if found.events else lacking, behind=lacking if found.events else 0)
+            rest, self._more = dropped + self._unread, more
+            return found._replace(place=where, before=before if found.events else rest, behind=rest if found.events else 0)
 
         for record in piece.records:
-            dropped += self._lacking(piece, record.number)
+            dropped += lacking(record.number)
             if record.number >= limit:
                 return ended(self._until or piece.place, False)
             for taken, event, moment, size in self._of(record, place):
@@ -257,13 +267,9 @@ class Stream:
                 found.times.append(moment)
                 found.places.append(record.place(taken))
             place = record.place(record.events)
-        dropped += self._lacking(piece, piece.place.number)  # behind the last record
-        return ended(piece.place, piece.place.number < self.shard.known.number)
-
-    def _lacking(self, piece: Piece, number: int) -> int:
-        """How many events are not there of those just before a number; of a replay up to its end."""
-        gap = piece.gaps.get(number, 0)
-        return max(0, gap - max(0, number - self._until.number)) if gap and self._until is not None else gap
+        dropped += lacking(piece.place.number)  # behind the last record
+        # Where it stays, as at a damaged end that may yet be mended, it is not looked at again at once.
+        return ended(piece.place, piece.place.number < self.shard.known.number and piece.place != self.place)
 
     def _of(self, found: Found, place: End) -> Iterator[tuple[int, dict[str, Any], int, int]]:
         """The events in a frame from a place on that the consumer wants: (how many are before it, event, ms UTC, octets of its

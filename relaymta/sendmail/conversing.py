@@ -28,13 +28,15 @@ class _Dialogue:
     def __init__(self, path: str) -> None:
         self._socket = connected(path)
         self._given = bytearray()  # by the program, and not yet passed on
+        self._unsent = False
         self._said = b""  # by the relay, passed on, and not yet seen as a reply
         self._waiting = poll()
         for one in (INPUT, self._socket.fileno()):
             self._waiting.register(one, POLLIN)
 
     def is_held(self) -> bool:
-        """Pass all on. Whether the program took leave; else standard input has ended."""
+        """Pass all on. Whether the program took leave; else standard input has ended, or a message that it has not waited with
+        was not sent."""
         self._reply()
         while line := self._line():
             words = line.upper().split() or [b""]
@@ -45,8 +47,12 @@ class _Dialogue:
             if code == b"354":
                 self._data()
                 self._reply()
+            elif words[0] == b"DATA" and self._given:  # the program has not waited: what follows is a message, and no commands
+                self._unsent = True
+                while (line := self._line()) and _ended(line) != b".\r\n":
+                    pass
             elif code == b"221" and words[0] == b"QUIT":
-                return True
+                return not self._unsent
         return False
 
     def _line(self) -> bytes:

@@ -143,12 +143,19 @@ def _handed_over(relay: _Relay, envelope: Envelope, options: Options) -> int:
     offers = relay.expect(relay.ask(b"EHLO " + os.fsencode(os.uname().nodename or "localhost")))
     mail, *rcpts = lines(envelope, options, {line.partition(" ")[0].upper() for line in offers.split("\n")[1:]})
     naming = _Naming(list(zip(rcpts, envelope.recipients, strict=True)))
-    while (
-        naming.rest
-    ):  # one transaction each: a message may have more recipients than the relay takes at once (RFC 5321 4.5.3.1.10)
-        _positive(relay, relay.ask(mail))
-        if naming.takes(relay):
-            _positive(relay, relay.ask(b"BDAT %d LAST" % len(envelope.data), envelope.data))
+    while naming.rest:  # a message may have more recipients than one transaction takes (RFC 5321 4.5.3.1.10)
+        try:
+            _positive(relay, relay.ask(mail))
+            taken = naming.takes(relay)
+            if taken:
+                _positive(relay, relay.ask(b"BDAT %d LAST" % len(envelope.data), envelope.data))
+        except Stop as error:
+            if not envelope.is_partial:
+                raise
+            naming.refuse_rest(str(error))  # others have it: those who do not are named
+            break
+        if taken:
+            naming.named = []
             envelope.recipients, envelope.is_partial = naming.without_it, True
         elif len(naming.refused) == len(rcpts):
             relay.quit()
@@ -175,11 +182,12 @@ def _positive(relay: _Relay, answer: tuple[int, str]) -> None:
 
 
 class _Naming:
-    """What comes of the recipients of a message. `rest`: those that are to be named, each behind its command; `refused`, and
-    `later` (for now): why."""
+    """What comes of the recipients of a message. `rest`: those that are to be named, each behind its command; `named`: those that
+    the transaction under way has taken; `refused`, and `later` (for now): why."""
 
     def __init__(self, rest: list[tuple[bytes, bytes]]) -> None:
         self.rest = rest
+        self.named: list[bytes] = []
         self.refused: dict[bytes, str] = {}
         self.later: dict[bytes, str] = {}
 
@@ -188,12 +196,18 @@ class _Naming:
         """Those who do not have the message."""
         return [*self.refused, *self.later, *(recipient for _, recipient in self.rest)]
 
+    def refuse_rest(self, text: str) -> None:
+        """The message is refused for those who were not named yet, or in vain."""
+        for recipient in (*self.named, *(recipient for _, recipient in self.rest)):
+            self.refused[recipient] = f"{recipient.decode('utf-8', 'replace')}: {text}"
+        self.rest = []
+
     def takes(self, relay: _Relay) -> bool:
         """Name them until the relay takes no more in one transaction. Whether it has taken one."""
-        taken = False
+        self.named = []
         for at, (rcpt, recipient) in enumerate(self.rest):
             code, text = relay.ask(rcpt)
-            if taken and (code, text[:5]) == TOO_MANY:
+            if self.named and (code, text[:5]) == TOO_MANY:
                 self.rest = self.rest[at:]
                 return True
             if code == CLOSING:
@@ -203,6 +217,6 @@ class _Naming:
             elif code >= 300:
                 self.later[recipient] = f"{code} {text}"
             else:
-                taken = True
+                self.named.append(recipient)
         self.rest = []
-        return taken
+        return bool(self.named)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relaymta.config import Config
-from relaymta.control import Channel, Refused, program
+from relaymta.control import Channel, program
 from relaymta.disk.journal import file_numbers
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError
@@ -93,7 +93,10 @@ class Reports:
 
     async def _run(self) -> int | str:
         """One process, until it ends; its status, or why there was none."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            return error.strerror or str(error)
         try:
             process = await asyncio.create_subprocess_exec(
                 *program("relaymta.report", str(theirs.fileno())), pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
@@ -118,8 +121,8 @@ class Reports:
                 self._changed.clear()
                 if started.done():
                     started.result()
-        except (RelayError, ConnectionError, Refused) as error:
-            why = str(error)
+        except Exception as error:  # RelayError, ConnectionError, Refused; or a defect, which must not end this for good
+            why = str(error) or type(error).__name__
         finally:
             self._channel = None
             self._there.clear()

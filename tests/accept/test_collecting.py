@@ -188,6 +188,29 @@ async def test_who_is_refused_for_now_keeps_nobody_else_from_it(tmp_path):
     assert not one.warnings
 
 
+async def test_those_behind_many_that_are_refused_for_now_have_their_turn(tmp_path):
+    relay = Relay()
+    relay.says = lambda command: b"451 4.3.0 later" if b"<later" in command else OK
+    async with bench(tmp_path, relay) as one:
+        one.put("1.drop", [*(f"later{number}@x" for number in range(collecting.LATER_MOST + 20)), "a@x"])
+        await one.until(lambda: relay.recipients == [b"a@x"])
+
+
+async def test_a_folder_that_the_configuration_does_not_have_any_more_is_left_alone(tmp_path):
+    relay = Relay()
+    async with bench(tmp_path, relay) as one:
+        for number in range(20):
+            one.put(f"{number:02}.drop", ["slow@x"])
+        await one.until(lambda: relay.connections == collecting.OF_ONE)
+        admission = one.collector._admission
+        local = admission.config.local.model_copy(update={"drop": "off"})
+        admission.config = admission.config.model_copy(update={"local": local})
+        await one.until(lambda: not one.collector._folders["local.drop"][1].due)
+        relay.go.set()
+        await one.until(lambda: len(relay.recipients) == collecting.OF_ONE and not one.collector._folders)
+        assert len(one.names()) == 20 - collecting.OF_ONE
+
+
 async def test_a_connection_that_is_lost_after_some_were_refused_for_now_loses_nobody(tmp_path):
     relay = Relay()
     relay.says = lambda command: b"451 4.3.0 no" if b"<b@x>" in command else b"QUIT" if b"LAST" in command else OK

@@ -96,16 +96,6 @@ def test_only_the_header_of_submitted_mail_is_changed(way, size, step, signs, cl
     assert found == header + expected + BODIES[size]
 
 
-@pytest.mark.parametrize("header", [b"bcc:\r\n" * 5001, b"X: " + b"x" * 900 + b"\r\n"], ids=["lines", "octets"])
-def test_a_header_of_submitted_mail_that_is_too_long_is_refused_before_it_is_looked_through(header, monkeypatch):
-    from relaymta.proto import submitted
-
-    monkeypatch.setattr(submitted, "submitted", lambda *_: pytest.fail("it was"))
-    made, header = Client(relays=True, submission=True), header * (200 if len(header) < 1000 else 1)
-    made.say(b"MAIL FROM:<a@ours.example>\r\nRCPT TO:<b@d.example>\r\nDATA\r\n")
-    assert made.say(header + b"\r\nbody\r\n.\r\n") == ["554 5.6.0 The header is too long"]
-
-
 @pytest.mark.parametrize("client", [{}, {"relays": True}, {"logged_in": True}, {"submission": True}], ids=repr)
 @pytest.mark.parametrize("size", [10, 3 * BIG])
 @pytest.mark.parametrize("signs", [False, True])

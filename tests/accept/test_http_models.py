@@ -96,6 +96,7 @@ WRONG = [
     ({"text": None}, "text"),
     ({"html": "\0"}, "html"),
     ({"headers": {"X-A": 1}}, "headers.X-A"),
+    ({"headers": {"X-A": ["a"], "X-A[0]": "b"}}, "headers.X-A[0]"),
     ({"headers": {"X-B": "", "X-A": ["", 1]}}, "headers.X-A[1]"),
     ({"headers": {"X-A": ["a", "b\rc"]}}, "headers.X-A[1]"),
     ({"headers": {"X-A": "a\tb"}}, "headers.X-A"),

@@ -221,6 +221,16 @@ SENT = ["220", "250", "250", "250", "354", "250", "221"]
 LONG = b"y" * 900 + b"\n"
 
 
+def test_a_message_whose_data_is_refused_is_not_taken_for_commands(relay):
+    """Of a program that does not wait for replies."""
+    before = queued(relay)
+    body = b"Subject: x\n\nRSET\nMAIL FROM:<me@x.example>\nRCPT TO:<victim@x.example>\nDATA\nSubject: y\n"
+    text = b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x..example>\nDATA\n" + body + b".\nNOOP\nQUIT\n"
+    status, codes = dialogue(relay, text)
+    assert status == 75 and codes[:3] == ["220", "250", "250"] and [code[0] for code in codes[3:]] == ["5", "5", "2", "2"]
+    assert queued(relay) == before
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r\r\n"])
 def test_a_dialogue_may_be_written_at_once_and_with_line_feeds(relay, end):
     text = b"EHLO me\nMAIL FROM:<a@x.example>\nRCPT TO:<b@x.example>\nDATA\nSubject: x\n\n..\n" + LONG * 300 + b".\nQUIT\n"

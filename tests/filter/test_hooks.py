@@ -438,6 +438,33 @@ async def test_what_a_hook_cancels_of_others_is_called_once_more(tmp_path):
         session.close()
 
 
+async def test_who_goes_before_its_call_has_begun_costs_the_process_nothing(tmp_path):
+    told: list[Any] = []
+    async with hooks(tmp_path, BAD, told) as one:
+        session, before = one.session("192.0.2.1"), pid(one)
+        waits = asyncio.create_task(said(one, "waits_a_little", session))
+        await until(lambda: one.pool.version.called.pending)
+        gone = [asyncio.create_task(said(one, "waits", session)) for _ in range(20)]
+        await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()  # the process reads the calls and that nobody waits for them at the same time
+        assert await waits == Answer("continue")
+        await until(lambda: not one.pool.version.called.cancelling)
+        assert pid(one) == before and not [text for kind, text in told if kind == "warn"]
+        session.close()
+
+
+async def test_who_is_late_beside_one_that_blocks_does_not_end_it(tmp_path):
+    async with hooks(tmp_path, BAD + "\nasync def long(): time.sleep(0.8)\n", seconds=2.0) as one:
+        session = one.session("192.0.2.1")
+        late = asyncio.create_task(said(one, "waits", session))
+        await until(lambda: one.pool.version.called.pending)
+        await asyncio.sleep(1.7)
+        assert await said(one, "long", session) == Answer("continue")
+        assert await late == "timeout"
+        session.close()
+
+
 async def test_a_callback_that_blocks_keeps_nobody_else_waiting(tmp_path):
     told: list[Any] = []
     async with hooks(tmp_path, BAD, told, seconds=2.0) as one:

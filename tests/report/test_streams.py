@@ -256,6 +256,26 @@ async def test_what_is_dropped_is_counted_once_though_the_process_is_killed_agai
         assert bench.taker.numbers == [10, 11, 19] and places.load(file) == shard.end()
 
 
+async def test_several_gaps_one_behind_the_other_are_all_counted_and_a_place_that_stays_is_not_looked_at_at_once(tmp_path):
+    shard, looks = Shard(tmp_path), 0
+    shard.write("accepted", to=20)
+    read = shard.read
+
+    def with_gaps(place, most):
+        nonlocal looks
+        looks += 1
+        piece = read(place, most)
+        if place.number == 0:
+            return piece._replace(records=[], place=piece.place._replace(number=10), gaps={4: 4, 10: 6})
+        return piece._replace(records=[], place=place, gaps={})
+
+    shard.read = with_gaps
+    async with streaming(tmp_path, shard=shard) as bench:
+        await until(lambda: looks > 3)
+        assert bench.tally.dropped == 10 and bench.stream.place.number == 10
+        assert not bench.stream._more
+
+
 async def test_events_that_are_too_old_wait_for_those_before_them(tmp_path):
     shard, taker = Shard(tmp_path), Taker()
     taker.retry_ms, taker.errors = 60_000, [NotTaken("HTTP 500")]

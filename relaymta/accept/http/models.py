@@ -342,12 +342,16 @@ class _Checked:
     def _headers(self) -> tuple[Header, ...]:
         found: list[Header] = []
         once: set[str] = {"reply-to"} if self._reply_to else set()
+        places: set[str] = set()
         for name, value in self._request.headers.items():
             field = f"headers.{name[:SHOWN]}"
             lower = _check_name(name, field)
             if len(value) + len(found) > self._limits.headers and not isinstance(value, str):
                 raise Wrong("headers", f"there are more than {self._limits.headers}")
             values = [(value, field)] if isinstance(value, str) else [(v, f"{field}[{i}]") for i, v in enumerate(value)]
+            if not places.isdisjoint(where for _, where in values):  # templates are known by it
+                raise Wrong(field, "another header field is called so, too, in the request")
+            places.update(where for _, where in values)
             if lower in _ONCE and (lower in once or len(values) > 1):
                 raise Wrong(field, "a message has this field once")
             if lower == "message-id" and self._request.batch is not None and not is_template(values[0][0] if values else ""):
