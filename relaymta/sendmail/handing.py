@@ -167,9 +167,9 @@ def _handed_over(relay: _Relay, envelope: Envelope, options: Options) -> int:
         say(sentence)
     status = DATA if naming.refused else OK
     if naming.later:
-        error = NotNow(next(iter(naming.later.values())))
-        error.status = status
-        raise error
+        waits = NotNow(next(iter(naming.later.values())))
+        waits.status = status
+        raise waits
     return status
 
 
