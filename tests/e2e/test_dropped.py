@@ -288,8 +288,9 @@ def test_several_files_of_one_message_are_sent_to_all_of_its_recipients(place, m
     assert len(place.names) > 3 and made.recipients == []
     with place.relay() as relay:
         wait_for(lambda: not place.names)
-        found = [address for event in relay.events("queued") for address in event["recipients"]]
-        assert sorted(found) == sorted(many)
+        found = lambda: [address for event in relay.events("queued") for address in event["recipients"]]  # noqa: E731
+        wait_for(lambda: len(found()) >= len(many))
+        assert sorted(found()) == sorted(many)
 
 
 def without_last_reply(listening: socket.socket, relay: Path) -> None:
