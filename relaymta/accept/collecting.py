@@ -289,7 +289,7 @@ class Collector:
             user=user, reason=_some(reason.split("\n")),
             commands=_some([one.decode("utf-8", "replace") for one in commands]) or "(they could not be read)",
         )  # fmt: skip
-        data, rcpts = Converted().take(text.encode("utf-8", "replace"), True), [f"RCPT TO:<{user}>".encode()]
+        data, rcpts = Converted(True).take(text.encode("utf-8", "replace"), True), [f"RCPT TO:<{user}>".encode()]
         notice = Message(-1, os.geteuid(), b"MAIL FROM:<>", rcpts, data, 0, 0, False, Identity(0, 0, 0), time.time())
         work = _Work(notice.identity, rcpts, list(rcpts))
         try:
@@ -432,7 +432,7 @@ class _Dialogue:
             _positive(await self._ask(b"RSET"))
 
     async def _data(self, message: Message) -> None:
-        converted, at, left, piece = Converted(), message.at, message.octets, message.head
+        converted, at, left, piece = Converted(False), message.at, message.octets, message.head
         while left:
             _positive(await self._ask(b"BDAT %d\r\n%b" % (len(piece), piece), b""))
             piece = await _whole(self._thread(os.pread, message.descriptor, min(PIECE, left), at))

@@ -71,10 +71,14 @@ class Message(NamedTuple):
 
 
 class Converted:
-    """Text with CRLF for each line end, and blanks for NUL, whatever it has, piece by piece. A CR before CRLF belongs to it."""
+    """A message with CRLF for each line end, and blanks for NUL, whatever it has, piece by piece. A CR before CRLF belongs to it;
+    another one alone is a line end in the body, and a blank in the header, where what follows it would be another field.
+    `in_header`: the first piece is the beginning of the message, else of its body."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_header: bool) -> None:
         self._cr = b""  # CRs at the end of the piece before, two at most
+        self._in_header = in_header
+        self._begins = in_header  # a line begins with the next piece
 
     def take(self, piece: bytes, last: bool) -> bytes:
         """What the next piece becomes. `last`: no other follows."""
@@ -82,21 +86,26 @@ class Converted:
         if not last and piece.endswith(b"\r"):
             at = len(piece) - (2 if piece.endswith(b"\r\r") else 1)
             piece, self._cr = piece[:at], piece[at:]
-        return _lines_of(piece).replace(b"\r", b"\n").replace(b"\n", b"\r\n").replace(b"\0", b" ")
+        text = piece.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n")
+        header, text = self._divided(text) if self._in_header else (b"", text)
+        return (header.replace(b"\r", b" ") + text.replace(b"\r", b"\n")).replace(b"\n", b"\r\n").replace(b"\0", b" ")
+
+    def _divided(self, text: bytes) -> tuple[bytes, bytes]:
+        """What of a piece with LF belongs to the header, and what behind it."""
+        if self._begins and text.startswith(b"\n"):
+            end = 0
+        else:
+            end = text.find(b"\n\n") + 1 or len(text)
+        self._in_header = end == len(text)
+        if text:
+            self._begins = text.endswith(b"\n")
+        return text[:end], text[end:]
 
 
-def _lines_of(text: bytes) -> bytes:
-    """Text in which CRLF, also behind another CR, is LF."""
-    return text.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n")
-
-
-def _with_header(start: bytes) -> bytes:
-    """The beginning of a message, as of `Converted`; but that in its header a CR alone is a blank, and makes no field of what
-    follows, and that an empty line follows a header that a text ends which is none."""
-    header, empty, text = _lines_of(start).partition(b"\n\n")
-    found = Converted().take(header.replace(b"\r", b" ") + empty + text, True)
-    end = header_octets(found)
-    return found if found.startswith(b"\r\n", end) or end in (0, len(found)) else found[:end] + b"\r\n" + found[end:]
+def _with_empty_line(start: bytes) -> bytes:
+    """The beginning of a message with an empty line behind its header, also where that is ended by a text which is none."""
+    end = header_octets(start)
+    return start if start.startswith(b"\r\n", end) or end in (0, len(start)) else start[:end] + b"\r\n" + start[end:]
 
 
 class Folder:
@@ -355,7 +364,7 @@ def opened_pickup(descriptor: int) -> Message:
         raise Broken("it is empty")
     if start.endswith(b"\r"):  # of CRLF, perhaps
         start += os.read(descriptor, 1)
-    text = _with_header(start)
+    text = _with_empty_line(Converted(True).take(start, True))
     end = header_octets(text)
     if not end:
         raise Broken("it does not begin with a header")

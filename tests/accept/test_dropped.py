@@ -24,14 +24,14 @@ def names(one: Folder) -> list[str]:
     return [name for name, _ in one.names({}, 0.0)[0]]
 
 
-@given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=4))
-def test_any_split_of_a_text_has_the_same_line_ends(text, places):
+@given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=4), st.booleans())
+def test_any_split_of_a_text_has_the_same_line_ends(text, places, in_header):
     text = text.translate(bytes((10, 13, 0, 97)[one % 4] for one in range(256)))
     cuts = sorted({0, len(text), *(place for place in places if place < len(text))})
     pieces = [text[a:b] for a, b in pairwise(cuts)]
-    converted = Converted()
+    converted = Converted(in_header)
     found = b"".join(converted.take(piece, number == len(pieces) - 1) for number, piece in enumerate(pieces))
-    assert found == Converted().take(text, True)
+    assert found == Converted(in_header).take(text, True)
     assert b"\0" not in found
     assert b"\r" not in found.replace(b"\r\n", b"") and b"\n" not in found.replace(b"\r\n", b"")
 

@@ -254,6 +254,14 @@ async def test_the_size_of_a_message_as_it_is_is_that_which_is_sent(letters, end
     assert letter.size == len(b"".join(letter.pieces)) >= len(RAW_MESSAGE)
 
 
+async def test_a_bare_cr_in_the_header_of_a_message_as_it_is_begins_no_field(letters):
+    raw = b"From: a@b.example\nTo: c@d.example\nSubject: hi\rBcc: victim@d.example\n\na\rb\n"
+    order = await read(letters, raw, "message/rfc822")
+    (letter,) = await of(letters, order)
+    assert letter.recipients == ["c@d.example"]
+    assert b"".join(letter.pieces).endswith(b"Subject: hi Bcc: victim@d.example\r\n\r\na\r\nb\r\n")
+
+
 def test_what_is_in_a_form_has_a_digest_of_its_own():
     forms = [{"a": b"x\0b\0y"}, {"a": b"x", "b": b"y"}, {"a": b"xb", "": b"y"}, {"ab": b"x"}, {"a": b"bx"}, {"a": b""}, {}]
     digests = [received(b"{}", one).digest for one in forms]

@@ -260,7 +260,7 @@ def _check_query(request: web.BaseRequest, known: set[str]) -> None:
 def _raw(request: web.BaseRequest, received: Received, most: int) -> Order:
     """A message as it is. Its sender and recipients are those of the query, else those of its header. Problem."""
     query = request.query
-    start = Converted().take(received.body.read(0, HEADER_SEEN), True)
+    start = Converted(True).take(received.body.read(0, HEADER_SEEN), True)
     header = start[: header_octets(start)]
     if not header:
         raise Problem(422, "the message does not begin with a header")
@@ -324,7 +324,7 @@ def _sender(header: bytes) -> str:
 
 def _as_it_is(received: Received) -> Iterator[bytes]:
     """The data of a message, with CRLF for each line end."""
-    body, converted, at = received.body, Converted(), 0
+    body, converted, at = received.body, Converted(True), 0
     while at < body.size:
         piece = body.read(at, PIECE)
         at += len(piece)
