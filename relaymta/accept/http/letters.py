@@ -109,11 +109,22 @@ class Letters:
         except Wrong as error:
             raise _wrong(error) from None
         except OSError as error:
-            raise Problem(503, f"the body cannot be read: {error.strerror}; try again later", {"Retry-After": "10"}) from None
+            raise _unread(error) from None
         _check_parts(received, message)
         at = 0 if message.send_at is None else int(message.send_at.timestamp() * 1000)
         at = _checked_time(at)
         return Order(received, message, list(message.tags), message.priority, at, own.message_size, owner=owner)
+
+    async def count(self, request: web.BaseRequest, received: Received, owner: str) -> int:
+        """How many messages a request is about, which was read before: nothing of it is checked. Problem."""
+        if media_type(request) == RAW:
+            return 1
+        try:
+            if received.body.size <= BODY_ON_LOOP:
+                return _counted(received.body.buffer)
+            return await self._work(received, owner, _counted, received.body.buffer)
+        except OSError as error:
+            raise _unread(error) from None
 
     async def of(self, order: Order, without: Container[int]) -> AsyncGenerator[tuple[int, Letter], None]:
         """The messages of a request with their numbers, but for those in `without`. Problem; none of the messages is returned
@@ -225,6 +236,20 @@ def _check_outline(outline: _Outline, limits: Limits) -> None:
             raise Wrong(name, f"there are more than {count}")
         if count == 1 and len(view) > SHORT_MOST:
             raise Wrong(name, "it is too long")
+
+
+class _Entries(msgspec.Struct):
+    batch: list[msgspec.Raw] | None = None
+
+
+def _counted(buffer: bytes | mmap.mmap) -> int:
+    """As `Letters.count`, of JSON."""
+    batch = msgspec.json.decode(memoryview(buffer), type=_Entries).batch
+    return 1 if batch is None else len(batch)
+
+
+def _unread(error: OSError) -> Problem:
+    return Problem(503, f"the body cannot be read: {error.strerror}; try again later", {"Retry-After": "10"})
 
 
 def _count(view: memoryview, what: bytes) -> int:

@@ -25,9 +25,9 @@ from relaymta.accept.admission import Admission
 from relaymta.accept.http import answers
 from relaymta.accept.http.answers import Accepted, MessageResult, ReceiptState
 from relaymta.accept.http.connection import Desk, HttpConnection
-from relaymta.accept.http.letters import BODY_ON_LOOP, RAW, Letters, Order
+from relaymta.accept.http.letters import Letters, Order
 from relaymta.accept.http.places import Full, Places
-from relaymta.accept.http.receiving import Received, Receiver, finished, media_type, without_frames
+from relaymta.accept.http.receiving import Received, Receiver, media_type, without_frames
 from relaymta.accept.http.submitting import Answer, Letter, Submitter
 from relaymta.accept.once import Busy, Turn, Wanted, owner_of
 from relaymta.accept.origin import Client, Origin
@@ -225,7 +225,11 @@ class Injection:
         try:
             content = _content(asked.request, received)
             is_other = any(kept.content != content for kept in turn.kept.values())
-            if turn.kept and not is_other and len(turn.kept) == await self._count(asked, received):
+            if (
+                turn.kept
+                and not is_other
+                and len(turn.kept) == await self._letters.count(asked.request, received, owner_of(asked.origin))
+            ):
                 # As it was answered then, whatever is allowed now.
                 return self._answered([answers.again(one) for _, one in sorted(turn.kept.items())], True)
             order = await self._order(asked, received)
@@ -234,18 +238,6 @@ class Injection:
             return self._answered(await self._submit_all(asked, order, turn, content), False)
         finally:
             turn.end()
-
-    async def _count(self, asked: Asked, received: Received) -> int:
-        """How many messages a request is about, of which some were accepted before: nothing of it is checked."""
-        if media_type(asked.request) == RAW:
-            return 1
-        try:
-            buffer = received.body.buffer
-        except OSError as error:
-            raise Problem(503, f"the body cannot be read: {error.strerror}; try again later", {"Retry-After": "10"}) from None
-        if len(buffer) <= BODY_ON_LOOP:
-            return _counted(buffer)
-        return await finished(self._admission.loop.run_in_executor(self._admission.threads, _counted, buffer))
 
     async def _turn(self, asked: Asked) -> Turn | None:
         """The turn of a request with an idempotency key."""
@@ -450,16 +442,6 @@ def _header(pieces: Iterator[bytes]) -> bytes:
         if b"\r\n\r\n" in found or len(found) > HEADER_SEEN:
             break
     return found
-
-
-class _Entries(msgspec.Struct):
-    batch: list[msgspec.Raw] | None = None
-
-
-def _counted(buffer: Any) -> int:
-    """As `_count`, of JSON."""
-    batch = msgspec.json.decode(memoryview(buffer), type=_Entries).batch
-    return 1 if batch is None else len(batch)
 
 
 def _part(
